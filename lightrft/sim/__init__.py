@@ -1,0 +1,21 @@
+"""Simulated ranks: run unmodified ``torch.distributed`` code on N ranks in one process, and see every disagreement.
+
+``SimWorld(8).run(fn)`` runs a function, ``lightrft sim -n 8 script.py`` a script, ``@pytest.mark.sim(ranks=8)`` a test.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightrft.sim.world import SimWorld as SimWorld
+
+__all__ = ["SimWorld"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SimWorld":
+        from lightrft.sim.world import SimWorld
+
+        return SimWorld
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

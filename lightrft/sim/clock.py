@@ -1,0 +1,88 @@
+"""Virtual time: inside a run ``time.sleep`` costs nothing and every clock shows the scheduler's time.
+
+Reading a clock lets one microsecond pass, so that a loop which only watches the clock ends. Virtual time starts at a
+fixed date: two runs of one seed see the same times.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightrft.sim.current import current_task
+from lightrft.sim.patching import Patch
+from lightrft.sim.places import Place, caller_place
+
+__all__ = ["patches"]
+
+EPOCH_NS = 1_767_225_600_000_000_000
+"""Virtual time 0 as nanoseconds since 1970: the first second of 2026 (UTC)."""
+
+TICK_NS = 1000
+
+
+class Sleep:
+    """What a sleeping task waits in."""
+
+    def __init__(self, seconds: float, place: Place) -> None:
+        self.seconds = seconds
+        self.place = place
+
+    def describe(self) -> str:
+        return f"time.sleep({self.seconds:g})"
+
+
+def _sleep(original: Any) -> Any:
+    def sleep(seconds: float) -> None:
+        task = current_task()
+        if task is None:
+            original(seconds)
+            return
+        if seconds < 0:
+            raise ValueError("sleep length must be non-negative")
+        scheduler = task.scheduler
+        scheduler.block(Sleep(seconds, caller_place(2)), scheduler.now + round(seconds * 1e9))
+
+    return sleep
+
+
+def _reader(from_ns: Callable[[int], Any], epoch: int) -> Callable[[Any], Any]:
+    def make(original: Any) -> Any:
+        def read() -> Any:
+            task = current_task()
+            if task is None:
+                return original()
+            scheduler = task.scheduler
+            scheduler.now += TICK_NS
+            return from_ns(epoch + scheduler.now)
+
+        read.__name__ = original.__name__
+        return read
+
+    return make
+
+
+def _seconds(nanoseconds: int) -> float:
+    return nanoseconds / 1e9
+
+
+def _identity(nanoseconds: int) -> int:
+    return nanoseconds
+
+
+def _patches() -> list[Patch]:
+    clocks = [
+        Patch(time, name, _reader(convert, epoch))
+        for stem, epoch in (("time", EPOCH_NS), ("monotonic", 0), ("perf_counter", 0))
+        for name, convert in ((stem, _seconds), (f"{stem}_ns", _identity))
+    ]
+    return [Patch(time, "sleep", _sleep), *clocks]
+
+
+_PATCHES = _patches()
+
+
+def patches() -> list[Patch]:
+    """The replacements for the functions of :mod:`time`."""
+    return _PATCHES

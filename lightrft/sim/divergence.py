@@ -1,0 +1,438 @@
+"""Why a run cannot go on: who waits where for whom, and the first point at which ranks disagree.
+
+Every verdict carries a :class:`Report`: the ranks grouped by place, those to blame, and the first difference between
+their sequences of calls. The message of the error is the report as text.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightrft.errors import (
+    CollectiveMismatchError,
+    CollectiveTimeoutError,
+    DeadlockError,
+    RankFailedError,
+    SimulationError,
+)
+from lightrft.sim.calls import Call, Group, Meeting, Signature
+from lightrft.sim.places import UNKNOWN, Place, place_of_frame
+
+if TYPE_CHECKING:
+    from lightrft.sim.scheduler import Task
+    from lightrft.sim.world import SimRank, SimWorld
+
+__all__ = ["Culprit", "Report", "Row", "show_ranks", "verdict"]
+
+_POINT_TO_POINT = frozenset({"send", "recv"})
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Ranks that are at one place, doing the same."""
+
+    ranks: tuple[int, ...]
+    place: Place
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Culprit:
+    """A rank that differs from the others, and the line at which it does."""
+
+    rank: int
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a failed run found.
+
+    Attributes:
+        rows: where every rank is, largest group first.
+        culprits: ranks to blame, in rank order.
+        difference: rows of the first call in which the members of a group differ; empty if there is none.
+        difference_title: which call that is.
+        seed: seed of the run.
+        replay: how to run it again.
+    """
+
+    rows: tuple[Row, ...]
+    culprits: tuple[Culprit, ...]
+    difference: tuple[Row, ...]
+    difference_title: str
+    seed: int
+    replay: str
+
+    def __str__(self) -> str:
+        parts = [_table(self.rows)]
+        if self.difference:
+            parts.append(f"{self.difference_title}:\n{_table(self.difference)}")
+        parts.append(f"seed {self.seed}; run it again with: {self.replay}")
+        return "\n\n".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """A disagreement that was seen when a rank came to a meeting."""
+
+    title: str
+    meeting: Meeting | None
+    calls: tuple[tuple[int, Place, str], ...]
+    culprits: tuple[Culprit, ...]
+
+
+class CreationWait:
+    """What a rank waits in that made another group than the others."""
+
+    def __init__(self, members: Sequence[int], place: Place) -> None:
+        self._members = members
+        self.place = place
+
+    def describe(self) -> str:
+        return f"new_group({list(self._members)})"
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def show_ranks(ranks: Iterable[int]) -> str:
+    """``rank 3`` or ``ranks 0-2, 4-7``."""
+    ordered = sorted(set(ranks))
+    pieces: list[str] = []
+    start = 0
+    for position, rank in enumerate(ordered):
+        if position + 1 == len(ordered) or ordered[position + 1] != rank + 1:
+            first = ordered[start]
+            pieces.append(str(rank) if first == rank else f"{first}-{rank}")
+            start = position + 1
+    return f"rank{'s' if len(ordered) > 1 else ''} {', '.join(pieces)}"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    heads = [show_ranks(row.ranks) for row in rows]
+    width = min(max(map(len, heads), default=0), 30)
+    lines = []
+    for head, row in zip(heads, rows, strict=True):
+        where = f"{row.place} in {row.place.function}" if row.place is not UNKNOWN else "(no line of yours)"
+        lines.append(f"  {head:<{width}}  {row.what}")
+        lines.append(f"  {'':<{width}}    at {where}")
+        if row.place.source:
+            lines.append(f"  {'':<{width}}    > {row.place.source}")
+    return "\n".join(lines)
+
+
+# -- where everybody is -----------------------------------------------------------------------------------------------
+
+
+def _last_calls(world: SimWorld) -> dict[int, Call]:
+    last: dict[int, Call] = {}
+    for call in world._calls:
+        last[call.rank] = call
+    return last
+
+
+def _state_of(world: SimWorld, rank: SimRank, last: dict[int, Call]) -> tuple[Place, str]:
+    task = _blocked_task(rank)
+    if task is not None and task.waiting is not None:
+        return task.waiting.place, f"waits in {task.waiting.describe()}"
+    if rank.main is None or not rank.main.finished:
+        frame = sys._current_frames().get(task.ident if task is not None else -1)
+        return place_of_frame(frame), "runs"
+    call = last.get(rank.index)
+    if any(failed is rank for failed, _ in world._failures):
+        return (call.place if call else UNKNOWN), "raised"
+    if call is None:
+        return UNKNOWN, "has returned; it made no call at all"
+    return call.place, f"has returned; its last call was {call.describe()}"
+
+
+def _blocked_task(rank: SimRank) -> Task | None:
+    if rank.main is not None and not rank.main.finished:
+        return rank.main
+    return next((task for task in rank.threads if not task.finished), rank.main)
+
+
+def _rows(states: Iterable[tuple[int, Place, str]]) -> tuple[Row, ...]:
+    grouped: dict[tuple[Place, str], list[int]] = {}
+    for rank, place, what in states:
+        grouped.setdefault((place, what), []).append(rank)
+    rows = [Row(tuple(ranks), place, what) for (place, what), ranks in grouped.items()]
+    return tuple(sorted(rows, key=lambda row: (-len(row.ranks), row.ranks)))
+
+
+def _whereabouts(world: SimWorld) -> list[tuple[int, Place, str]]:
+    last = _last_calls(world)
+    return [(rank.index, *_state_of(world, rank, last)) for rank in world.ranks]
+
+
+# -- who is to blame --------------------------------------------------------------------------------------------------
+
+
+def _minority(classes: dict[Any, list[tuple[int, Place]]]) -> tuple[Culprit, ...]:
+    """Everybody outside the largest class; everybody if no class is the largest."""
+    sizes = sorted((len(members) for members in classes.values()), reverse=True)
+    clear = len(sizes) == 1 or sizes[0] > sizes[1]
+    largest = max(classes, key=lambda key: len(classes[key]))
+    chosen = [m for key, members in classes.items() if key != largest or not clear for m in members]
+    if len(classes) == 1:
+        chosen = next(iter(classes.values()))
+    return tuple(Culprit(rank, place) for rank, place in sorted(chosen))
+
+
+def _blame_deadlock(world: SimWorld, states: list[tuple[int, Place, str]]) -> tuple[Culprit, ...]:
+    classes: dict[Any, list[tuple[int, Place]]] = {}
+    for rank, place, _ in states:
+        sim_rank = world.ranks[rank]
+        task = _blocked_task(sim_rank)
+        waiting = task.waiting if task is not None else None
+        key: Any
+        if waiting is None:
+            key = "finished"
+        elif isinstance(waiting, Call) and waiting.signature.operation not in _POINT_TO_POINT:
+            key = (waiting.group, waiting.sequence)
+        elif isinstance(waiting, Call):
+            key = ("message", rank)
+        else:
+            key = (type(waiting), waiting.describe())
+        classes.setdefault(key, []).append((rank, place))
+    return _minority(classes)
+
+
+def _first_difference(world: SimWorld, group: Group) -> tuple[str, tuple[Row, ...]]:
+    """The first call of ``group`` in which its members differ, by signature or else by line."""
+    sequences: dict[int, list[Call]] = {rank: [] for rank in group.ranks}
+    for call in world._calls:
+        if call.group is group and call.signature.operation not in _POINT_TO_POINT:
+            sequences[call.rank].append(call)
+    longest = max(map(len, sequences.values()), default=0)
+    for same, title in ((_same_signature, ""), (_same_line, " (the same operation, from different lines)")):
+        for position in range(longest):
+            calls = {rank: done[position] if position < len(done) else None for rank, done in sequences.items()}
+            if not same(list(calls.values())):
+                rows = [
+                    (rank, call.place, call.signature.describe()) if call else (rank, UNKNOWN, "nothing")
+                    for rank, call in calls.items()
+                ]
+                return f"the ranks of {group.title} differ first in call #{position + 1}{title}", _rows(rows)
+    return "", ()
+
+
+def _same_signature(calls: list[Call | None]) -> bool:
+    first = calls[0]
+    return first is not None and all(c is not None and c.signature == first.signature for c in calls)
+
+
+def _same_line(calls: list[Call | None]) -> bool:
+    first = calls[0]
+    return first is not None and all(c is not None and c.place == first.place for c in calls)
+
+
+def _waited_groups(world: SimWorld) -> list[Group]:
+    found: dict[Group, None] = {}
+    for rank in world.ranks:
+        task = _blocked_task(rank)
+        if task is not None and isinstance(task.waiting, Call):
+            found[task.waiting.group] = None
+    return list(found)
+
+
+# -- mismatches, as they are seen -------------------------------------------------------------------------------------
+
+
+_FIELDS = ("operation", "dtype", "shape", "reduce operation", "root", "sizes")
+
+
+def _differing(left: Signature, right: Signature) -> str:
+    names = [name for name, a, b in zip(_FIELDS, left, right, strict=True) if a != b]
+    return "operation" if "operation" in names else " and ".join(names)
+
+
+def call_mismatch(meeting: Meeting) -> Mismatch:
+    """Members called different things with one sequence number."""
+    return Mismatch("", meeting, (), ())
+
+
+def sizes_mismatch(meeting: Meeting, problem: str) -> Mismatch:
+    """Members called the same, with sizes that do not fit together."""
+    calls = [c for c in meeting.calls if c is not None]
+    rows = tuple((c.rank, c.place, c.describe()) for c in calls)
+    return Mismatch(problem, None, rows, tuple(Culprit(c.rank, c.place) for c in calls))
+
+
+def message_mismatch(send: Call, receive: Call, problem: str) -> Mismatch:
+    """A send met a receive that expects something else."""
+    rows = tuple((c.rank, c.place, c.describe()) for c in (send, receive))
+    culprits = tuple(Culprit(c.rank, c.place) for c in sorted((send, receive), key=lambda c: c.rank))
+    return Mismatch(problem, None, rows, culprits)
+
+
+def creation_mismatch(
+    position: int,
+    first: SimRank,
+    first_members: Sequence[int],
+    first_place: Place,
+    rank: SimRank,
+    members: Sequence[int],
+    place: Place,
+) -> Mismatch:
+    """Two ranks made different groups as their n-th."""
+    rows = (
+        (first.index, first_place, f"new_group({list(first_members)})"),
+        (rank.index, place, f"new_group({list(members)})"),
+    )
+    title = f"ranks made different groups as number {position + 1}: all ranks must make all groups in the same order"
+    return Mismatch(title, None, rows, (Culprit(rank.index, place),))
+
+
+# -- verdicts ---------------------------------------------------------------------------------------------------------
+
+
+def _replay(world: SimWorld) -> str:
+    if world.replay:
+        return world.replay
+    return f"SimWorld({world.size}, seed={world.seed}, schedule={world.schedule!r})"
+
+
+def _report(
+    world: SimWorld,
+    states: list[tuple[int, Place, str]],
+    culprits: tuple[Culprit, ...],
+    title: str = "",
+    difference: tuple[Row, ...] = (),
+) -> Report:
+    return Report(_rows(states), culprits, difference, title, world.seed, _replay(world))
+
+
+def _blame_line(culprits: tuple[Culprit, ...]) -> str:
+    places: dict[Place, list[int]] = {}
+    for culprit in culprits:
+        places.setdefault(culprit.place, []).append(culprit.rank)
+    shown = [
+        f"{show_ranks(ranks)} at {place}" if place is not UNKNOWN else show_ranks(ranks) for place, ranks in places.items()
+    ]
+    return "; ".join(shown[:6]) + (f"; ... ({len(shown)} places)" if len(shown) > 6 else "")
+
+
+def verdict(
+    world: SimWorld, failures: Sequence[tuple[SimRank, BaseException]], mismatch: Mismatch | None
+) -> SimulationError:
+    """The error that says why the run cannot go on."""
+    states = _whereabouts(world)
+    if mismatch is not None:
+        return _mismatch_verdict(world, mismatch, states)
+    if failures:
+        return _failure_verdict(world, failures, states)
+    culprits = _blame_deadlock(world, states)
+    title, difference = "", ()
+    for group in _waited_groups(world):
+        title, difference = _first_difference(world, group)
+        if difference:
+            break
+    report = _report(world, states, culprits, title, difference)
+    head = f"deadlock: no rank can go on. Look at {_blame_line(culprits)}."
+    return DeadlockError(f"{head}\n\n{report}", report=report)
+
+
+def _mismatch_verdict(world: SimWorld, mismatch: Mismatch, states: list[tuple[int, Place, str]]) -> SimulationError:
+    title, culprits, rows = mismatch.title, mismatch.culprits, mismatch.calls
+    heading = "they differ here"
+    if mismatch.meeting is not None:
+        calls = [call for call in mismatch.meeting.calls if call is not None]
+        classes: dict[Any, list[tuple[int, Place]]] = {}
+        for call in calls:
+            classes.setdefault(call.signature, []).append((call.rank, call.place))
+        culprits = _minority(classes)
+        signatures = list(classes)
+        differing = _differing(signatures[0], signatures[1]) if len(signatures) > 1 else "operation"
+        title = f"the {differing} differs between ranks"
+        rows = tuple((call.rank, call.place, call.signature.describe()) for call in calls)
+        heading = f"call #{mismatch.meeting.sequence} on {calls[0].group.title}"
+    report = _report(world, states, culprits, heading, _rows(rows))
+    head = f"mismatch: {title}. Look at {_blame_line(culprits)}."
+    return CollectiveMismatchError(f"{head}\n\n{report}", report=report)
+
+
+def _failure_verdict(
+    world: SimWorld, failures: Sequence[tuple[SimRank, BaseException]], states: list[tuple[int, Place, str]]
+) -> SimulationError:
+    culprits = []
+    by_text: dict[str, list[int]] = {}
+    for rank, error in failures:
+        place = _place_of(error)
+        culprits.append(Culprit(rank.index, place))
+        states[rank.index] = (rank.index, place, f"raised {type(error).__name__}")
+        text = "".join(traceback.format_exception(_without_simulator(error))).rstrip()
+        by_text.setdefault(text, []).append(rank.index)
+    report = _report(world, states, tuple(sorted(culprits, key=lambda c: c.rank)))
+    first = failures[0][1]
+    raised = "\n\n".join(f"{show_ranks(ranks)}:\n{text}" for text, ranks in by_text.items())
+    head = f"{show_ranks(rank.index for rank, _ in failures)} failed: {type(first).__name__}: {first}"
+    error = RankFailedError(f"{head}\n\n{raised}\n\n{report}", report=report)
+    error.__cause__ = first
+    return error
+
+
+def _without_simulator(error: BaseException) -> BaseException:
+    """Drop the simulator's own first frame from the traceback."""
+    tb = error.__traceback__
+    if tb is not None and tb.tb_next is not None and tb.tb_frame.f_code.co_name == "_rank_thread":
+        error.__traceback__ = tb.tb_next
+    return error
+
+
+def _place_of(error: BaseException) -> Place:
+    from lightrft.sim.places import is_user_file
+
+    place, fallback = None, UNKNOWN
+    tb = error.__traceback__
+    while tb is not None:
+        code = tb.tb_frame.f_code
+        here = Place(code.co_filename, tb.tb_lineno, code.co_name)
+        fallback = here
+        if is_user_file(code.co_filename):
+            place = here
+        tb = tb.tb_next
+    return place or fallback
+
+
+def timeout_verdict(world: SimWorld, task: Task) -> SimulationError:
+    """A collective has waited for longer than the timeout of its group."""
+    call = task.waiting
+    assert isinstance(call, Call)
+    states = _whereabouts(world)
+    arrived = {
+        rank.index
+        for rank in world.ranks
+        if (blocked := _blocked_task(rank)) is not None
+        and isinstance(blocked.waiting, Call)
+        and blocked.waiting.group is call.group
+        and blocked.waiting.sequence == call.sequence
+    }
+    late = [(rank, place) for rank, place, _ in states if rank in call.group.ranks and rank not in arrived]
+    culprits = tuple(Culprit(rank, place) for rank, place in late)
+    waited = (world.scheduler.now - call.since) // 1_000_000
+    limit = call.group.timeout // 1_000_000
+    report = _report(world, states, culprits)
+    head = (
+        f"timeout: {call.describe()} waited for {waited} ms of virtual time, the timeout of the group is {limit} ms: "
+        f"on a cluster the watchdog would end all ranks. Look at {_blame_line(culprits)}."
+    )
+    return CollectiveTimeoutError(f"{head}\n\n{report}", report=report)
+
+
+def stall_report(world: SimWorld, task: Task, seconds: float) -> str:
+    """A rank has been blocked in something real for a while."""
+    place = place_of_frame(sys._current_frames().get(task.ident))
+    states = _whereabouts(world)
+    states[task.rank.index] = (task.rank.index, place, "is blocked outside the simulator")
+    report = _report(world, states, (Culprit(task.rank.index, place),))
+    head = (
+        f"rank {task.rank.index} has been blocked outside the simulator for {seconds:.0f} s at {place}: a socket, a "
+        "subprocess, or a lock that no rank holds. No other rank can run meanwhile."
+    )
+    return f"{head}\n\n{report}"

@@ -1,0 +1,96 @@
+"""Replace attributes of modules and classes for the time of a run, and put every one of them back.
+
+A module that did ``from time import sleep`` before the run holds the original under a name of its own. Such aliases in
+the user's modules are replaced and restored as well, so that it does not matter how a name was imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from lightrft.sim import places
+
+__all__ = ["Patch", "Patcher"]
+
+_MISSING = object()
+_aliases: dict[frozenset[int], dict[int, tuple[ModuleType, list[str]]]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """One attribute to replace.
+
+    ``make`` receives the original (``None`` if the owner has no such attribute) and returns the replacement. A
+    replacement that is a function asks :func:`lightrft.sim.current.current_task` first and calls the original when the
+    answer is ``None``, so that threads outside the simulation never notice.
+    """
+
+    owner: Any
+    name: str
+    make: Callable[[Any], Any]
+    aliases: bool = True
+
+
+class Patcher:
+    """Applies patches and remembers how to undo them, last one first."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[Any, str, Any]] = []
+        self._undo_globals: list[tuple[dict[str, Any], str, Any, Any]] = []
+        self._replaced: dict[int, tuple[Any, Any]] = {}
+
+    def apply(self, patches: Iterable[Patch]) -> None:
+        """Replace every attribute named in ``patches``."""
+        for patch in patches:
+            original = vars(patch.owner).get(patch.name, _MISSING)
+            value = patch.make(None if original is _MISSING else original)
+            self._undo.append((patch.owner, patch.name, original))
+            setattr(patch.owner, patch.name, value)
+            if patch.aliases and original is not _MISSING and isinstance(patch.owner, ModuleType):
+                self._replaced[id(original)] = (original, value)
+
+    def replace_aliases(self) -> None:
+        """Replace, in modules that hold one of the originals under a name of their own, that name too.
+
+        What a module holds is looked up once, when it is first seen: later calls cost a step a module.
+        """
+        known = _aliases.setdefault(frozenset(self._replaced), {})
+        for name, module in list(sys.modules.items()):
+            entry = known.get(id(module))
+            if entry is None or entry[0] is not module:
+                entry = known[id(module)] = (module, self._find_aliases(name, module))
+            for key in entry[1]:
+                self._replace(vars(module), key)
+
+    def _find_aliases(self, name: str, module: ModuleType) -> list[str]:
+        namespace = getattr(module, "__dict__", None)
+        if not isinstance(namespace, dict) or not places.may_hold_aliases(name, namespace.get("__file__")):
+            return []
+        replaced = self._replaced
+        return [key for key, value in list(namespace.items()) if id(value) in replaced]
+
+    def _replace(self, namespace: dict[str, Any], key: str) -> None:
+        value = namespace.get(key)
+        found = self._replaced.get(id(value))
+        if found is not None and value is found[0]:
+            namespace[key] = found[1]
+            self._undo_globals.append((namespace, key, *found))
+
+    def restore(self) -> None:
+        """Undo everything; a name that something else has replaced since keeps its newer value."""
+        while self._undo_globals:
+            namespace, key, original, value = self._undo_globals.pop()
+            if namespace.get(key) is value:
+                namespace[key] = original
+        while self._undo:
+            owner, name, original = self._undo.pop()
+            if original is _MISSING:
+                if name in vars(owner):
+                    delattr(owner, name)
+            else:
+                setattr(owner, name, original)
+        self._replaced.clear()

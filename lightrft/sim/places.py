@@ -1,0 +1,138 @@
+"""Places in the user's source: which frame of a call stack is the user's, and how a place is shown.
+
+The user's code is everything outside the standard library, the installed packages and this package. If a stack holds
+no such frame (an installed trainer run with ``-m``), the outermost frame outside torch and this package stands in.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import sysconfig
+from types import CodeType, FrameType
+from typing import NamedTuple
+
+__all__ = ["Place", "caller_place", "is_user_file", "may_hold_aliases"]
+
+
+class Place(NamedTuple):
+    """A line of source: absolute file name, line number (1-based) and the function it stands in."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{shorten(self.file)}:{self.line}"
+
+    @property
+    def source(self) -> str:
+        """The text of the line, stripped; empty if the file cannot be read."""
+        return linecache.getline(self.file, self.line).strip()
+
+
+UNKNOWN = Place("<unknown>", 0, "?")
+
+_LIGHTRFT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_paths = sysconfig.get_paths()
+_STDLIB = tuple({os.path.realpath(_paths[k]) + os.sep for k in ("stdlib", "platstdlib")})
+_SITE = tuple(
+    {os.path.realpath(_paths[k]) + os.sep for k in ("purelib", "platlib")}
+    | {os.path.realpath(p) + os.sep for p in sys.path if p.endswith(("site-packages", "dist-packages"))}
+)
+_SIMULATOR = 0
+_LIBRARY = 1
+_USER = 2
+_kinds: dict[str, int] = {}
+_shown: dict[tuple[str, str], str] = {}
+
+
+def _kind(file: str) -> int:
+    kind = _kinds.get(file)
+    if kind is None:
+        kind = _kinds[file] = _classify(file)
+    return kind
+
+
+def _classify(file: str) -> int:
+    if file.startswith("<"):
+        return _SIMULATOR
+    path = os.path.realpath(file)
+    if path.startswith(_LIGHTRFT) or f"{os.sep}torch{os.sep}" in path and path.startswith(_SITE):
+        return _SIMULATOR
+    if path.startswith(_SITE):
+        return _LIBRARY
+    return _SIMULATOR if path.startswith(_STDLIB) else _USER
+
+
+def is_user_file(file: str | None) -> bool:
+    """Whether ``file`` is the user's own source."""
+    return bool(file) and _kind(file or "") == _USER
+
+
+def caller_place(depth: int = 1) -> Place:
+    """The innermost place in the user's code among the callers, ``depth`` frames up and beyond."""
+    frame: FrameType | None = sys._getframe(depth)
+    fallback: tuple[CodeType, int] | None = None
+    kinds = _kinds
+    while frame is not None:
+        code = frame.f_code
+        kind = kinds.get(code.co_filename)
+        if kind is None:
+            kind = _kind(code.co_filename)
+        if kind == _USER:
+            return Place(code.co_filename, frame.f_lineno or 0, code.co_name)
+        if kind == _LIBRARY:
+            fallback = (code, frame.f_lineno or 0)
+        frame = frame.f_back
+    if fallback is None:
+        return UNKNOWN
+    return Place(fallback[0].co_filename, fallback[1], fallback[0].co_name)
+
+
+def called_library_function(depth: int = 1) -> str:
+    """Qualified name of the library function that the user's code called, e.g. ``Queue.get``; empty if none."""
+    frame: FrameType | None = sys._getframe(depth)
+    name = ""
+    while frame is not None and _kind(frame.f_code.co_filename) != _USER:
+        if not frame.f_code.co_filename.startswith(_LIGHTRFT):
+            name = frame.f_code.co_qualname
+        frame = frame.f_back
+    return name
+
+
+def place_of_frame(frame: FrameType | None) -> Place:
+    """As :func:`caller_place`, for a frame of another thread."""
+    fallback = UNKNOWN
+    while frame is not None:
+        kind = _kind(frame.f_code.co_filename)
+        here = Place(frame.f_code.co_filename, frame.f_lineno or 0, frame.f_code.co_name)
+        if kind == _USER:
+            return here
+        if kind == _LIBRARY:
+            fallback = here
+        frame = frame.f_back
+    return fallback
+
+
+def shorten(file: str) -> str:
+    """``file`` relative to the working directory where that is shorter."""
+    try:
+        relative = os.path.relpath(file)
+    except ValueError:  # another drive
+        return file
+    return relative if len(relative) < len(file) else file
+
+
+def may_hold_aliases(name: str, file: str | None) -> bool:
+    """Whether a module may have imported a patched function under a name of its own.
+
+    The user's modules and installed packages may; the standard library needs the originals; of torch only its
+    distributed parts re-export what the simulator replaces.
+    """
+    if name == "torch" or name.startswith("torch."):
+        return name.startswith(("torch.distributed", "torch.nn.parallel", "torch.testing._internal.distributed"))
+    if name.startswith("lightrft.sim") or file is None:
+        return name == "__main__"
+    return _kind(file) != _SIMULATOR

@@ -1,0 +1,112 @@
+"""Messages between two members of a group: posted, matched, delivered.
+
+A send completes when its receive is posted (``gloo``: at once, as small messages do). Messages between two ranks match
+in the order they were posted; under ``gloo`` they match by tag.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightrft.sim.calls import Call, Group, Message
+from lightrft.sim.works import MessageWork, poison
+
+if TYPE_CHECKING:
+    from lightrft.sim.process_group import SimProcessGroup
+    from lightrft.sim.profiles import Profile
+
+__all__ = ["post_receive", "post_send"]
+
+
+def post_send(group: SimProcessGroup, call: Call, tensors: list[Tensor], peer: int, tag: int) -> MessageWork:
+    """Post a send to member ``peer``; what is sent is what the tensors hold now."""
+    shared, profile = group._group, group._profile
+    with torch.no_grad():
+        copies = [tensor.detach().clone() for tensor in tensors]
+    message = Message(call, copies)
+    message.source = group._member
+    work = MessageWork(group._rank, message, tensors, copies)
+    receive = _find(shared.receives.get((group._member, peer)), tag, profile)
+    if receive is None:
+        receive = _find(shared.any_receives.get(peer), tag, profile)
+    if receive is not None:
+        _match(group, message, receive, later=call)
+        return work
+    shared.sends.setdefault((group._member, peer), deque()).append(message)
+    if profile.buffered_sends:
+        message.matched = True
+    return work
+
+
+def post_receive(group: SimProcessGroup, call: Call, tensors: list[Tensor], peer: int, tag: int) -> MessageWork:
+    """Post a receive from member ``peer`` (-1: from anybody) into ``tensors``, which hold poison until ``wait()``."""
+    shared, profile, me = group._group, group._profile, group._member
+    with torch.no_grad():
+        for tensor in tensors:
+            poison(tensor)
+    message = Message(call, tensors)
+    work = MessageWork(group._rank, message, tensors, ())
+    sources = [peer] if peer >= 0 else range(shared.size)
+    for source in sources:
+        send = _find(shared.sends.get((source, me)), tag, profile)
+        if send is not None:
+            _match(group, send, message, later=call)
+            return work
+    if peer >= 0:
+        shared.receives.setdefault((peer, me), deque()).append(message)
+    else:
+        shared.any_receives.setdefault(me, deque()).append(message)
+    return work
+
+
+def _find(queue: deque[Message] | None, tag: int, profile: Profile) -> Message | None:
+    if not queue:
+        return None
+    if profile.ordered_tags:
+        return queue.popleft()
+    for message in queue:
+        if message.call.tag == tag:
+            queue.remove(message)
+            return message
+    return None
+
+
+def _match(group: SimProcessGroup, send: Message, receive: Message, later: Call) -> None:
+    problem = _difference(group._profile, send, receive)
+    if problem is not None:
+        group._world.disagree_pair(send.call, receive.call, problem, later)
+    receive.tensors = send.tensors
+    receive.source = send.source
+    scheduler = group._world.scheduler
+    for message in (send, receive):
+        message.matched = True
+        if message.waiter is not None:
+            scheduler.wake(message.waiter)
+            message.waiter = None
+
+
+def _difference(profile: Profile, send: Message, receive: Message) -> str | None:
+    sent, received = send.call.signature, receive.call.signature
+    if send.call.tag != receive.call.tag and not profile.ignores_tags:
+        return f"tags differ: sent with tag {send.call.tag}, received with tag {receive.call.tag}"
+    if sent.dtype != received.dtype:
+        return f"dtypes differ: {sent.dtype} sent, {received.dtype} expected"
+    if not _shapes_agree(profile, sent.shape, received.shape):
+        return f"shapes differ: {list(sent.shape)} sent, {list(received.shape)} expected"
+    return None
+
+
+def _shapes_agree(profile: Profile, sent: Any, received: Any) -> bool:
+    if profile.same_shape or not isinstance(sent, torch.Size) or not isinstance(received, torch.Size):
+        return bool(sent == received)
+    return sent.numel() == received.numel()
+
+
+def unmatched(group: Group) -> list[Call]:
+    """Sends and receives that never met their counterpart, in the order they were posted."""
+    queues = [*group.sends.values(), *group.receives.values(), *group.any_receives.values()]
+    return [message.call for queue in queues for message in queue]

@@ -1,0 +1,378 @@
+"""What a process owns, saved and restored whenever the baton passes from one rank to another.
+
+Three kinds of state are told apart by what a switch costs. Plain attributes are swapped always (a few tens of
+nanoseconds each). Flags that live in C++ are read always and written only where two ranks differ. Generators of Python
+and NumPy are read in full only after somebody has drawn from them: one look at the head of the generator's memory tells.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed import distributed_c10d as c10d
+
+from lightrft.sim.patching import Patch
+from lightrft.sim.rank_local import RankLocalModules
+
+__all__ = ["ProcessState", "StateSwitcher"]
+
+
+class GroupTables:
+    """The tables of ``torch.distributed`` for one rank; takes the place of ``distributed_c10d._world``."""
+
+    def __init__(self) -> None:
+        self.default_pg: Any = None
+        self.pg_map: dict[Any, Any] = {}
+        self.pg_names: dict[Any, Any] = {}
+        self.pg_group_ranks: dict[Any, Any] = {}
+        self.pg_backend_config: dict[Any, Any] = {}
+        self.group_count = 0
+        self.tags_to_pg: dict[str, list[Any]] = {}
+        self.pg_to_tag: dict[Any, str] = {}
+        self.pg_coalesce_state: dict[Any, list[Any]] = {}
+        self.comms: list[Any] = []
+
+    @property
+    def pg_config_info(self) -> list[dict[str, Any]]:
+        """One dict per group: name, description, backends, ranks, size, as the original offers it."""
+        everyone = self.default_pg.size() if self.default_pg is not None else 0
+        return [
+            {
+                "pg_name": self.pg_names[pg],
+                "pg_desc": pg.group_desc,
+                "backend_config": self.pg_backend_config[pg],
+                "ranks": [] if len(self.pg_group_ranks[pg]) == everyone else list(self.pg_group_ranks[pg]),
+                "group_size": len(self.pg_group_ranks[pg]),
+                "group_count": self.group_count,
+            }
+            for pg in self.pg_map
+        ]
+
+
+# -- flags kept in C++ ------------------------------------------------------------------------------------------------
+
+
+def _set_deterministic(value: tuple[bool, bool]) -> None:
+    torch._C._set_deterministic_algorithms(value[0], warn_only=value[1])
+
+
+def _get_deterministic() -> tuple[bool, bool]:
+    return (
+        torch._C._get_deterministic_algorithms(),
+        torch._C._get_deterministic_algorithms_warn_only(),
+    )
+
+
+_FLAGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+    (torch.get_default_dtype, torch._C._set_default_dtype),
+    (_get_deterministic, _set_deterministic),
+    (torch._C._get_deterministic_fill_uninitialized_memory, torch._C._set_deterministic_fill_uninitialized_memory),
+    (torch._C._get_cudnn_deterministic, torch._C._set_cudnn_deterministic),
+    (torch._C._get_cudnn_benchmark, torch._C._set_cudnn_benchmark),
+    (torch._C._get_float32_matmul_precision, torch._C._set_float32_matmul_precision),
+]
+
+
+def _read_flags() -> tuple[Any, ...]:
+    return tuple([get() for get, _ in _FLAGS])
+
+
+def _write_flags(current: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
+    for (_, put), old, new in zip(_FLAGS, current, wanted, strict=True):
+        if old != new:
+            put(new)
+
+
+# -- generators -------------------------------------------------------------------------------------------------------
+
+
+class _PythonRandom:
+    """Python's module-level generator: 625 words behind the object header, plus the spare Gaussian."""
+
+    _SIZE = 4 * 625
+
+    def __init__(self) -> None:
+        self._generator: Any = random.random.__self__  # type: ignore[attr-defined]
+        address = id(self._generator) + object.__basicsize__
+        self._address = address
+        self._head = ctypes.c_uint64.from_address(address)
+        if not self._layout_is_known():
+            raise RuntimeError("the memory of this interpreter's random generator is not laid out as expected")
+
+    def _layout_is_known(self) -> bool:
+        words = (ctypes.c_uint32 * 625).from_address(self._address)
+        state = self._generator.getstate()[1]
+        return state[624] == words[0] and state[:624] == tuple(words[1:])
+
+    def peek(self) -> int:
+        return self._head.value
+
+    def read(self) -> tuple[bytes, Any]:
+        return ctypes.string_at(self._address, self._SIZE), self._generator.gauss_next
+
+    def write(self, state: tuple[bytes, Any]) -> None:
+        ctypes.memmove(self._address, state[0], self._SIZE)
+        self._generator.gauss_next = state[1]
+
+    def spare(self, state: tuple[bytes, Any]) -> bool:
+        return state[1] is not None
+
+
+class _NumpyRandom:
+    """NumPy's legacy global generator; its spare Gaussian is only reached through the full state."""
+
+    def __init__(self) -> None:
+        self._get, self._set = np.random.get_state, np.random.set_state
+        self._address = np.random.mtrand._rand._bit_generator.ctypes.state_address  # type: ignore[attr-defined]
+        self._first = ctypes.c_uint64.from_address(self._address)
+        self._position = ctypes.c_uint32.from_address(self._address + 4 * 624)
+
+    def peek(self) -> int:
+        return self._first.value << 32 | self._position.value
+
+    def read(self) -> Any:
+        return self._get(legacy=False)
+
+    def write(self, state: Any) -> None:
+        self._set(state)
+
+    def spare(self, state: Any) -> bool:
+        return bool(state["has_gauss"])
+
+
+class _Generator:
+    """Switches one generator lazily: nothing is copied for ranks that never drew from it."""
+
+    def __init__(self, memory: Any, slot: int) -> None:
+        self.memory = memory
+        self.slot = slot
+        self.loaded: Any = None
+        self.head = 0
+
+    def save(self, state: ProcessState) -> None:
+        memory = self.memory
+        if memory.peek() != self.head or memory.spare(self.loaded):
+            self.loaded = state.generators[self.slot] = memory.read()
+            self.head = memory.peek()
+
+    def load(self, state: ProcessState) -> None:
+        wanted = state.generators[self.slot]
+        if wanted is not self.loaded:
+            self.memory.write(wanted)
+            self.loaded = wanted
+            self.head = self.memory.peek()
+
+
+# -- one rank's state -------------------------------------------------------------------------------------------------
+
+
+class ProcessState:
+    """The process-global state of one rank, while that rank does not run."""
+
+    __slots__ = (
+        "argv",
+        "atexit",
+        "backend",
+        "cwd",
+        "environ",
+        "excepthook",
+        "flags",
+        "generators",
+        "groups",
+        "init_method",
+        "main",
+        "modules",
+        "path",
+        "signals",
+        "stderr",
+        "stdout",
+        "torch_rng",
+        "warning_default",
+        "warning_filters",
+        "warning_once",
+        "warning_show",
+        "warning_show_impl",
+    )
+
+    def __init__(self, environ: dict[bytes, bytes]) -> None:
+        self.groups = GroupTables()
+        self.backend: str | None = None
+        self.init_method: str | None = None
+        self.environ = environ
+        self.argv = list(sys.argv)
+        self.path = list(sys.path)
+        self.main = sys.modules["__main__"]
+        self.stdout = sys.stdout
+        self.stderr = sys.stderr
+        self.excepthook = sys.excepthook
+        self.cwd: str | None = None
+        self.flags = _read_flags()
+        self.torch_rng: torch.Tensor = torch.default_generator.get_state()
+        self.generators: list[Any] = []
+        self.warning_filters: Any = list(warnings.filters)
+        self.warning_show = warnings.showwarning
+        self.warning_show_impl = warnings._showwarnmsg_impl  # type: ignore[attr-defined]
+        self.warning_once = dict(warnings.onceregistry)  # type: ignore[attr-defined]
+        self.warning_default = warnings.defaultaction  # type: ignore[attr-defined]
+        self.modules: Any = None
+        self.signals: dict[int, Any] = {}
+        self.atexit: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+
+
+class StateSwitcher:
+    """Loads the state of one rank after saving that of another; puts the process's own state back at the end.
+
+    Args:
+        rank_local: names of modules (and packages, with all below) whose globals each rank has for itself.
+    """
+
+    def __init__(self, rank_local: list[str]) -> None:
+        self._os_environ: Any = os.environ
+        self._generators = [_Generator(_PythonRandom(), 0), _Generator(_NumpyRandom(), 1)]
+        self.modules = RankLocalModules(rank_local)
+        self.any_chdir = False
+        self._cwd = os.getcwd()
+        self._torch = torch.default_generator
+        self._original: ProcessState | None = None
+        self._c_environ: dict[bytes, bytes] = {}
+
+    @contextmanager
+    def around_run(self) -> Iterator[None]:
+        """Remember the process's own state now, and restore it on leaving."""
+        original = ProcessState(self._os_environ._data)
+        original.groups = c10d._world  # type: ignore[assignment]
+        original.backend, original.init_method = c10d._backend, c10d._default_pg_init_method
+        original.argv, original.path = sys.argv, sys.path
+        original.warning_filters, original.warning_once = warnings.filters, warnings.onceregistry  # type: ignore[attr-defined]
+        original.cwd = self._cwd
+        environ = dict(self._os_environ._data)
+        path, argv, filters = list(sys.path), list(sys.argv), list(warnings.filters)
+        for generator in self._generators:
+            generator.loaded = generator.memory.read()
+            generator.head = generator.memory.peek()
+            original.generators.append(generator.loaded)
+        self.modules.begin()
+        original.modules = self.modules.pristine()
+        isolation = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
+        isolation(True)
+        try:
+            yield
+        finally:
+            isolation(False)
+            for generator in self._generators:
+                generator.loaded = None
+            self.load(original)
+            self._original = None
+            self._os_environ._data.clear()
+            self._os_environ._data.update(environ)
+            _restore_c_environ(environ)
+            sys.path[:], sys.argv[:] = path, argv
+            if list(warnings.filters) != filters:
+                warnings.filters[:] = filters  # type: ignore[index]
+                warnings._filters_mutated()  # type: ignore[attr-defined]
+            if os.getcwd() != self._cwd:
+                os.chdir(self._cwd)
+            self.modules.end()
+
+    def new_state(self, environ: dict[str, str], seed: int) -> ProcessState:
+        """The state of a process that has just started, with ``environ`` added to the environment.
+
+        Torch's generator holds the seed every new process has; Python's and NumPy's, which a real process seeds from
+        the operating system, are seeded from ``seed``.
+        """
+        data = dict(self._os_environ._data)
+        encode_key, encode_value = self._os_environ.encodekey, self._os_environ.encodevalue
+        for key, value in environ.items():
+            data[encode_key(key)] = encode_value(value)
+        state = ProcessState(data)
+        state.torch_rng = _FRESH_TORCH
+        state.generators = [_fresh_python(seed), _fresh_numpy(seed)]
+        state.modules = self.modules.pristine()
+        return state
+
+    def save(self, state: ProcessState) -> None:
+        """Take the running rank's state out of the process."""
+        state.groups = c10d._world  # type: ignore[assignment]
+        state.backend = c10d._backend
+        state.init_method = c10d._default_pg_init_method
+        state.argv = sys.argv
+        state.path = sys.path
+        state.stdout = sys.stdout
+        state.stderr = sys.stderr
+        state.excepthook = sys.excepthook
+        state.flags = _read_flags()
+        state.torch_rng = self._torch.get_state()
+        state.warning_filters = warnings.filters
+        state.warning_show = warnings.showwarning
+        state.warning_show_impl = warnings._showwarnmsg_impl  # type: ignore[attr-defined]
+        state.warning_once = warnings.onceregistry  # type: ignore[attr-defined]
+        state.warning_default = warnings.defaultaction  # type: ignore[attr-defined]
+        for generator in self._generators:
+            generator.save(state)
+        if self.modules.active:
+            self.modules.save(state.modules)
+
+    def load(self, state: ProcessState) -> None:
+        """Put a rank's state into the process."""
+        c10d._world = state.groups  # type: ignore[assignment]
+        c10d._backend = state.backend
+        c10d._default_pg_init_method = state.init_method
+        self._os_environ._data = state.environ
+        sys.argv = state.argv
+        sys.path = state.path
+        sys.stdout = state.stdout
+        sys.stderr = state.stderr
+        sys.excepthook = state.excepthook
+        sys.modules["__main__"] = state.main
+        flags = _read_flags()
+        if flags != state.flags:
+            _write_flags(flags, state.flags)
+        self._torch.set_state(state.torch_rng)
+        if warnings.filters != state.warning_filters:
+            warnings.filters = state.warning_filters
+            warnings._filters_mutated()  # type: ignore[attr-defined]
+        else:
+            warnings.filters = state.warning_filters
+        warnings.showwarning = state.warning_show
+        warnings._showwarnmsg_impl = state.warning_show_impl  # type: ignore[attr-defined]
+        warnings.onceregistry = state.warning_once  # type: ignore[attr-defined]
+        warnings.defaultaction = state.warning_default  # type: ignore[attr-defined]
+        for generator in self._generators:
+            generator.load(state)
+        if self.any_chdir:
+            wanted = state.cwd or self._cwd
+            if wanted != _real_getcwd():
+                _real_chdir(wanted)
+        if self.modules.active:
+            self.modules.load(state.modules)
+
+
+_real_chdir = os.chdir
+_real_getcwd = os.getcwd
+_FRESH_TORCH = torch.Generator().get_state()
+_fresh_cache: dict[tuple[str, int], Any] = {}
+
+
+def _fresh_python(seed: int) -> tuple[bytes, Any]:
+    _, words, gauss = random.Random(seed).getstate()
+    layout = (ctypes.c_uint32 * 625)(words[624], *words[:624])
+    return bytes(layout), gauss
+
+
+def _fresh_numpy(seed: int) -> Any:
+    return np.random.RandomState(seed % 2**32).get_state(legacy=False)
+
+
+def _restore_c_environ(environ: dict[bytes, bytes]) -> None:
+    """Give the C library's environment, which ranks wrote to through ``os.environ``, its values back."""
+    for key in list(os.environb):
+        os.putenv(key, environ[key])

@@ -1,0 +1,553 @@
+"""``SimWorld(size).run(fn)``: run a function on N simulated ranks in this process."""
+
+from __future__ import annotations
+
+import _thread
+import ctypes
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from random import Random
+from typing import Any
+
+import torch
+
+from lightrft.errors import (
+    BlockedOutsideError,
+    CollectiveTimeoutError,
+    ConfigError,
+    SimulationError,
+    SimWarning,
+    UnfinishedError,
+)
+from lightrft.sim import clock, current, divergence, groups, places, store, threads
+from lightrft.sim.accelerator import DeviceState
+from lightrft.sim.accelerator import patches as accelerator_patches
+from lightrft.sim.calls import Call, Event, Group, Meeting, Message
+from lightrft.sim.collectives import ORDERS
+from lightrft.sim.patching import Patch, Patcher
+from lightrft.sim.point_to_point import unmatched
+from lightrft.sim.process_group import SimProcessGroup
+from lightrft.sim.profiles import check_profile
+from lightrft.sim.rank_state import GroupTables, ProcessState, StateSwitcher
+from lightrft.sim.scheduler import Killed, Scheduler, Task
+from lightrft.sim.shared_globals import SharedGlobals
+from lightrft.sim.works import SimWork
+
+__all__ = ["SimRank", "SimWorld"]
+
+_MASTER_PORT = 29500
+_STACK_BYTES = 8 << 20
+_running = threading.Lock()
+
+
+class SimRank:
+    """One simulated process.
+
+    Attributes:
+        index: global rank.
+        local_rank: rank on its node.
+        state: its process-global state while another rank runs.
+        accelerator: its simulated GPU.
+        outstanding: asynchronous operations it has not waited for.
+        handles: its process groups, in order of creation.
+    """
+
+    def __init__(self, world: SimWorld, index: int, state: ProcessState, gpus_per_node: int, cuda: bool) -> None:
+        self.world = world
+        self.index = index
+        self.local_rank = index % gpus_per_node
+        self.state = state
+        self.accelerator = DeviceState(self.local_rank, gpus_per_node, cuda_available=cuda)
+        self.outstanding: dict[SimWork, None] = {}
+        self.handles: list[SimProcessGroup] = []
+        self.threads: list[Task] = []
+        self.main: Task | None = None
+        self.creations = 0
+        self._group_epochs: dict[str, int] = {}
+        self._messages: dict[Group, int] = {}
+
+    def tables(self) -> GroupTables:
+        """The rank's tables of ``torch.distributed``; call it only while the rank runs."""
+        world: GroupTables = torch.distributed.distributed_c10d._world  # type: ignore[assignment]
+        return world
+
+    def count_group(self, name: str) -> int:
+        """How often this rank has made a group of this name before: a destroyed group may come again."""
+        epoch = self._group_epochs.get(name, 0)
+        self._group_epochs[name] = epoch + 1
+        return epoch
+
+    def count_message(self, group: Group) -> int:
+        """Number of the next send or receive on ``group``."""
+        self._messages[group] = self._messages.get(group, 0) + 1
+        return self._messages[group]
+
+    def adopt_groups(self) -> None:
+        """Make the rank's groups known to C++ on the calling thread."""
+        for pg in self.handles:
+            if not pg.closed:
+                torch._C._distributed_c10d._register_process_group(pg.group_name, pg)
+
+
+class SimWorld:
+    """N simulated ranks that run one function in this process.
+
+    Args:
+        size: number of ranks.
+        gpus_per_node: ranks on a node; gives ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE`` and ``GROUP_RANK``.
+        seed: draws every choice of a random schedule, and seeds Python's and NumPy's generators of every rank.
+        schedule: ``fifo`` runs ranks in the order in which they become ready; ``random`` draws it from the seed.
+        numerics: order in which reductions add: ``rank``, ``ring``, ``tree`` or ``permuted``.
+        profile: what is accepted: ``strict`` (what every real backend accepts), ``gloo`` or ``nccl``.
+        rank_local: modules or packages of which every rank has its own globals.
+        cuda: whether ``torch.cuda.is_available()`` says yes inside.
+        strict: whether leftovers at the end of a run are an error instead of a warning.
+        check_determinism: run everything twice and stop at the first event, random draw or tensor that differs.
+        stall_after: seconds (real) a rank may block outside the simulator before a dump names it.
+        stall_limit: seconds (real) after which such a run fails.
+
+    A world may run several functions, one after the other; each run starts N fresh ranks.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        gpus_per_node: int = 8,
+        seed: int = 0,
+        schedule: str = "fifo",
+        numerics: str = "rank",
+        profile: str = "strict",
+        rank_local: Sequence[str] = (),
+        cuda: bool = False,
+        strict: bool = False,
+        check_determinism: bool = False,
+        stall_after: float = 5.0,
+        stall_limit: float = 300.0,
+    ) -> None:
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"size={size!r}: expected the number of ranks, at least 1")
+        if not isinstance(gpus_per_node, int) or gpus_per_node < 1:
+            raise ConfigError(f"gpus_per_node={gpus_per_node!r}: expected a number of at least 1")
+        if schedule not in ("fifo", "random"):
+            raise ConfigError(f"schedule={schedule!r} is unknown: expected 'fifo' or 'random'")
+        if numerics not in ORDERS:
+            raise ConfigError(f"numerics={numerics!r} is unknown: expected one of {', '.join(ORDERS)}")
+        if isinstance(rank_local, str):
+            raise ConfigError(f"rank_local={rank_local!r}: expected a list of module names, e.g. [{rank_local!r}]")
+        check_profile(profile)
+        self.size = size
+        self.gpus_per_node = gpus_per_node
+        self.seed = seed
+        self.schedule = schedule
+        self.numerics = numerics
+        self.profile = profile
+        self.rank_local = list(rank_local)
+        self.cuda = cuda
+        self.strict = strict
+        self.check_determinism = check_determinism
+        self.stall_after = stall_after
+        self.stall_limit = stall_limit
+        self.replay = ""
+        """The command that repeats the run, shown in reports; set by what starts it."""
+        self._calls: list[Call] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._calls = []
+        self.groups: dict[tuple[str, int, tuple[int, ...]], Group] = {}
+        self.stores = store.StoreTable()
+        self.ranks: list[SimRank] = []
+        self._creations: list[tuple[tuple[int, ...], str, SimRank, Any]] = []
+        self._failures: list[tuple[SimRank, BaseException]] = []
+        self._mismatch: divergence.Mismatch | None = None
+        self._verdict: SimulationError | None = None
+        self._interrupted = False
+        self._leftovers: list[str] = []
+
+    # -- what a user calls --------------------------------------------------------------------------------------
+
+    @property
+    def trace(self) -> list[Event]:
+        """What the ranks of the latest run did, in the order in which it happened."""
+        return [call.event() for call in self._calls]
+
+    def run(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
+        """Run ``fn(*args, **kwargs)`` on every rank.
+
+        Returns:
+            the results, by rank.
+
+        Raises:
+            DeadlockError: no rank can go on.
+            CollectiveMismatchError: ranks disagree about a collective, a message, or a group.
+            CollectiveTimeoutError: a rank kept others waiting for longer than the timeout of the group.
+            RankFailedError: ``fn`` raised on a rank; that exception is the ``__cause__``.
+            UnfinishedError: with ``strict=True``, something was left unfinished at the end.
+        """
+        if current.current_task() is not None:
+            raise SimulationError("SimWorld.run was called inside a simulated rank: worlds cannot be nested")
+        if not _running.acquire(blocking=False):
+            raise SimulationError("another SimWorld is running in this process: run one after the other")
+        try:
+            if self.check_determinism:
+                from lightrft.sim.determinism import run_twice
+
+                return run_twice(self, fn, args, kwargs)
+            return self._run_once(fn, args, kwargs)
+        finally:
+            _running.release()
+
+    def dump_flight_record(self, path: str | os.PathLike[str]) -> list[str]:
+        """Write the latest run in the format of PyTorch's flight recorder, one file per rank.
+
+        Args:
+            path: prefix of the file names; rank ``r`` is written to ``{path}{r}``.
+
+        Returns:
+            the names of the files.
+        """
+        from lightrft.sim.flight_recorder import write
+
+        return write(self, os.fspath(path))
+
+    # -- one run ------------------------------------------------------------------------------------------------
+
+    def _run_once(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        self._reset()
+        results: list[Any] = [None] * self.size
+        random = Random(self.seed) if self.schedule == "random" else None
+        with ExitStack() as stack:
+            self.switcher = StateSwitcher(self.rank_local)
+            stack.enter_context(self.switcher.around_run())
+            self.scheduler = Scheduler(random=random, switch=self._switch, stuck=self._stuck, watch=self._watch)
+            self.shared = SharedGlobals(self.switcher.modules.matches)
+            self.ranks = [self._new_rank(index) for index in range(self.size)]
+            self.shared.begin()
+            stack.callback(self._forget)
+            args, kwargs, undo = threads.adopt_locks(fn, args, kwargs)
+            for function, arguments in undo:
+                stack.callback(function, *arguments)
+            with _stack_size(_STACK_BYTES), _one_core():
+                for rank in self.ranks:
+                    self._start(rank, fn, args, kwargs, results)
+            stack.enter_context(_patched())
+            self._drive()
+        self._report()
+        return results
+
+    def _new_rank(self, index: int) -> SimRank:
+        local = index % self.gpus_per_node
+        environ = {
+            "RANK": index,
+            "LOCAL_RANK": local,
+            "WORLD_SIZE": self.size,
+            "LOCAL_WORLD_SIZE": min(self.gpus_per_node, self.size - index + local),
+            "GROUP_RANK": index // self.gpus_per_node,
+            "GROUP_WORLD_SIZE": -(-self.size // self.gpus_per_node),
+            "ROLE_RANK": index,
+            "ROLE_WORLD_SIZE": self.size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": _MASTER_PORT,
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
+        seed = self.seed * 1_000_003 + index
+        state = self.switcher.new_state({key: str(value) for key, value in environ.items()}, seed)
+        return SimRank(self, index, state, self.gpus_per_node, self.cuda)
+
+    def _start(self, rank: SimRank, fn: Any, args: Any, kwargs: Any, results: list[Any]) -> None:
+        task = Task(self.scheduler, rank, f"rank {rank.index}")
+        rank.main = task
+        self.scheduler.add(task)
+        thread = threading.Thread(
+            target=self._rank_thread, args=(task, fn, args, kwargs, results), name=f"rank {rank.index}", daemon=True
+        )
+        thread.start()
+        task.ident = thread.ident or 0
+        task.thread = thread
+
+    def _rank_thread(self, task: Task, fn: Any, args: Any, kwargs: Any, results: list[Any]) -> None:
+        task.lock.acquire()
+        current.bind(task)
+        rank = task.rank
+        try:
+            threads.prepare_thread()
+            if not task.killed:
+                results[rank.index] = fn(*args, **kwargs)
+                threads.join_leftover(task)
+                self._run_atexit(rank)
+                self._note_leftovers(rank)
+        except Killed:
+            if self._interrupted:
+                self.scheduler.kill_all()
+        except SystemExit as error:
+            if error.code not in (None, 0):
+                self._fail(rank, error)
+        except BaseException as error:  # noqa: BLE001 - a rank may raise anything; the run reports it
+            self._fail(rank, error)
+        finally:
+            torch._C._distributed_c10d._unregister_all_process_groups()
+            self.scheduler.finish(task)
+            current.bind(None)
+
+    def _run_atexit(self, rank: SimRank) -> None:
+        entries = rank.state.atexit
+        while entries:
+            function, args, kwargs = entries.pop()
+            function(*args, **kwargs)
+
+    def _switch(self, leaving: SimRank | None, entering: SimRank) -> None:
+        if leaving is not None:
+            self.switcher.save(leaving.state)
+            if self.shared.watching:
+                self.shared.look(leaving.index)
+        self.switcher.load(entering.state)
+
+    def _drive(self) -> None:
+        """Hand over the baton and wait for the end, watching for ranks that block outside the simulator."""
+        scheduler = self.scheduler
+        watcher = _StallWatcher(self)
+        try:
+            scheduler.begin()
+            while not scheduler.all_done.acquire(timeout=watcher.interval):
+                watcher.look()
+        except BaseException:
+            self._interrupt()
+            raise
+        for rank in self.ranks:
+            if rank.main is not None and rank.main.thread is not None:
+                rank.main.thread.join()
+            for task in rank.threads:
+                if task.thread is not None:
+                    task.thread.join()
+
+    def _interrupt(self) -> None:
+        """Stop all ranks from outside: the running one is interrupted, the others end where they wait."""
+        self._interrupted = True
+        deadline = time.monotonic() + 5.0
+        while time.monotonic() < deadline:
+            task = self.scheduler.running
+            if task is not None and not task.finished:
+                task.killed = True
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(task.ident), ctypes.py_object(Killed))
+            if self.scheduler.all_done.acquire(timeout=0.2):
+                return
+
+    def _forget(self) -> None:
+        for rank in self.ranks:
+            rank.handles.clear()
+            rank.outstanding.clear()
+
+    # -- what the parts of a run tell the world -----------------------------------------------------------------
+
+    def record(self, call: Call) -> None:
+        """A rank made a call."""
+        self._calls.append(call)
+
+    def note_creation(self, rank: SimRank, members: tuple[int, ...], backend: str) -> None:
+        """A rank makes a sub-group; all ranks must make the same ones in the same order."""
+        position = rank.creations
+        rank.creations += 1
+        place = places.caller_place(2)
+        if position == len(self._creations):
+            self._creations.append((members, backend, rank, place))
+            return
+        first_members, first_backend, first, first_place = self._creations[position]
+        if first_members != members or first_backend != backend:
+            self._disagreed(divergence.creation_mismatch(position, first, first_members, first_place, rank, members, place))
+            self._park(divergence.CreationWait(members, place))
+
+    def disagree(self, meeting: Meeting, call: Call, member: int) -> None:
+        """A member came to a meeting with another call than the first one; does not return."""
+        meeting.calls[member] = call
+        self._disagreed(divergence.call_mismatch(meeting))
+        self._park(call)
+
+    def disagree_among(self, meeting: Meeting, problem: str) -> None:
+        """Everybody has come, but what they exchange does not fit; does not return."""
+        self._disagreed(divergence.sizes_mismatch(meeting, problem))
+        self._park(meeting.first)
+
+    def disagree_pair(self, send: Call, receive: Call, problem: str, later: Call) -> None:
+        """A send and its receive do not fit; does not return."""
+        self._disagreed(divergence.message_mismatch(send, receive, problem))
+        self._park(later)
+
+    def _disagreed(self, mismatch: divergence.Mismatch) -> None:
+        if self._mismatch is None:
+            self._mismatch = mismatch
+        self._drain()
+
+    def _drain(self) -> None:
+        """The run has failed: let the others come to where they wait, then report."""
+        if self.scheduler.drain_until is None:
+            self.scheduler.drain_until = self.scheduler.switches + 20 * len(self.scheduler.tasks)
+
+    def _park(self, waiting: Any) -> None:
+        while True:
+            self.scheduler.block(waiting)
+
+    def wait_for_meeting(self, meeting: Meeting, call: Call) -> None:
+        """Block the running task until ``meeting`` is complete."""
+        task = current.current_task()
+        assert task is not None
+        scheduler = self.scheduler
+        limit = call.since + call.group.timeout
+        scheduler.watch_at = min(scheduler.watch_at, limit)
+        while not meeting.complete:
+            meeting.waiters.append(task)
+            scheduler.block(call)
+
+    def wait_for_message(self, message: Message) -> None:
+        """Block the running task until ``message`` has met its counterpart."""
+        task = current.current_task()
+        assert task is not None
+        scheduler = self.scheduler
+        scheduler.watch_at = min(scheduler.watch_at, message.call.since + message.call.group.timeout)
+        while not message.matched:
+            message.waiter = task
+            scheduler.block(message.call)
+
+    def _fail(self, rank: SimRank, error: BaseException) -> None:
+        self._failures.append((rank, error))
+        self._drain()
+
+    def _note_leftovers(self, rank: SimRank) -> None:
+        for work in rank.outstanding:
+            if not work.call.done:
+                self._leftovers.append(
+                    f"rank {rank.index}: {work.call.describe()} at {work.call.place} was never waited for"
+                )
+        rank.outstanding.clear()
+        tables = rank.tables()
+        if tables.pg_map:
+            self._leftovers.append(f"rank {rank.index}: destroy_process_group was not called")
+
+    # -- verdicts -----------------------------------------------------------------------------------------------
+
+    def _stuck(self) -> None:
+        """Nobody can run: say why, and end the run."""
+        if not self.scheduler.closing and self._verdict is None:
+            self._verdict = divergence.verdict(self, self._failures, self._mismatch)
+        self.scheduler.kill_all()
+
+    def _watch(self) -> None:
+        """Virtual time has come to a point where a collective may have waited for too long."""
+        now, earliest = self.scheduler.now, 1 << 62
+        for task in self.scheduler.tasks:
+            waiting = task.waiting
+            if isinstance(waiting, Call) and not task.finished:
+                limit = waiting.since + waiting.group.timeout
+                if limit <= now and self._verdict is None:
+                    self._verdict = divergence.timeout_verdict(self, task)
+                    self.scheduler.kill_all()
+                    return
+                earliest = min(earliest, limit)
+        self.scheduler.watch_at = earliest
+
+    def _report(self) -> None:
+        if self._verdict is not None:
+            raise self._verdict
+        if self._failures or self._mismatch is not None:
+            raise divergence.verdict(self, self._failures, self._mismatch)
+        problems = list(self._leftovers)
+        for group in self.groups.values():
+            problems += [f"rank {c.rank}: {c.describe()} at {c.place} never met its counterpart" for c in unmatched(group)]
+        behind = [rank.index for rank in self.ranks if rank.creations < len(self._creations)]
+        if behind:
+            members, _, _, place = self._creations[min(self.ranks[r].creations for r in behind)]
+            problems.append(
+                f"{divergence.show_ranks(behind)}: never called new_group for ranks {list(members)} (made by others at "
+                f"{place}); every rank must call it, members or not"
+            )
+        if problems:
+            shown = "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
+            message = f"the run ended with leftovers:\n  {shown}"
+            if self.strict:
+                raise UnfinishedError(message, report=tuple(problems))
+            warnings.warn(message, SimWarning, stacklevel=4)
+        for warning in self.shared.warnings():
+            warnings.warn(warning, SimWarning, stacklevel=4)
+
+
+class _StallWatcher:
+    """Looks from outside whether the rank that holds the baton is blocked in something real."""
+
+    def __init__(self, world: SimWorld) -> None:
+        self._world = world
+        self.interval = max(0.05, min(0.5, world.stall_after / 4))
+        self._switches = -1
+        self._since = time.monotonic()
+        self._cpu = 0.0
+        self._said = False
+
+    def look(self) -> None:
+        """Called every ``interval`` seconds from the thread that waits for the run."""
+        scheduler = self._world.scheduler
+        task = scheduler.running
+        cpu = _cpu_seconds(task.ident) if task is not None else 0.0
+        now = time.monotonic()
+        if task is None or scheduler.switches != self._switches or cpu - self._cpu > 0.1 * (now - self._since):
+            self._switches, self._since, self._cpu, self._said = scheduler.switches, now, cpu, False
+            return
+        stalled = now - self._since
+        if stalled >= self._world.stall_after and not self._said:
+            self._said = True
+            print(divergence.stall_report(self._world, task, stalled), file=sys.stderr, flush=True)
+        if stalled >= self._world.stall_limit:
+            report = divergence.stall_report(self._world, task, stalled)
+            task.killed = True
+            raise BlockedOutsideError(report)
+
+
+def _cpu_seconds(ident: int) -> float:
+    try:
+        return time.clock_gettime(time.pthread_getcpuclockid(ident))
+    except OSError:  # the thread has just ended
+        return 0.0
+
+
+def _all_patches() -> list[Patch]:
+    return [*clock.patches(), *threads.patches(), *store.patches(), *groups.patches(), *accelerator_patches()]
+
+
+@contextmanager
+def _patched() -> Iterator[None]:
+    patcher = Patcher()
+    try:
+        patcher.apply(_all_patches())
+        patcher.replace_aliases()
+        yield
+    finally:
+        patcher.restore()
+
+
+@contextmanager
+def _stack_size(size: int) -> Iterator[None]:
+    previous = threading.stack_size(size)
+    try:
+        yield
+    finally:
+        threading.stack_size(previous)
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Threads started inside stay on one core: a hand-off then costs less, and only one runs anyway."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    cores = sorted(allowed)
+    chosen = cores[int(worker[2:]) % len(cores)] if worker[2:].isdigit() else cores[os.getpid() % len(cores)]
+    os.sched_setaffinity(0, {chosen})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)

@@ -1,0 +1,91 @@
+"""Every check of the project, each in an environment of its own: ``nox -l`` lists them.
+
+``LIGHTRFT_PYTHONS="3.11,3.12"`` chooses the Python versions of ``unit``; the other sessions take the first one.
+``nox -s gpu --no-venv`` uses the packages that are already installed, for machines that bring their own torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = "requirements/constraints.txt"
+PYTHONS = [version.strip() for version in os.environ.get("LIGHTRFT_PYTHONS", "3.11").split(",") if version.strip()]
+WORKERS = min(4, os.cpu_count() or 1)
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "venv"
+nox.options.error_on_missing_interpreters = True
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["unit", "lint", "typing"]
+
+
+def install(session: nox.Session, *packages: str) -> None:
+    """Install ``packages``; an environment that already has them, by the same declarations, is left alone."""
+    if session.venv_backend == "none":
+        session.log("no environment of its own: using the packages that are installed")
+        return
+    digest = hashlib.sha256(repr((str(ROOT), packages)).encode())
+    for name in ("pyproject.toml", "lightrft/__init__.py", CONSTRAINTS):
+        digest.update((ROOT / name).read_bytes())
+    stamp = Path(session.virtualenv.location) / "lightrft-installed"
+    if stamp.is_file() and stamp.read_text() == digest.hexdigest():
+        session.log(f"already installed: {' '.join(packages)}")
+        return
+    session.install("-c", CONSTRAINTS, *packages)
+    # Written as an install step, so that --no-install does not claim an install that never was.
+    session.run_install("python", "-c", f"open({str(stamp)!r}, 'w').write({digest.hexdigest()!r})", log=False)
+
+
+@nox.session(python=PYTHONS)
+def unit(session: nox.Session) -> None:
+    """Unit tests, on simulated ranks only."""
+    install(session, "-e", ".", "hypothesis", "pytest", "pytest-xdist")
+    session.run("pytest", "-n", str(WORKERS), *session.posargs)
+
+
+@nox.session(python=PYTHONS[0])
+def processes(session: nox.Session) -> None:
+    """Tests that start real processes and real gloo groups."""
+    install(session, "-e", ".", "hypothesis", "pytest")
+    session.run("pytest", "tests/processes", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(python=PYTHONS[0])
+def gpu(session: nox.Session) -> None:
+    """Tests that need a GPU. Without one they are skipped; with LIGHTRFT_REQUIRE_GPU=1 that is a failure."""
+    install(session, "-e", ".", "hypothesis", "pytest")
+    found = session.run("python", "-c", "import torch; print(torch.cuda.device_count())", silent=True)
+    if str(found).split()[-1:] == ["0"]:
+        message = "NO GPU FOUND: not one test of tests/gpu was run"
+        if os.environ.get("LIGHTRFT_REQUIRE_GPU") == "1":
+            session.error(f"{message}, and LIGHTRFT_REQUIRE_GPU=1 asks for them")
+        session.skip(message)
+    session.run("python", "-m", "pytest", "tests/gpu", *session.posargs)
+
+
+@nox.session(python=PYTHONS[0])
+def bench(session: nox.Session) -> None:
+    """Benchmarks."""
+    install(session, "-e", ".", "pytest", "pytest-benchmark")
+    session.run("pytest", "benchmarks", *session.posargs)
+
+
+@nox.session(python=PYTHONS[0])
+def lint(session: nox.Session) -> None:
+    """Style, formatting and spelling."""
+    install(session, "codespell", "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("codespell")
+
+
+@nox.session(python=PYTHONS[0])
+def typing(session: nox.Session) -> None:
+    """Types, strictly."""
+    install(session, "-e", ".", "mypy", "pytest")
+    session.run("mypy", *session.posargs)
