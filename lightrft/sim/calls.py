@@ -169,6 +169,11 @@ class Group:
         self.receives: dict[tuple[int, int], deque[Message]] = {}
         self.any_receives: dict[int, deque[Message]] = {}
 
+    def forget(self) -> None:
+        """Drop what was never completed, with its tensors."""
+        for table in (self.meetings, self.sends, self.receives, self.any_receives):
+            table.clear()
+
     @property
     def title(self) -> str:
         """How a report names the group."""

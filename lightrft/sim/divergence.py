@@ -118,9 +118,9 @@ def _table(rows: Sequence[Row]) -> str:
     width = min(max(map(len, heads), default=0), 30)
     lines = []
     for head, row in zip(heads, rows, strict=True):
-        where = f"{row.place} in {row.place.function}" if row.place is not UNKNOWN else "(no line of yours)"
         lines.append(f"  {head:<{width}}  {row.what}")
-        lines.append(f"  {'':<{width}}    at {where}")
+        if row.place != UNKNOWN:
+            lines.append(f"  {'':<{width}}    at {row.place} in {row.place.function}")
         if row.place.source:
             lines.append(f"  {'':<{width}}    > {row.place.source}")
     return "\n".join(lines)
@@ -129,26 +129,18 @@ def _table(rows: Sequence[Row]) -> str:
 # -- where everybody is -----------------------------------------------------------------------------------------------
 
 
-def _last_calls(world: SimWorld) -> dict[int, Call]:
-    last: dict[int, Call] = {}
-    for call in world._calls:
-        last[call.rank] = call
-    return last
-
-
-def _state_of(world: SimWorld, rank: SimRank, last: dict[int, Call]) -> tuple[Place, str]:
+def _state_of(world: SimWorld, rank: SimRank) -> tuple[Place, str]:
     task = _blocked_task(rank)
     if task is not None and task.waiting is not None:
         return task.waiting.place, f"waits in {task.waiting.describe()}"
     if rank.main is None or not rank.main.finished:
         frame = sys._current_frames().get(task.ident if task is not None else -1)
         return place_of_frame(frame), "runs"
-    call = last.get(rank.index)
-    if any(failed is rank for failed, _ in world._failures):
-        return (call.place if call else UNKNOWN), "raised"
-    if call is None:
-        return UNKNOWN, "has returned; it made no call at all"
-    return call.place, f"has returned; its last call was {call.describe()}"
+    call, what, place = rank.last
+    if call is not rank.latest_call and rank.latest_call is not None:
+        call = rank.latest_call
+        return call.place, f"has returned; its last call was {call.describe()}"
+    return place, f"has returned; it {what}"
 
 
 def _blocked_task(rank: SimRank) -> Task | None:
@@ -166,8 +158,7 @@ def _rows(states: Iterable[tuple[int, Place, str]]) -> tuple[Row, ...]:
 
 
 def _whereabouts(world: SimWorld) -> list[tuple[int, Place, str]]:
-    last = _last_calls(world)
-    return [(rank.index, *_state_of(world, rank, last)) for rank in world.ranks]
+    return [(rank.index, *_state_of(world, rank)) for rank in world.ranks]
 
 
 # -- who is to blame --------------------------------------------------------------------------------------------------
@@ -313,7 +304,7 @@ def _blame_line(culprits: tuple[Culprit, ...]) -> str:
     for culprit in culprits:
         places.setdefault(culprit.place, []).append(culprit.rank)
     shown = [
-        f"{show_ranks(ranks)} at {place}" if place is not UNKNOWN else show_ranks(ranks) for place, ranks in places.items()
+        f"{show_ranks(ranks)} at {place}" if place != UNKNOWN else show_ranks(ranks) for place, ranks in places.items()
     ]
     return "; ".join(shown[:6]) + (f"; ... ({len(shown)} places)" if len(shown) > 6 else "")
 

@@ -96,6 +96,7 @@ def _make_group(
     prefixed = dist.PrefixStore(f"{name}/", store)
     pg = build(rank, name, ranks, str(backend), timeout, description, prefixed)
     pg.bound_device_id = device
+    rank.touched(f"made {pg._group.title}")
     register(pg, rank, str(backend), prefixed, f"user:{tag}" if tag else None)
     return pg, prefixed
 
@@ -232,11 +233,21 @@ def _true_in_rank(original: Any) -> Any:
     return available
 
 
+def _default_timeout(original: Any) -> Any:
+    def default_timeout(backend: Any) -> Any:
+        if current_task() is None:
+            return original(backend)
+        return timedelta(minutes=10) if str(backend) == "nccl" else timedelta(minutes=30)
+
+    return default_timeout
+
+
 def _patches() -> list[Patch]:
     return [
         Patch(c10d, "_new_process_group_helper", _helper),
         Patch(c10d, "init_process_group", _init),
         Patch(c10d, "split_group", _split_group),
+        Patch(c10d, "_get_default_timeout", _default_timeout),
         Patch(c10d, "is_nccl_available", _true_in_rank),
         Patch(c10d, "is_gloo_available", _true_in_rank),
     ]

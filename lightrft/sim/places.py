@@ -45,7 +45,7 @@ _SIMULATOR = 0
 _LIBRARY = 1
 _USER = 2
 _kinds: dict[str, int] = {}
-_shown: dict[tuple[str, str], str] = {}
+_places: dict[tuple[CodeType, int], Place] = {}
 
 
 def _kind(file: str) -> int:
@@ -82,13 +82,22 @@ def caller_place(depth: int = 1) -> Place:
         if kind is None:
             kind = _kind(code.co_filename)
         if kind == _USER:
-            return Place(code.co_filename, frame.f_lineno or 0, code.co_name)
+            return _place(code, frame.f_lineno or 0)
         if kind == _LIBRARY:
             fallback = (code, frame.f_lineno or 0)
         frame = frame.f_back
-    if fallback is None:
-        return UNKNOWN
-    return Place(fallback[0].co_filename, fallback[1], fallback[0].co_name)
+    return UNKNOWN if fallback is None else _place(*fallback)
+
+
+def _place(code: CodeType, line: int) -> Place:
+    """The place, made once: a trace of a million calls names few places."""
+    key = (code, line)
+    place = _places.get(key)
+    if place is None:
+        if len(_places) > 10_000:
+            _places.clear()
+        place = _places[key] = Place(code.co_filename, line, code.co_name)
+    return place
 
 
 def called_library_function(depth: int = 1) -> str:

@@ -137,6 +137,7 @@ class SimProcessGroup(dist.ProcessGroup):
     def shutdown(self) -> None:
         """The group takes no more calls."""
         self.closed = True
+        self._rank.touched(f"destroyed {self._group.title}")
 
     abort = shutdown
 

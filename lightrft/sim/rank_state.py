@@ -8,6 +8,7 @@ and NumPy are read in full only after somebody has drawn from them: one look at 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import random
 import sys
@@ -128,25 +129,41 @@ class _PythonRandom:
 
 
 class _NumpyRandom:
-    """NumPy's legacy global generator; its spare Gaussian is only reached through the full state."""
+    """NumPy's legacy global generator: 625 words at a known address; its spare Gaussian only in the full state.
+
+    A state is ``(words, full)``, where ``full`` is the state as NumPy gives it, kept only while there is a spare.
+    """
+
+    _SIZE = 4 * 625
 
     def __init__(self) -> None:
         self._get, self._set = np.random.get_state, np.random.set_state
-        self._address = np.random.mtrand._rand._bit_generator.ctypes.state_address  # type: ignore[attr-defined]
+        generator = np.random.mtrand._rand._bit_generator  # type: ignore[attr-defined]
+        self._address = generator.ctypes.state_address
         self._first = ctypes.c_uint64.from_address(self._address)
         self._position = ctypes.c_uint32.from_address(self._address + 4 * 624)
+        self._spare_loaded = False
 
     def peek(self) -> int:
         return self._first.value << 32 | self._position.value
 
-    def read(self) -> Any:
-        return self._get(legacy=False)
+    def read(self) -> tuple[bytes, Any]:
+        full: Any = self._get(legacy=False)
+        self._spare_loaded = bool(full["has_gauss"])
+        return ctypes.string_at(self._address, self._SIZE), full if self._spare_loaded else None
 
-    def write(self, state: Any) -> None:
-        self._set(state)
+    def write(self, state: tuple[bytes, Any]) -> None:
+        words, full = state
+        if full is None and self._spare_loaded:
+            self._set({**self._get(legacy=False), "has_gauss": 0, "gauss": 0.0})  # type: ignore[dict-item]
+        if full is not None:
+            self._set(full)
+        else:
+            ctypes.memmove(self._address, words, self._SIZE)
+        self._spare_loaded = full is not None
 
-    def spare(self, state: Any) -> bool:
-        return bool(state["has_gauss"])
+    def spare(self, state: tuple[bytes, Any]) -> bool:
+        return state[1] is not None
 
 
 class _Generator:
@@ -242,8 +259,7 @@ class StateSwitcher:
         self.any_chdir = False
         self._cwd = os.getcwd()
         self._torch = torch.default_generator
-        self._original: ProcessState | None = None
-        self._c_environ: dict[bytes, bytes] = {}
+        self._environs: list[dict[bytes, bytes]] = []
 
     @contextmanager
     def around_run(self) -> Iterator[None]:
@@ -271,10 +287,7 @@ class StateSwitcher:
             for generator in self._generators:
                 generator.loaded = None
             self.load(original)
-            self._original = None
-            self._os_environ._data.clear()
-            self._os_environ._data.update(environ)
-            _restore_c_environ(environ)
+            _restore_c_environ(environ, self._environs)
             sys.path[:], sys.argv[:] = path, argv
             if list(warnings.filters) != filters:
                 warnings.filters[:] = filters  # type: ignore[index]
@@ -294,6 +307,7 @@ class StateSwitcher:
         for key, value in environ.items():
             data[encode_key(key)] = encode_value(value)
         state = ProcessState(data)
+        self._environs.append(data)
         state.torch_rng = _FRESH_TORCH
         state.generators = [_fresh_python(seed), _fresh_numpy(seed)]
         state.modules = self.modules.pristine()
@@ -359,20 +373,27 @@ class StateSwitcher:
 _real_chdir = os.chdir
 _real_getcwd = os.getcwd
 _FRESH_TORCH = torch.Generator().get_state()
-_fresh_cache: dict[tuple[str, int], Any] = {}
 
 
+@functools.lru_cache(maxsize=2048)
 def _fresh_python(seed: int) -> tuple[bytes, Any]:
     _, words, gauss = random.Random(seed).getstate()
     layout = (ctypes.c_uint32 * 625)(words[624], *words[:624])
     return bytes(layout), gauss
 
 
-def _fresh_numpy(seed: int) -> Any:
-    return np.random.RandomState(seed % 2**32).get_state(legacy=False)
+@functools.lru_cache(maxsize=2048)
+def _fresh_numpy(seed: int) -> tuple[bytes, Any]:
+    generator = np.random.MT19937()
+    generator._legacy_seeding(seed % 2**32)  # type: ignore[attr-defined]
+    return ctypes.string_at(generator.ctypes.state_address, 4 * 625), None
 
 
-def _restore_c_environ(environ: dict[bytes, bytes]) -> None:
-    """Give the C library's environment, which ranks wrote to through ``os.environ``, its values back."""
-    for key in list(os.environb):
-        os.putenv(key, environ[key])
+def _restore_c_environ(environ: dict[bytes, bytes], others: list[dict[bytes, bytes]]) -> None:
+    """Give the environment of C, to which ranks wrote through ``os.environ``, its values back."""
+    for other in others:
+        for key in other.keys() - environ.keys():
+            os.unsetenv(key)
+    for key, value in environ.items():
+        if any(other.get(key) != value for other in others):
+            os.putenv(key, value)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Killed", "Scheduler", "Task", "Waiting"]
 
-NANOSECONDS = 1_000_000_000
+_new_lock = _thread.allocate_lock  # the real one: inside a run the name gives locks of the simulation
 
 
 class Killed(BaseException):
@@ -67,7 +67,7 @@ class Task:
         self.rank = rank
         self.name = name
         self.daemon = daemon
-        self.lock = _thread.allocate_lock()
+        self.lock = _new_lock()
         self.lock.acquire()
         self.waiting: Waiting | None = None
         self.killed = False
@@ -90,6 +90,7 @@ class Scheduler:
         switch: Callable[[SimRank | None, SimRank], None],
         stuck: Callable[[], None],
         watch: Callable[[], None],
+        is_call: Callable[[Waiting | None], bool],
     ) -> None:
         self.now = 0
         self.ready: deque[Task] = deque()
@@ -101,6 +102,7 @@ class Scheduler:
         self._switch = switch
         self._stuck = stuck
         self._watch = watch
+        self._is_call = is_call
         self.watch_at = 1 << 62
         """Virtual time (ns) at which ``watch`` looks for collectives that wait for too long."""
         self.drain_until: int | None = None
@@ -109,7 +111,7 @@ class Scheduler:
         self._timers: list[tuple[int, int, Task, int]] = []
         self._order = itertools.count()
         self._loaded: SimRank | None = None
-        self.all_done = _thread.allocate_lock()
+        self.all_done = _new_lock()
         self.all_done.acquire()
 
     # -- called by the thread that starts the run ---------------------------------------------------------------
@@ -248,7 +250,7 @@ class Scheduler:
         if self.drain_until is not None and self.switches > self.drain_until:
             self._stuck()
         while not ready:
-            if self.closing or (self.drain_until is None and self.expire_next()):
+            if self.closing or (self.drain_until is None and not self._hopeless() and self.expire_next()):
                 if self.closing and not ready:
                     return None
                 continue
@@ -263,6 +265,18 @@ class Scheduler:
             task = ready.popleft()
         task.queued = False
         return task
+
+    def _hopeless(self) -> bool:
+        """Whether only daemon threads still wait for time, while everybody else waits for one another.
+
+        A heartbeat thread that sleeps for ever would otherwise hide every deadlock.
+        """
+        if not any(task.daemon and not task.finished for task in self.tasks):
+            return False
+        return all(
+            task.finished or (task.daemon and not self._is_call(task.waiting)) or (not task.daemon and self._is_call(task.waiting))
+            for task in self.tasks
+        )
 
     def _leave(self, task: Task) -> None:
         following = self._next()

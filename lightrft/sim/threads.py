@@ -23,11 +23,12 @@ import torch
 from lightrft.sim import current
 from lightrft.sim.current import current_task
 from lightrft.sim.patching import Patch
-from lightrft.sim.places import Place, caller_place, called_library_function
+from lightrft.sim.places import Place, called_library_function, caller_place, is_user_file
 from lightrft.sim.scheduler import Killed, Task
 
 __all__ = ["SimLock", "adopt_locks", "join_leftover", "patches"]
 
+_new_lock = _thread.allocate_lock
 _RAW_LOCK: Any = type(_thread.allocate_lock())
 _RAW_RLOCK: Any = type(threading.RLock())
 
@@ -64,7 +65,7 @@ class SimLock:
     __slots__ = ("__weakref__", "_real", "_waiters", "holder")
 
     def __init__(self, real: Any = None) -> None:
-        self._real = real if real is not None else _thread.allocate_lock()
+        self._real = real if real is not None else _new_lock()
         self._waiters: deque[Task] = deque()
         self.holder: Task | None = None
 
@@ -317,9 +318,9 @@ def adopt_locks(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     swapped: dict[int, Any] = {}
 
     def adopt(value: Any) -> Any:
-        if isinstance(value, (_RAW_LOCK, _RAW_RLOCK)):
+        if type(value) is _RAW_LOCK or type(value) is _RAW_RLOCK:
             if id(value) not in swapped:
-                swapped[id(value)] = SimLock(value) if isinstance(value, _RAW_LOCK) else threading._PyRLock()  # type: ignore[attr-defined]
+                swapped[id(value)] = SimLock(value) if type(value) is _RAW_LOCK else threading._PyRLock()  # type: ignore[attr-defined]
             return swapped[id(value)]
         return value
 
@@ -327,7 +328,7 @@ def adopt_locks(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if isinstance(inner, FunctionType):
         for cell in inner.__closure__ or ():
             _adopt_cell(cell, adopt, undo)
-        namespace = inner.__globals__
+        namespace = inner.__globals__ if is_user_file(inner.__code__.co_filename) else {}
         for name, value in list(namespace.items()):
             replacement = adopt(value)
             if replacement is not value:

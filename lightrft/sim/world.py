@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
 import ctypes
+import gc
 import os
 import sys
 import threading
@@ -43,6 +43,7 @@ __all__ = ["SimRank", "SimWorld"]
 _MASTER_PORT = 29500
 _STACK_BYTES = 8 << 20
 _running = threading.Lock()
+_NOT_RUNNING: Any = None
 
 
 class SimRank:
@@ -68,8 +69,14 @@ class SimRank:
         self.threads: list[Task] = []
         self.main: Task | None = None
         self.creations = 0
+        self.latest_call: Call | None = None
+        self.last: tuple[Call | None, str, places.Place] = (None, "made no call at all", places.UNKNOWN)
         self._group_epochs: dict[str, int] = {}
         self._messages: dict[Group, int] = {}
+
+    def touched(self, what: str) -> None:
+        """The rank did something to a group that is no call: the last thing it did, until its next call."""
+        self.last = (self.latest_call, what, places.caller_place(2))
 
     def tables(self) -> GroupTables:
         """The rank's tables of ``torch.distributed``; call it only while the rank runs."""
@@ -163,6 +170,9 @@ class SimWorld:
         self.groups: dict[tuple[str, int, tuple[int, ...]], Group] = {}
         self.stores = store.StoreTable()
         self.ranks: list[SimRank] = []
+        self.scheduler: Scheduler = _NOT_RUNNING
+        self.switcher: StateSwitcher = _NOT_RUNNING
+        self.shared: SharedGlobals = _NOT_RUNNING
         self._creations: list[tuple[tuple[int, ...], str, SimRank, Any]] = []
         self._failures: list[tuple[SimRank, BaseException]] = []
         self._mismatch: divergence.Mismatch | None = None
@@ -201,6 +211,7 @@ class SimWorld:
                 return run_twice(self, fn, args, kwargs)
             return self._run_once(fn, args, kwargs)
         finally:
+            self._let_go()
             _running.release()
 
     def dump_flight_record(self, path: str | os.PathLike[str]) -> list[str]:
@@ -224,12 +235,18 @@ class SimWorld:
         random = Random(self.seed) if self.schedule == "random" else None
         with ExitStack() as stack:
             self.switcher = StateSwitcher(self.rank_local)
+            stack.enter_context(_frozen_heap())
             stack.enter_context(self.switcher.around_run())
-            self.scheduler = Scheduler(random=random, switch=self._switch, stuck=self._stuck, watch=self._watch)
+            self.scheduler = Scheduler(
+                random=random,
+                switch=self._switch,
+                stuck=self._stuck,
+                watch=self._watch,
+                is_call=lambda waiting: isinstance(waiting, Call),
+            )
             self.shared = SharedGlobals(self.switcher.modules.matches)
             self.ranks = [self._new_rank(index) for index in range(self.size)]
             self.shared.begin()
-            stack.callback(self._forget)
             args, kwargs, undo = threads.adopt_locks(fn, args, kwargs)
             for function, arguments in undo:
                 stack.callback(function, *arguments)
@@ -338,16 +355,30 @@ class SimWorld:
             if self.scheduler.all_done.acquire(timeout=0.2):
                 return
 
-    def _forget(self) -> None:
+    def _let_go(self) -> None:
+        """Drop all that only the run needed, so that no cycle keeps its tensors alive. The trace stays."""
         for rank in self.ranks:
             rank.handles.clear()
             rank.outstanding.clear()
+            rank.threads.clear()
+            rank.main = None
+        for group in self.groups.values():
+            group.forget()
+        if self.scheduler is not None and self.scheduler.running is None:
+            self.scheduler.tasks.clear()
+        self.ranks = []
+        self._creations = []
+        self._failures = []
+        self._mismatch = self._verdict = None
+        self.stores = store.StoreTable()
+        self.scheduler = self.switcher = self.shared = _NOT_RUNNING
 
     # -- what the parts of a run tell the world -----------------------------------------------------------------
 
     def record(self, call: Call) -> None:
         """A rank made a call."""
         self._calls.append(call)
+        self.ranks[call.rank].latest_call = call
 
     def note_creation(self, rank: SimRank, members: tuple[int, ...], backend: str) -> None:
         """A rank makes a sub-group; all ranks must make the same ones in the same order."""
@@ -525,6 +556,19 @@ def _patched() -> Iterator[None]:
         yield
     finally:
         patcher.restore()
+
+
+@contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """Spare the garbage collector what was there before: a trace that grows makes it look through the heap often."""
+    if gc.get_freeze_count():  # somebody else's: not ours to undo
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

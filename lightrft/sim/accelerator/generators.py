@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
+from lightrft.sim.current import current_task
+
 if TYPE_CHECKING:
     from lightrft.sim.accelerator.state import DeviceState
 
 __all__ = ["DefaultGenerators", "DeviceGenerator", "PhiloxState"]
 
 DEFAULT_SEED = 67280421310721
-"""``c10::detail::getNonDeterministicRandom`` is asked only on request: every torch process starts with this seed."""
+"""``c10::default_rng_seed_val``: the seed that every generator of torch starts with."""
 _MASK = (1 << 64) - 1
 
 
@@ -132,11 +134,10 @@ class DefaultGenerators:
         self._original = original
 
     def _entries(self) -> Any:
-        from lightrft.sim.accelerator.state import device_state
-
-        state = device_state()
-        if state is None:
+        task = current_task()
+        if task is None:
             return self._original
+        state: DeviceState = task.rank.accelerator
         return tuple(DeviceGenerator(state, index) for index in range(state.device_count))
 
     @overload

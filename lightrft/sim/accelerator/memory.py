@@ -49,9 +49,9 @@ class MemoryLedger:
         if self.allocated + nbytes > self.total * self.fraction:
             self.ooms += 1
             raise torch.OutOfMemoryError(
-                f"CUDA out of memory. Tried to allocate {nbytes} bytes. Simulated GPU {self.index} has a total capacity "
-                f"of {self.total} bytes of which {self.total - self.allocated} bytes are free; this process may use "
-                f"{self.fraction:.0%} of it."
+                f"CUDA out of memory. Tried to allocate {nbytes} bytes. Simulated GPU {self.index} has a total "
+                f"capacity of {self.total} bytes of which {self.total - self.allocated} bytes are free; this process "
+                f"may use {self.fraction:.0%} of it."
             )
         self.allocated += nbytes
         self.ever_allocated += nbytes

@@ -11,19 +11,18 @@ from typing import Any
 from lightrft.sim.current import current_task
 from lightrft.sim.patching import Patch
 
-__all__ = ["RankClass", "answer", "once", "wherever_bound"]
+__all__ = ["RankClass", "answer", "answer_or", "once", "wherever_bound"]
 
 
 def once(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """A ``make`` for patches that builds one replacement per original and returns it again in the next world."""
-    original: Any = build  # something that is never an original
-    replacement: Any = None
+    latest: tuple[Any, Any] | None = None
 
-    def make(found: Any) -> Any:
-        nonlocal original, replacement
-        if found is not original:
-            original, replacement = found, build(found)
-        return replacement
+    def make(original: Any) -> Any:
+        nonlocal latest
+        if latest is None or latest[0] is not original:
+            latest = original, build(original)
+        return latest[1]
 
     return make
 
@@ -44,6 +43,22 @@ def answer(function: Callable[..., Any]) -> Callable[[Any], Any]:
     return once(build)
 
 
+def answer_or(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """As :func:`answer`, but calls ``function(state, original, *args, **kwargs)``."""
+
+    def build(original: Any) -> Any:
+        @functools.wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            task = current_task()
+            if task is None:
+                return original(*args, **kwargs)
+            return function(task.rank.accelerator, original, *args, **kwargs)
+
+        return replacement
+
+    return once(build)
+
+
 def wherever_bound(owner: ModuleType, name: str, make: Callable[[Any], Any], *, within: str = "") -> list[Patch]:
     """Patches for ``owner.name`` and for every module below the package ``within`` that has imported it by name.
 
@@ -53,11 +68,10 @@ def wherever_bound(owner: ModuleType, name: str, make: Callable[[Any], Any], *, 
     if original is None:
         return []
     found = [Patch(owner, name, make)]
-    prefix = within or owner.__name__
+    prefix = (within or owner.__name__) + "."
     for module_name, module in list(sys.modules.items()):
-        if module is None or module is owner or not f"{module_name}.".startswith(f"{prefix}."):
-            continue
-        found += [Patch(module, key, make) for key, value in list(vars(module).items()) if value is original]
+        if module is not owner and f"{module_name}.".startswith(prefix):
+            found += [Patch(module, key, make) for key, value in list(vars(module).items()) if value is original]
     return found
 
 
@@ -70,6 +84,7 @@ class RankClass(type):
     original: Any = None
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make an object of this class on a rank, else of the original one."""
         if current_task() is None:
             return cls.original(*args, **kwargs)
         return super().__call__(*args, **kwargs)

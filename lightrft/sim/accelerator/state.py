@@ -20,10 +20,17 @@ from lightrft.sim.current import current_task
 if TYPE_CHECKING:
     from lightrft.sim.accelerator.streams import Stream
 
-__all__ = ["CPU", "GIBIBYTE", "DeviceState", "device_state"]
+__all__ = ["CPU", "CUDA_DEVICES", "GIBIBYTE", "DeviceState", "device_state"]
 
 CPU = torch.device("cpu")
 GIBIBYTE = 1 << 30
+
+_DEVICE_INDICES = 128
+"""``torch.device`` keeps an index in 7 bits."""
+CUDA_DEVICES: dict[Any, int | None] = {"cuda": None, torch.device("cuda"): None}
+"""Every CUDA device, as a string and as a ``torch.device``, with its index: a look-up is faster than ``device.type``."""
+for _index in range(_DEVICE_INDICES):
+    CUDA_DEVICES[f"cuda:{_index}"] = CUDA_DEVICES[torch.device("cuda", _index)] = _index
 
 
 class _PerThread(threading.local):
@@ -53,6 +60,8 @@ class DeviceState:
     initialized: bool = field(default=False, init=False)
     """Whether this process has a CUDA context: set by the first call that needs one."""
     sync_debug_mode: int = field(default=0, init=False)
+    dtensor_tracker: Any = field(default=None, init=False, repr=False)
+    """The random state tracker that DTensor has made on this rank."""
     stream_ids: Iterator[int] = field(default_factory=lambda: itertools.count(1), init=False, repr=False)
     nvtx_ids: Iterator[int] = field(default_factory=lambda: itertools.count(1), init=False, repr=False)
     threads: _PerThread = field(default_factory=_PerThread, init=False, repr=False)
@@ -79,7 +88,7 @@ class DeviceState:
             return index
         raise torch.AcceleratorError(
             f"CUDA error: invalid device ordinal: got {index}, but this rank (local rank {self.local_rank}) sees "
-            f"{self.device_count} device(s), numbered from 0. Use the local rank, not the global one, to choose a device."
+            f"{self.device_count} device(s), numbered from 0. Choose a device by the local rank, not by the global one."
         )
 
     def initialize(self) -> None:
@@ -112,14 +121,10 @@ class DeviceState:
             device: what torch takes for a device: a string, a ``torch.device``, an index, or ``None``.
         """
         kind = type(device)
-        if kind is torch.device:
-            if device.type != "cuda":
+        if kind is torch.device or kind is str:
+            if device not in CUDA_DEVICES:
                 return device
-            self.use(device.index)
-        elif kind is str:
-            if not device.startswith("cuda"):
-                return device
-            self.use(torch.device(device).index)
+            self.use(CUDA_DEVICES[device])
         elif kind is int and device >= 0:
             self.use(device)
         else:
@@ -135,6 +140,8 @@ class DeviceState:
         """
         if device is None or type(device) is int:
             return self.use(device)
+        if type(device) in (torch.device, str) and device in CUDA_DEVICES:
+            return self.use(CUDA_DEVICES[device])
         if isinstance(device, torch.cuda.device):
             return self.use(device.idx)
         found = torch.device(device)

@@ -35,6 +35,7 @@ class Stream(torch.Stream, metaclass=RankClass):
 
     _device_index: int
     _stream_id: int
+    _priority: int
     _entered: list[tuple[int, Stream]]
 
     def __new__(cls, device: Any = None, priority: int = 0, **ids: int) -> Stream:
@@ -142,6 +143,7 @@ class Stream(torch.Stream, metaclass=RankClass):
 class Event(torch.Event, metaclass=RankClass):
     """Stands in for ``torch.cuda.Event`` on a rank; the same arguments."""
 
+    _enable_timing: bool
     _recorded: float | None
     _device_index: int | None
 

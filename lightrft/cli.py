@@ -1,0 +1,329 @@
+"""The command ``lightrft``. It loads torch only once there is something to run."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lightrft import __version__
+
+if TYPE_CHECKING:
+    from lightrft.sim.script import Script
+    from lightrft.sim.world import SimWorld
+
+__all__ = ["main"]
+
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+"""Exit statuses: the run found something wrong, the command line cannot work, Ctrl-C."""
+
+SCHEDULES = ("fifo", "random")
+NUMERICS = ("rank", "ring", "tree", "permuted")
+PROFILES = ("strict", "gloo", "nccl")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (that of this process if None); returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        _own_the_process()
+    try:
+        if words and words[0] in _COMMANDS:
+            return _COMMANDS[words[0]](words[1:], own_process=argv is None)
+        return _no_command(words)
+    except _UsageError as error:
+        _complain(str(error))
+        return MISUSED
+    except KeyboardInterrupt:
+        _complain("lightrft: interrupted")
+        return INTERRUPTED
+
+
+def _own_the_process() -> None:
+    """As torchrun runs ``python -u``: what ranks have printed is seen at once, also through a pipe."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(line_buffering=True)
+
+
+def _complain(text: str) -> None:
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)
+
+
+# -- command lines ----------------------------------------------------------------------------------------------------
+
+
+class _UsageError(Exception):
+    """The command line cannot work; the message is one line that says what to do."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of ending the process, and complains in one line."""
+
+    def error(self, message: str) -> Any:
+        raise _UsageError(f"{self.prog}: error: {message} (help: {self.prog} --help)")
+
+
+def _no_command(words: list[str]) -> int:
+    parser = _Parser(
+        prog="lightrft",
+        usage="lightrft COMMAND ...",
+        description="Reinforcement-learning fine-tuning of language models, testable for many GPUs on one machine.",
+        epilog="commands:\n  sim    run a script on N simulated ranks (help: lightrft sim --help)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"lightrft {__version__}")
+    if not words:
+        parser.print_help(sys.stderr)
+        return MISUSED
+    if not words[0].startswith("-"):
+        close = difflib.get_close_matches(words[0], _COMMANDS, 1)
+        parser.error(f"there is no command {words[0]!r}: expected {close[0] if close else ', '.join(_COMMANDS)}")
+    return _parse(parser, words, argparse.Namespace())
+
+
+def _parse(parser: argparse.ArgumentParser, words: list[str], into: argparse.Namespace) -> int:
+    """Parse ``words``; returns the exit status of ``--help`` and ``--version``, which end the process, or 0."""
+    try:
+        parser.parse_args(words, into)
+    except SystemExit as end:
+        into.ended = True
+        return int(end.code or 0)
+    return 0
+
+
+def _sim_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lightrft sim",
+        usage="lightrft sim -n RANKS [options] script.py [ARGS ...]\n"
+        "       lightrft sim -n RANKS [options] -m MODULE [ARGS ...]",
+        description="Run a Python script on N simulated torch.distributed ranks in this process, as torchrun runs it "
+        "on N GPUs. A hang, a mismatch between ranks or a failing rank ends the run with a report that names the rank "
+        "and the line.",
+        epilog="Everything after the script goes to the script. Exit status: 0, or 1 if the run failed, 2 if this "
+        "command line cannot work, 130 after Ctrl-C.\n\n"
+        "examples:\n"
+        "  lightrft sim -n 8 train.py --lr 1e-5\n"
+        "  lightrft sim -n 16 --gpus-per-node 8 --seed 3 --schedule random train.py\n"
+        "  lightrft sim -n 4 --tag-output -m my_package.train",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    ranks = parser.add_argument_group("ranks")
+    ranks.add_argument("-n", "--ranks", type=_positive, metavar="RANKS", help="how many ranks to run: WORLD_SIZE")
+    ranks.add_argument(
+        "--gpus-per-node", type=_positive, default=8, metavar="N", help="ranks on a node: LOCAL_WORLD_SIZE (default: 8)"
+    )
+    ranks.add_argument(
+        "--rank-local",
+        action="append",
+        default=[],
+        metavar="PKG",
+        help="module or package whose globals each rank has for itself, as in real processes; may be given several "
+        "times, or with commas",
+    )
+    ranks.add_argument("--cuda", action="store_true", help="torch.cuda.is_available() is True (default: False)")
+    order = parser.add_argument_group("order and seed")
+    order.add_argument("--seed", type=_seed, default=0, metavar="S", help="seed of the run (default: 0)")
+    order.add_argument(
+        "--schedule",
+        choices=SCHEDULES,
+        default="fifo",
+        help="fifo: ranks run in the order in which they become ready; random: the order is drawn from the seed, and is "
+        "the same each time for one seed (default: fifo)",
+    )
+    order.add_argument(
+        "--numerics",
+        choices=NUMERICS,
+        default="rank",
+        help="order in which reductions add up; a result that depends on it will differ on a cluster (default: rank)",
+    )
+    checks = parser.add_argument_group("checks")
+    checks.add_argument(
+        "--profile",
+        choices=PROFILES,
+        default="strict",
+        help="calls to accept: those of gloo, of nccl, or strict: only what every real backend gets right "
+        "(default: strict)",
+    )
+    checks.add_argument(
+        "--strict", action="store_true", help="fail if something is left unfinished at the end, instead of warning"
+    )
+    checks.add_argument(
+        "--check-determinism",
+        action="store_true",
+        help="run everything twice and fail at the first event, random draw or tensor that differs",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--tag-output", action="store_true", help="start each line that a rank prints with [rank N]")
+    output.add_argument(
+        "--flight-record",
+        metavar="PREFIX",
+        help="write what each rank did to PREFIX0, PREFIX1, ... in the format of PyTorch's flight recorder (torchfrtrace)",
+    )
+    program = parser.add_argument_group("program")
+    program.add_argument("-m", metavar="MODULE", help="run a module, as python -m does; what follows are its arguments")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def _split(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str], list[str]]:
+    """Our own options, and the program with its arguments (which begin with ``-m`` for a module)."""
+    with_value = {name for action in parser._actions if action.nargs is None for name in action.option_strings}
+    known = {name for action in parser._actions for name in action.option_strings}
+    position = 0
+    while position < len(words):
+        word = words[position]
+        if word == "--":
+            return words[:position], words[position + 1 :]
+        if word == "-m" or word == "-" or not word.startswith("-"):
+            break
+        name = word.partition("=")[0]
+        if name not in known and name[:2] not in known:
+            parser.error(_unknown_option(name, known))
+        position += 2 if word in with_value else 1
+    return words[:position], words[position:]
+
+
+def _unknown_option(name: str, known: set[str]) -> str:
+    if name.replace("_", "-") == "--nproc-per-node":
+        return f"there is no option {name}: -n gives the number of all ranks, --gpus-per-node that of a node"
+    close = difflib.get_close_matches(name, known, 1)
+    guess = f"did you mean {close[0]}? " if close else ""
+    return f"there is no option {name}: {guess}Options of the script come after the script"
+
+
+# -- lightrft sim -----------------------------------------------------------------------------------------------------
+
+
+def _sim(words: list[str], *, own_process: bool) -> int:
+    parser, options = _sim_parser(), argparse.Namespace()
+    ours, program = _split(parser, words)
+    status = _parse(parser, ours, options)
+    if getattr(options, "ended", False):
+        return status
+    if options.ranks is None:
+        parser.error("the number of ranks is missing: give it before the script, as in lightrft sim -n 8 script.py")
+    script = _find_script(parser, program, own_process)
+
+    from lightrft.errors import ConfigError, SimulationError, SimWarning
+    from lightrft.sim.world import SimWorld
+
+    world = SimWorld(
+        options.ranks,
+        gpus_per_node=options.gpus_per_node,
+        seed=options.seed,
+        schedule=options.schedule,
+        numerics=options.numerics,
+        profile=options.profile,
+        rank_local=[name.strip() for names in options.rank_local for name in names.split(",")],
+        cuda=options.cuda,
+        strict=options.strict,
+        check_determinism=options.check_determinism,
+    )
+    world.replay = _command(words)
+    try:
+        script.compile()
+    except (SyntaxError, ValueError) as error:  # ValueError: the file is not text
+        sys.excepthook(type(error), error, None)
+        return FAILED
+    try:
+        _run(world, script, options)
+    except ConfigError as error:
+        raise _UsageError(f"lightrft sim: error: {error}") from None
+    except (SimulationError, SimWarning) as error:  # a warning, if Python was told that warnings are errors
+        _complain(f"\n{error}{_after_failure(options)}")
+        return FAILED
+    return 0
+
+
+def _find_script(parser: argparse.ArgumentParser, program: list[str], own_process: bool) -> Script:
+    from lightrft.sim.script import Script
+
+    as_module = program[:1] == ["-m"]
+    program = program[as_module:]
+    if not program:
+        parser.error("-m needs the name of a module" if as_module else "the script to run is missing")
+    name, *arguments = program
+    script = Script(name, arguments, as_module=as_module, drop_launcher=own_process)
+    problem = script.problem()
+    if problem:
+        parser.error(problem)
+    return script
+
+
+def _command(words: list[str]) -> str:
+    """The command line that repeats this run."""
+    by_module = os.path.basename(sys.argv[0]) == "__main__.py"  # noqa: PTH119 - a string, as Python gives it
+    return shlex.join([*(["python", "-m"] if by_module else []), "lightrft", "sim", *words])
+
+
+def _run(world: SimWorld, script: Script, options: argparse.Namespace) -> None:
+    with ExitStack() as stack:
+        stack.enter_context(script.installed())
+        stack.enter_context(_plain_warnings())
+        if options.flight_record:
+            stack.callback(_record, world, options.flight_record)
+        if options.tag_output:
+            from lightrft.sim.tagged_output import tagged_output
+
+            stack.enter_context(tagged_output())
+        world.run(script.run)
+
+
+def _record(world: SimWorld, prefix: str) -> None:
+    if world.ranks:
+        world.dump_flight_record(prefix)
+
+
+def _after_failure(options: argparse.Namespace) -> str:
+    if not options.flight_record:
+        return ""
+    last = options.ranks - 1
+    prefix = options.flight_record
+    return f"\nflight record: {prefix}0 ... {prefix}{last}" if last else f"\nflight record: {prefix}0"
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show the simulator's warnings about a whole run without the place in our source that gave them."""
+    from lightrft.errors import SimWarning
+    from lightrft.sim.current import current_task
+
+    original: Callable[..., None] = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, SimWarning) and current_task() is None:
+            _complain(f"lightrft: warning: {message}")
+        else:
+            original(message, category, *where, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = original
+
+
+_COMMANDS: dict[str, Callable[..., int]] = {"sim": _sim}

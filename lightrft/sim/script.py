@@ -1,0 +1,146 @@
+"""A script or module that every rank runs as its own ``__main__``, as ``python script.py`` or ``python -m`` would."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import CodeType, ModuleType
+from typing import Any
+
+from lightrft.sim.current import current_task
+
+__all__ = ["Script"]
+
+
+class Script:
+    """A program and its arguments.
+
+    Args:
+        name: file name of a script, or, with ``as_module``, the name of a module or package.
+        arguments: what follows it on the command line.
+        as_module: run it as ``python -m`` does.
+        drop_launcher: leave out the first entry of ``sys.path``, which belongs to the program that Python was started
+            with; the entry of the script takes its place.
+    """
+
+    def __init__(
+        self, name: str, arguments: Sequence[str], *, as_module: bool = False, drop_launcher: bool = False
+    ) -> None:
+        self.name = name
+        self.arguments = list(arguments)
+        self.as_module = as_module
+        self.drop_launcher = drop_launcher
+        self._file = os.path.abspath(name)
+        self._spec: ModuleSpec | None = None
+        self._code: CodeType | None = None
+
+    def problem(self) -> str:
+        """Why this cannot be run, in one line; empty if nothing is seen without running any of it."""
+        if self.as_module:
+            with self.installed():
+                return _module_problem(self.name)
+        if os.path.isdir(self._file):
+            return f"{self.name!r} is a folder: expected a Python file"
+        if not os.path.exists(self._file):
+            hint = "; to run a module, write -m before its name" if not self.name.endswith(".py") else ""
+            return f"there is no file {self.name!r}{hint}"
+        if not os.access(self._file, os.R_OK):
+            return f"{self.name!r} cannot be read"
+        return ""
+
+    def compile(self) -> None:
+        """Compile a script once for all ranks. A module is found by the first rank that runs.
+
+        Raises:
+            SyntaxError, ValueError: the file is no Python source.
+        """
+        if not self.as_module:
+            with io.open_code(self._file) as file:
+                self._code = compile(file.read(), self._file, "exec", dont_inherit=True)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Have ``sys.argv`` and ``sys.path`` of the program in this process, from where every rank takes its copy."""
+        argv, path = sys.argv, sys.path
+        rest = list(path)
+        if not sys.flags.safe_path:
+            first = os.getcwd() if self.as_module else os.path.dirname(os.path.realpath(self._file))
+            rest[: 1 if self.drop_launcher else 0] = [first]
+        sys.argv = ["-m" if self.as_module else self.name, *self.arguments]
+        sys.path = rest
+        try:
+            yield
+        finally:
+            sys.argv, sys.path = argv, path
+
+    def run(self) -> None:
+        """Run the program as ``__main__`` of the calling rank; returns where a process would end with status 0."""
+        task = current_task()
+        assert task is not None
+        if self.as_module and self._code is None:
+            self._spec, self._code = _find_module(self.name)
+        assert self._code is not None
+        main = self._new_main()
+        task.rank.state.main = sys.modules["__main__"] = main
+        if self._spec is not None:
+            sys.argv[0] = main.__file__ or ""
+        try:
+            exec(self._code, vars(main))
+        except SystemExit as end:
+            if end.code not in (None, 0):
+                raise
+
+    def _new_main(self) -> ModuleType:
+        main = ModuleType("__main__")
+        spec = self._spec
+        values: dict[str, Any] = {"__builtins__": __builtins__, "__annotations__": {}, "__cached__": None}
+        if spec is None:
+            loader: Any = importlib.machinery.SourceFileLoader("__main__", self._file)
+            values |= {"__file__": self._file, "__loader__": loader, "__package__": None, "__spec__": None}
+        else:
+            values |= {"__file__": spec.origin, "__loader__": spec.loader, "__package__": spec.parent, "__spec__": spec}
+            values["__cached__"] = spec.cached
+        vars(main).update(values)
+        return main
+
+
+def _find_module(name: str) -> tuple[ModuleSpec, CodeType]:
+    """Spec and code of what ``python -m name`` runs. Imports the packages around it."""
+    spec = importlib.util.find_spec(name)
+    if spec is not None and spec.submodule_search_locations is not None:
+        name = f"{name}.__main__"
+        spec = importlib.util.find_spec(name)
+    get_code = getattr(spec.loader, "get_code", None) if spec is not None else None
+    code = get_code(name) if get_code is not None else None
+    if spec is None or code is None:
+        raise ImportError(f"no module named {name!r} that Python can run", name=name)
+    return spec, code
+
+
+def _module_problem(name: str) -> str:
+    """Why ``python -m name`` would fail to find the module, as far as that is seen without importing anything."""
+    if name.endswith(".py"):
+        return f"-m takes the name of a module, such as {name[:-3].replace(os.sep, '.')!r}; {name!r} is that of a file"
+    if not all(part.isidentifier() for part in name.split(".")):
+        return f"{name!r} is no name of a module"
+    top, *rest = name.split(".")
+    spec = importlib.util.find_spec(top)
+    found = top
+    for part in [*rest, "__main__"]:
+        if spec is None:
+            break
+        if spec.submodule_search_locations is None:
+            return "" if part == "__main__" else f"{found!r} is no package, so there is no module {name!r}"
+        found = f"{found}.{part}"
+        spec = importlib.machinery.PathFinder.find_spec(found, spec.submodule_search_locations)
+    if spec is not None:
+        return ""
+    if found == f"{name}.__main__":
+        return f"{name!r} is a package without a module __main__, so it cannot be run"
+    return f"there is no module {found!r} in {os.getcwd()} or among the installed packages"
