@@ -7,9 +7,8 @@ import difflib
 import os
 import shlex
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from lightrft import __version__
@@ -40,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         _complain(str(error))
         return MISUSED
+    except _Done:
+        return 0
     except KeyboardInterrupt:
         _complain("lightrft: interrupted")
         return INTERRUPTED
@@ -65,8 +66,15 @@ class _UsageError(Exception):
     """The command line cannot work; the message is one line that says what to do."""
 
 
+class _Done(Exception):  # noqa: N818 - no error: --help and --version have printed what was asked for
+    """There is nothing to run."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises instead of ending the process, and complains in one line."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> Any:  # noqa: ARG002 - argparse's signature
+        raise _Done
 
     def error(self, message: str) -> Any:
         raise _UsageError(f"{self.prog}: error: {message} (help: {self.prog} --help)")
@@ -88,16 +96,7 @@ def _no_command(words: list[str]) -> int:
     if not words[0].startswith("-"):
         close = difflib.get_close_matches(words[0], _COMMANDS, 1)
         parser.error(f"there is no command {words[0]!r}: expected {close[0] if close else ', '.join(_COMMANDS)}")
-    return _parse(parser, words, argparse.Namespace())
-
-
-def _parse(parser: argparse.ArgumentParser, words: list[str], into: argparse.Namespace) -> int:
-    """Parse ``words``; returns the exit status of ``--help`` and ``--version``, which end the process, or 0."""
-    try:
-        parser.parse_args(words, into)
-    except SystemExit as end:
-        into.ended = True
-        return int(end.code or 0)
+    parser.parse_args(words)
     return 0
 
 
@@ -106,11 +105,11 @@ def _sim_parser() -> argparse.ArgumentParser:
         prog="lightrft sim",
         usage="lightrft sim -n RANKS [options] script.py [ARGS ...]\n"
         "       lightrft sim -n RANKS [options] -m MODULE [ARGS ...]",
-        description="Run a Python script on N simulated torch.distributed ranks in this process, as torchrun runs it "
-        "on N GPUs. A hang, a mismatch between ranks or a failing rank ends the run with a report that names the rank "
-        "and the line.",
-        epilog="Everything after the script goes to the script. Exit status: 0, or 1 if the run failed, 2 if this "
-        "command line cannot work, 130 after Ctrl-C.\n\n"
+        description="Run a Python script on N simulated torch.distributed ranks in this process, as torchrun runs\n"
+        "it on N GPUs. A hang, a mismatch between ranks or a failing rank ends the run with a report\n"
+        "that names the rank and the line.",
+        epilog="Everything after the script goes to the script, untouched. Exit status: 0; 1 if the run failed;\n"
+        "2 if this command line cannot work; 130 after Ctrl-C.\n\n"
         "examples:\n"
         "  lightrft sim -n 8 train.py --lr 1e-5\n"
         "  lightrft sim -n 16 --gpus-per-node 8 --seed 3 --schedule random train.py\n"
@@ -138,8 +137,8 @@ def _sim_parser() -> argparse.ArgumentParser:
         "--schedule",
         choices=SCHEDULES,
         default="fifo",
-        help="fifo: ranks run in the order in which they become ready; random: the order is drawn from the seed, and is "
-        "the same each time for one seed (default: fifo)",
+        help="fifo: ranks run in the order in which they become ready; random: the order is drawn from the seed, and "
+        "is the same each time for one seed (default: fifo)",
     )
     order.add_argument(
         "--numerics",
@@ -168,7 +167,8 @@ def _sim_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--flight-record",
         metavar="PREFIX",
-        help="write what each rank did to PREFIX0, PREFIX1, ... in the format of PyTorch's flight recorder (torchfrtrace)",
+        help="write what each rank did to PREFIX0, PREFIX1, ... in the format of PyTorch's flight recorder, which "
+        "torchfrtrace reads",
     )
     program = parser.add_argument_group("program")
     program.add_argument("-m", metavar="MODULE", help="run a module, as python -m does; what follows are its arguments")
@@ -197,7 +197,9 @@ def _split(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str]
         word = words[position]
         if word == "--":
             return words[:position], words[position + 1 :]
-        if word == "-m" or word == "-" or not word.startswith("-"):
+        if word.startswith("-m"):
+            return words[:position], ["-m", *filter(None, [word[2:]]), *words[position + 1 :]]
+        if word == "-" or not word.startswith("-"):
             break
         name = word.partition("=")[0]
         if name not in known and name[:2] not in known:
@@ -209,50 +211,52 @@ def _split(parser: argparse.ArgumentParser, words: list[str]) -> tuple[list[str]
 def _unknown_option(name: str, known: set[str]) -> str:
     if name.replace("_", "-") == "--nproc-per-node":
         return f"there is no option {name}: -n gives the number of all ranks, --gpus-per-node that of a node"
-    close = difflib.get_close_matches(name, known, 1)
-    guess = f"did you mean {close[0]}? " if close else ""
-    return f"there is no option {name}: {guess}Options of the script come after the script"
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.75)
+    guess = f" (did you mean {close[0]}?)" if close else ""
+    return f"there is no option {name}{guess}; options of the script come after the script"
 
 
 # -- lightrft sim -----------------------------------------------------------------------------------------------------
 
 
 def _sim(words: list[str], *, own_process: bool) -> int:
-    parser, options = _sim_parser(), argparse.Namespace()
+    parser = _sim_parser()
     ours, program = _split(parser, words)
-    status = _parse(parser, ours, options)
-    if getattr(options, "ended", False):
-        return status
+    options = parser.parse_args(ours)
     if options.ranks is None:
         parser.error("the number of ranks is missing: give it before the script, as in lightrft sim -n 8 script.py")
     script = _find_script(parser, program, own_process)
+    folder = os.path.dirname(options.flight_record or "")  # noqa: PTH120 - a prefix of names is no path
+    if folder and not os.path.isdir(folder):  # noqa: PTH112
+        parser.error(f"--flight-record: there is no folder {folder!r}")
 
-    from lightrft.errors import ConfigError, SimulationError, SimWarning
+    from lightrft.errors import ConfigError, SimulationError
     from lightrft.sim.world import SimWorld
 
-    world = SimWorld(
-        options.ranks,
-        gpus_per_node=options.gpus_per_node,
-        seed=options.seed,
-        schedule=options.schedule,
-        numerics=options.numerics,
-        profile=options.profile,
-        rank_local=[name.strip() for names in options.rank_local for name in names.split(",")],
-        cuda=options.cuda,
-        strict=options.strict,
-        check_determinism=options.check_determinism,
-    )
-    world.replay = _command(words)
     try:
         script.compile()
     except (SyntaxError, ValueError) as error:  # ValueError: the file is not text
-        sys.excepthook(type(error), error, None)
+        sys.excepthook(type(error), error.with_traceback(None), None)
         return FAILED
     try:
+        world = SimWorld(
+            options.ranks,
+            gpus_per_node=options.gpus_per_node,
+            seed=options.seed,
+            schedule=options.schedule,
+            numerics=options.numerics,
+            profile=options.profile,
+            rank_local=[name for names in options.rank_local for name in names.split(",") if name],
+            cuda=options.cuda,
+            strict=options.strict,
+            check_determinism=options.check_determinism,
+        )
+        world.replay = _command(words, own_process)
+        world.warn = lambda message: _complain(f"lightrft: warning: {message}")
         _run(world, script, options)
     except ConfigError as error:
         raise _UsageError(f"lightrft sim: error: {error}") from None
-    except (SimulationError, SimWarning) as error:  # a warning, if Python was told that warnings are errors
+    except SimulationError as error:
         _complain(f"\n{error}{_after_failure(options)}")
         return FAILED
     return 0
@@ -273,28 +277,23 @@ def _find_script(parser: argparse.ArgumentParser, program: list[str], own_proces
     return script
 
 
-def _command(words: list[str]) -> str:
+def _command(words: list[str], own_process: bool) -> str:
     """The command line that repeats this run."""
-    by_module = os.path.basename(sys.argv[0]) == "__main__.py"  # noqa: PTH119 - a string, as Python gives it
+    by_module = own_process and os.path.basename(sys.argv[0]) == "__main__.py"  # noqa: PTH119 - a string, as Python gives it
     return shlex.join([*(["python", "-m"] if by_module else []), "lightrft", "sim", *words])
 
 
 def _run(world: SimWorld, script: Script, options: argparse.Namespace) -> None:
     with ExitStack() as stack:
         stack.enter_context(script.installed())
-        stack.enter_context(_plain_warnings())
         if options.flight_record:
-            stack.callback(_record, world, options.flight_record)
+            stack.callback(world.dump_flight_record, options.flight_record)
+        function = script.run
         if options.tag_output:
             from lightrft.sim.tagged_output import tagged_output
 
-            stack.enter_context(tagged_output())
-        world.run(script.run)
-
-
-def _record(world: SimWorld, prefix: str) -> None:
-    if world.ranks:
-        world.dump_flight_record(prefix)
+            function = stack.enter_context(tagged_output(function))
+        world.run(function)
 
 
 def _after_failure(options: argparse.Namespace) -> str:
@@ -303,27 +302,6 @@ def _after_failure(options: argparse.Namespace) -> str:
     last = options.ranks - 1
     prefix = options.flight_record
     return f"\nflight record: {prefix}0 ... {prefix}{last}" if last else f"\nflight record: {prefix}0"
-
-
-@contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Show the simulator's warnings about a whole run without the place in our source that gave them."""
-    from lightrft.errors import SimWarning
-    from lightrft.sim.current import current_task
-
-    original: Callable[..., None] = warnings.showwarning
-
-    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
-        if issubclass(category, SimWarning) and current_task() is None:
-            _complain(f"lightrft: warning: {message}")
-        else:
-            original(message, category, *where, **more)
-
-    warnings.showwarning = show
-    try:
-        yield
-    finally:
-        warnings.showwarning = original
 
 
 _COMMANDS: dict[str, Callable[..., int]] = {"sim": _sim}

@@ -85,7 +85,20 @@ class Event(NamedTuple):
 class Call:
     """One operation of one rank on one group."""
 
-    __slots__ = ("async_op", "done", "group", "peer", "place", "rank", "sequence", "signature", "since", "tag")
+    __slots__ = (
+        "async_op",
+        "done",
+        "group",
+        "match",
+        "peer",
+        "place",
+        "rank",
+        "sequence",
+        "signature",
+        "since",
+        "sizes",
+        "tag",
+    )
 
     def __init__(self, rank: int, group: Group, sequence: int, signature: Signature, place: Place, since: int) -> None:
         self.rank = rank
@@ -98,6 +111,10 @@ class Call:
         self.async_op = False
         self.peer: int | None = None
         self.tag = 0
+        self.match = 0
+        """Number, within the group, of the pair that a send or receive has become part of; 0 until then."""
+        self.sizes: tuple[int, int] | None = None
+        """Elements sent and received by an all-to-all, whose signature does not say it."""
 
     def describe(self) -> str:
         """The operation with its arguments, and the group it ran on."""
@@ -168,6 +185,7 @@ class Group:
         self.sends: dict[tuple[int, int], deque[Message]] = {}
         self.receives: dict[tuple[int, int], deque[Message]] = {}
         self.any_receives: dict[int, deque[Message]] = {}
+        self.matches = 0
 
     def forget(self) -> None:
         """Drop what was never completed, with its tensors."""

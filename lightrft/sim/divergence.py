@@ -13,22 +13,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import (
+    BlockedOutsideError,
     CollectiveMismatchError,
     CollectiveTimeoutError,
     DeadlockError,
     RankFailedError,
     SimulationError,
+    UnfinishedError,
 )
+from lightrft.sim.blame import POINT_TO_POINT, cover, deadlock_suspects, outsiders
 from lightrft.sim.calls import Call, Group, Meeting, Signature
-from lightrft.sim.places import UNKNOWN, Place, place_of_frame
+from lightrft.sim.places import UNKNOWN, Place, is_simulator_file, place_of_frame
 
 if TYPE_CHECKING:
     from lightrft.sim.scheduler import Task
     from lightrft.sim.world import SimRank, SimWorld
 
 __all__ = ["Culprit", "Report", "Row", "show_ranks", "verdict"]
-
-_POINT_TO_POINT = frozenset({"send", "recv"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class Mismatch:
     meeting: Meeting | None
     calls: tuple[tuple[int, Place, str], ...]
     culprits: tuple[Culprit, ...]
+    creation: int | None = None
 
 
 class CreationWait:
@@ -130,7 +132,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _state_of(world: SimWorld, rank: SimRank) -> tuple[Place, str]:
-    task = _blocked_task(rank)
+    task = rank.blocked_task()
     if task is not None and task.waiting is not None:
         return task.waiting.place, f"waits in {task.waiting.describe()}"
     if rank.main is None or not rank.main.finished:
@@ -141,12 +143,6 @@ def _state_of(world: SimWorld, rank: SimRank) -> tuple[Place, str]:
         call = rank.latest_call
         return call.place, f"has returned; its last call was {call.describe()}"
     return place, f"has returned; it {what}"
-
-
-def _blocked_task(rank: SimRank) -> Task | None:
-    if rank.main is not None and not rank.main.finished:
-        return rank.main
-    return next((task for task in rank.threads if not task.finished), rank.main)
 
 
 def _rows(states: Iterable[tuple[int, Place, str]]) -> tuple[Row, ...]:
@@ -164,41 +160,26 @@ def _whereabouts(world: SimWorld) -> list[tuple[int, Place, str]]:
 # -- who is to blame --------------------------------------------------------------------------------------------------
 
 
-def _minority(classes: dict[Any, list[tuple[int, Place]]]) -> tuple[Culprit, ...]:
-    """Everybody outside the largest class; everybody if no class is the largest."""
-    sizes = sorted((len(members) for members in classes.values()), reverse=True)
-    clear = len(sizes) == 1 or sizes[0] > sizes[1]
-    largest = max(classes, key=lambda key: len(classes[key]))
-    chosen = [m for key, members in classes.items() if key != largest or not clear for m in members]
-    if len(classes) == 1:
-        chosen = next(iter(classes.values()))
-    return tuple(Culprit(rank, place) for rank, place in sorted(chosen))
+def _culprits(ranks: Iterable[int], states: Iterable[tuple[int, Place, str]]) -> tuple[Culprit, ...]:
+    chosen = set(ranks)
+    return tuple(Culprit(rank, place) for rank, place, _ in sorted(states) if rank in chosen)
 
 
-def _blame_deadlock(world: SimWorld, states: list[tuple[int, Place, str]]) -> tuple[Culprit, ...]:
-    classes: dict[Any, list[tuple[int, Place]]] = {}
-    for rank, place, _ in states:
-        sim_rank = world.ranks[rank]
-        task = _blocked_task(sim_rank)
-        waiting = task.waiting if task is not None else None
-        key: Any
-        if waiting is None:
-            key = "finished"
-        elif isinstance(waiting, Call) and waiting.signature.operation not in _POINT_TO_POINT:
-            key = (waiting.group, waiting.sequence)
-        elif isinstance(waiting, Call):
-            key = ("message", rank)
-        else:
-            key = (type(waiting), waiting.describe())
-        classes.setdefault(key, []).append((rank, place))
-    return _minority(classes)
+def _outsiders(calls: Iterable[tuple[Any, int, Place]]) -> tuple[Culprit, ...]:
+    """Those outside the largest class, with the places of their calls; an entry is (class, rank, place)."""
+    classes: dict[Any, list[int]] = {}
+    places: dict[int, Place] = {}
+    for key, rank, place in calls:
+        classes.setdefault(key, []).append(rank)
+        places[rank] = place
+    return tuple(Culprit(rank, places[rank]) for rank in sorted(outsiders(classes)))
 
 
 def _first_difference(world: SimWorld, group: Group) -> tuple[str, tuple[Row, ...]]:
     """The first call of ``group`` in which its members differ, by signature or else by line."""
     sequences: dict[int, list[Call]] = {rank: [] for rank in group.ranks}
     for call in world._calls:
-        if call.group is group and call.signature.operation not in _POINT_TO_POINT:
+        if call.group is group and call.signature.operation not in POINT_TO_POINT:
             sequences[call.rank].append(call)
     longest = max(map(len, sequences.values()), default=0)
     for same, title in ((_same_signature, ""), (_same_line, " (the same operation, from different lines)")):
@@ -226,7 +207,7 @@ def _same_line(calls: list[Call | None]) -> bool:
 def _waited_groups(world: SimWorld) -> list[Group]:
     found: dict[Group, None] = {}
     for rank in world.ranks:
-        task = _blocked_task(rank)
+        task = rank.blocked_task()
         if task is not None and isinstance(task.waiting, Call):
             found[task.waiting.group] = None
     return list(found)
@@ -248,11 +229,12 @@ def call_mismatch(meeting: Meeting) -> Mismatch:
     return Mismatch("", meeting, (), ())
 
 
-def sizes_mismatch(meeting: Meeting, problem: str) -> Mismatch:
-    """Members called the same, with sizes that do not fit together."""
+def sizes_mismatch(meeting: Meeting, problem: str, pairs: Sequence[tuple[int, int]]) -> Mismatch:
+    """Members called the same, with sizes that do not fit together between the two ranks of each pair."""
     calls = [c for c in meeting.calls if c is not None]
     rows = tuple((c.rank, c.place, c.describe()) for c in calls)
-    return Mismatch(problem, None, rows, tuple(Culprit(c.rank, c.place) for c in calls))
+    chosen = cover(pairs)
+    return Mismatch(problem, None, rows, tuple(Culprit(c.rank, c.place) for c in calls if c.rank in chosen))
 
 
 def message_mismatch(send: Call, receive: Call, problem: str) -> Mismatch:
@@ -262,22 +244,10 @@ def message_mismatch(send: Call, receive: Call, problem: str) -> Mismatch:
     return Mismatch(problem, None, rows, culprits)
 
 
-def creation_mismatch(
-    position: int,
-    first: SimRank,
-    first_members: Sequence[int],
-    first_place: Place,
-    rank: SimRank,
-    members: Sequence[int],
-    place: Place,
-) -> Mismatch:
-    """Two ranks made different groups as their n-th."""
-    rows = (
-        (first.index, first_place, f"new_group({list(first_members)})"),
-        (rank.index, place, f"new_group({list(members)})"),
-    )
+def creation_mismatch(position: int) -> Mismatch:
+    """Ranks made different groups as their n-th; :func:`verdict` looks who made what."""
     title = f"ranks made different groups as number {position + 1}: all ranks must make all groups in the same order"
-    return Mismatch(title, None, rows, (Culprit(rank.index, place),))
+    return Mismatch(title, None, (), (), position)
 
 
 # -- verdicts ---------------------------------------------------------------------------------------------------------
@@ -318,7 +288,7 @@ def verdict(
         return _mismatch_verdict(world, mismatch, states)
     if failures:
         return _failure_verdict(world, failures, states)
-    culprits = _blame_deadlock(world, states)
+    culprits = _culprits(deadlock_suspects(world), states)
     title, difference = "", ()
     for group in _waited_groups(world):
         title, difference = _first_difference(world, group)
@@ -334,15 +304,17 @@ def _mismatch_verdict(world: SimWorld, mismatch: Mismatch, states: list[tuple[in
     heading = "they differ here"
     if mismatch.meeting is not None:
         calls = [call for call in mismatch.meeting.calls if call is not None]
-        classes: dict[Any, list[tuple[int, Place]]] = {}
-        for call in calls:
-            classes.setdefault(call.signature, []).append((call.rank, call.place))
-        culprits = _minority(classes)
-        signatures = list(classes)
+        culprits = _outsiders((call.signature, call.rank, call.place) for call in calls)
+        signatures = list(dict.fromkeys(call.signature for call in calls))
         differing = _differing(signatures[0], signatures[1]) if len(signatures) > 1 else "operation"
         title = f"the {differing} differs between ranks"
         rows = tuple((call.rank, call.place, call.signature.describe()) for call in calls)
         heading = f"call #{mismatch.meeting.sequence} on {calls[0].group.title}"
+    if mismatch.creation is not None:
+        made = world.made_at(mismatch.creation)
+        culprits = _outsiders(((members, backend), rank, place) for rank, members, backend, place in made)
+        rows = tuple((rank, place, f"new_group({list(members)}, {backend})") for rank, members, backend, place in made)
+        heading = f"group number {mismatch.creation + 1}"
     report = _report(world, states, culprits, heading, _rows(rows))
     head = f"mismatch: {title}. Look at {_blame_line(culprits)}."
     return CollectiveMismatchError(f"{head}\n\n{report}", report=report)
@@ -369,10 +341,10 @@ def _failure_verdict(
 
 
 def _without_simulator(error: BaseException) -> BaseException:
-    """Drop the simulator's own first frame from the traceback."""
+    """Drop the simulator's own first frames from the traceback."""
     tb = error.__traceback__
-    if tb is not None and tb.tb_next is not None and tb.tb_frame.f_code.co_name == "_rank_thread":
-        error.__traceback__ = tb.tb_next
+    while tb is not None and tb.tb_next is not None and is_simulator_file(tb.tb_frame.f_code.co_filename):
+        tb = error.__traceback__ = tb.tb_next
     return error
 
 
@@ -399,7 +371,7 @@ def timeout_verdict(world: SimWorld, task: Task) -> SimulationError:
     arrived = {
         rank.index
         for rank in world.ranks
-        if (blocked := _blocked_task(rank)) is not None
+        if (blocked := rank.blocked_task()) is not None
         and isinstance(blocked.waiting, Call)
         and blocked.waiting.group is call.group
         and blocked.waiting.sequence == call.sequence
@@ -416,7 +388,17 @@ def timeout_verdict(world: SimWorld, task: Task) -> SimulationError:
     return CollectiveTimeoutError(f"{head}\n\n{report}", report=report)
 
 
-def stall_report(world: SimWorld, task: Task, seconds: float) -> str:
+def leftovers(world: SimWorld, found: Sequence[tuple[int, Place, str]]) -> UnfinishedError:
+    """What a run that ended well left unfinished."""
+    culprits = tuple(sorted({Culprit(rank, place) for rank, place, _ in found}, key=lambda c: (c.rank, c.place)))
+    behind = min(len(rank.creations) for rank in world.ranks)
+    made = [(rank, place, f"new_group({list(members)}, {backend})") for rank, members, backend, place in world.made_at(behind)]
+    report = _report(world, list(found), culprits, f"group number {behind + 1} was made by", _rows(made))
+    head = f"the run ended, but something was left unfinished. Look at {_blame_line(culprits)}."
+    return UnfinishedError(f"{head}\n\n{report}", report=report)
+
+
+def stall_verdict(world: SimWorld, task: Task, seconds: float) -> BlockedOutsideError:
     """A rank has been blocked in something real for a while."""
     place = place_of_frame(sys._current_frames().get(task.ident))
     states = _whereabouts(world)
@@ -426,4 +408,4 @@ def stall_report(world: SimWorld, task: Task, seconds: float) -> str:
         f"rank {task.rank.index} has been blocked outside the simulator for {seconds:.0f} s at {place}: a socket, a "
         "subprocess, or a lock that no rank holds. No other rank can run meanwhile."
     )
-    return f"{head}\n\n{report}"
+    return BlockedOutsideError(f"{head}\n\n{report}", report=report)

@@ -88,10 +88,10 @@ def _make_group(
         existing = c10d._find_pg_by_ranks_and_tag(f"user:{tag}", members)
         if existing is not None:
             return existing, tables.pg_map[existing][1]
-    if members:
+    if members and name.isdigit():  # a hashed name: made with use_local_synchronization, by the members alone
         rank.world.note_creation(rank, tuple(members), str(backend))
-        if rank.index not in members:
-            return c10d.GroupMember.NON_GROUP_MEMBER, None
+    if members and rank.index not in members:
+        return c10d.GroupMember.NON_GROUP_MEMBER, None
     ranks = tuple(members) or tuple(range(size))
     prefixed = dist.PrefixStore(f"{name}/", store)
     pg = build(rank, name, ranks, str(backend), timeout, description, prefixed)

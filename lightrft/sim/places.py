@@ -71,6 +71,11 @@ def is_user_file(file: str | None) -> bool:
     return bool(file) and _kind(file or "") == _USER
 
 
+def is_simulator_file(file: str) -> bool:
+    """Whether ``file`` belongs to this package."""
+    return file.startswith(_LIGHTRFT)
+
+
 def caller_place(depth: int = 1) -> Place:
     """The innermost place in the user's code among the callers, ``depth`` frames up and beyond."""
     frame: FrameType | None = sys._getframe(depth)

@@ -81,6 +81,8 @@ def _match(group: SimProcessGroup, send: Message, receive: Message, later: Call)
         group._world.disagree_pair(send.call, receive.call, problem, later)
     receive.tensors = send.tensors
     receive.source = send.source
+    group._group.matches += 1
+    send.call.match = receive.call.match = group._group.matches
     scheduler = group._world.scheduler
     for message in (send, receive):
         message.matched = True

@@ -60,6 +60,7 @@ class SimProcessGroup(dist.ProcessGroup):
         self._coalesced: list[Any] | None = None
         self._bound_device: torch.device | None = None
         self.closed = False
+        self.made_at = caller_place(3)
 
     # -- what torch asks a group about itself -------------------------------------------------------------------
 
@@ -146,7 +147,7 @@ class SimProcessGroup(dist.ProcessGroup):
 
     # -- meeting the other members ------------------------------------------------------------------------------
 
-    def _call(self, signature: Signature) -> Call:
+    def _call(self, signature: Signature, inputs: Sequence[Any] = (), peer: int | None = None, tag: int = 0) -> Call:
         task = _local.task
         if task is None or task.rank is not self._rank:
             raise SimulationError(
@@ -157,9 +158,14 @@ class SimProcessGroup(dist.ProcessGroup):
             raise Killed
         if self.closed:
             raise RefusedError(f"{signature.operation}: the process group has been destroyed")
-        self._sequence += 1
-        call = Call(self._rank.index, self._group, self._sequence, signature, caller_place(3), task.scheduler.now)
-        self._world.record(call)
+        if peer is None:
+            self._sequence += 1
+            number = self._sequence
+        else:  # counted apart: only two members make them
+            number = self._rank.count_message(self._group)
+        call = Call(self._rank.index, self._group, number, signature, caller_place(3), task.scheduler.now)
+        call.peer, call.tag = peer, tag
+        self._world.record(call, inputs)
         return call
 
     def _meet(
@@ -169,13 +175,15 @@ class SimProcessGroup(dist.ProcessGroup):
         outputs: Sequence[Tensor],
         opts: Any,
         compute: Compute,
+        sizes: tuple[int, int] | None = None,
     ) -> Any:
         """Contribute ``inputs``; once everybody has, ``compute`` runs and its results reach ``outputs``.
 
         Returns:
             None if the caller wants to wait (``opts.asyncOp`` is false) and has waited, else a work handle.
         """
-        call = self._call(signature)
+        call = self._call(signature, inputs)
+        call.sizes = sizes
         group = self._group
         meeting = group.meetings.get(call.sequence)
         if meeting is None:
@@ -219,15 +227,15 @@ class SimProcessGroup(dist.ProcessGroup):
         grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            problem = None
+            problem: _Disagreement | None = None
             try:
                 meeting.results = compute(meeting)
             except _Disagreement as error:
-                problem = str(error)
+                problem = error
         finally:
             torch._C._set_grad_enabled(grad)
         if problem is not None:
-            world.disagree_among(meeting, problem)
+            world.disagree_among(meeting, str(problem), problem.pairs)
         meeting.complete = True
         del self._group.meetings[meeting.sequence]
         world.scheduler.wake_all(meeting.waiters)
@@ -454,18 +462,18 @@ class SimProcessGroup(dist.ProcessGroup):
         self._sizes("all_to_all", "the output list", self._group.size, len(outputs))
         self._sizes("all_to_all", "the input list", self._group.size, len(inputs))
         self._check("all_to_all", (*inputs, *outputs))
-        return self._meet(Signature("all_to_all", inputs[0].dtype), inputs, outputs, opts, self._all_to_all)
+        sizes = sum(t.numel() for t in inputs), sum(t.numel() for t in outputs)
+        return self._meet(Signature("all_to_all", inputs[0].dtype), inputs, outputs, opts, self._all_to_all, sizes)
 
     def _all_to_all(self, meeting: Meeting) -> list[Sequence[Tensor]]:
-        ranks = self._group.ranks
+        problems = []
         for sender, tensors in enumerate(meeting.inputs):
             for receiver, tensor in enumerate(tensors):
                 expected = meeting.outputs[receiver][sender]
                 if expected.numel() != tensor.numel() or expected.dtype != tensor.dtype:
-                    raise _Disagreement(
-                        f"sizes differ: rank {ranks[sender]} sends {tensor.dtype}{list(tensor.shape)} to rank "
-                        f"{ranks[receiver]}, which expects {expected.dtype}{list(expected.shape)}"
-                    )
+                    sent, wanted = f"{tensor.dtype}{list(tensor.shape)}", f"{expected.dtype}{list(expected.shape)}"
+                    problems.append((sender, receiver, sent, wanted))
+        self._refuse_pairs("sizes", problems)
         return collectives.all_to_all(meeting.inputs)
 
     def all_to_all_single(
@@ -477,22 +485,31 @@ class SimProcessGroup(dist.ProcessGroup):
         receiving = self._splits("output", output, output_splits)
         even = not input_splits and not output_splits
         signature = Signature("all_to_all_single", tensor.dtype, tensor.shape if even else None)
-        return self._meet(
-            signature, [tensor, sending, receiving], [output], opts, self._all_to_all_single  # type: ignore[list-item]
-        )
+        contributed: Any = [tensor, sending, receiving]
+        sizes = tensor.numel(), output.numel()
+        return self._meet(signature, contributed, [output], opts, self._all_to_all_single, sizes)
 
     def _all_to_all_single(self, meeting: Meeting) -> list[Sequence[Tensor]]:
         sending = [entry[1] for entry in meeting.inputs]
         receiving = [entry[2] for entry in meeting.inputs]
-        for sender, sizes in enumerate(sending):
-            for receiver, size in enumerate(sizes):
-                if receiving[receiver][sender] != size:
-                    ranks = self._group.ranks
-                    raise _Disagreement(
-                        f"split sizes differ: rank {ranks[sender]} sends {size} to rank {ranks[receiver]}, "
-                        f"which expects {receiving[receiver][sender]}"
-                    )
+        problems = [
+            (sender, receiver, str(size), str(receiving[receiver][sender]))
+            for sender, sizes in enumerate(sending)
+            for receiver, size in enumerate(sizes)
+            if receiving[receiver][sender] != size
+        ]
+        self._refuse_pairs("split sizes", problems)
         return collectives.all_to_all_single([entry[:1] for entry in meeting.inputs], sending)
+
+    def _refuse_pairs(self, what: str, problems: list[tuple[int, int, str, str]]) -> None:
+        """Complain about pairs of members (sender, receiver, what is sent, what is expected), if there are any."""
+        if problems:
+            ranks = self._group.ranks
+            sender, receiver, sent, expected = problems[0]
+            raise _Disagreement(
+                f"{what} differ: rank {ranks[sender]} sends {sent} to rank {ranks[receiver]}, which expects {expected}",
+                [(ranks[problem[0]], ranks[problem[1]]) for problem in problems],
+            )
 
     def _splits(self, what: str, tensor: Tensor, splits: Any) -> list[int]:
         size = self._group.size
@@ -531,18 +548,26 @@ class SimProcessGroup(dist.ProcessGroup):
         meeting.arrived += 1
         if meeting.arrived == group.size:
             self._complete(meeting, _nothing)
+            call.done = True
             return
         task = _local.task
         assert task is not None
         meeting.waiters.append(task)
         limit = group.timeout if timeout is None else round(timeout.total_seconds() * 1e9)
-        if task.scheduler.block(call, task.scheduler.now + limit):
+        # the first member monitors the others: it gives up first, and names them
+        if task.scheduler.block(call, task.scheduler.now + limit + (0 if self._member == 0 else limit)):
             call.done = True
             return
         missing = [rank for rank, other in zip(group.ranks, meeting.calls, strict=True) if other is None]
+        if self._member:
+            raise RuntimeError(
+                f"[Rank {self._rank.index}]: came to monitoredBarrier, but rank {group.ranks[0]}, which monitors it, has "
+                "failed or never came"
+            )
         shown = ", ".join(map(str, missing if wait_all_ranks else missing[:1]))
+        plural = "s" if wait_all_ranks and len(missing) > 1 else ""
         raise RuntimeError(
-            f"[Rank {self._rank.index}]: Ranks {shown} failed to pass monitoredBarrier in {limit // 1_000_000} ms"
+            f"[Rank {self._rank.index}]: Rank{plural} {shown} failed to pass monitoredBarrier in {limit // 1_000_000} ms"
         )
 
     def meet_split(self, split: tuple[tuple[int, ...], ...]) -> None:
@@ -576,12 +601,9 @@ class SimProcessGroup(dist.ProcessGroup):
         return work
 
     def _call_point_to_point(self, operation: str, tensors: list[Tensor], peer: int, tag: int) -> Call:
-        call = self._call(Signature(operation, *_shapes(tensors)))
-        self._sequence -= 1  # point-to-point calls do not count: only two members make them
-        call.sequence = self._rank.count_message(self._group)
-        call.peer = self._group.ranks[peer] if peer >= 0 else -1
-        call.tag = tag
-        return call
+        sent = tensors if operation == "send" else ()
+        other = self._group.ranks[peer] if peer >= 0 else -1
+        return self._call(Signature(operation, *_shapes(tensors)), sent, other, tag)
 
     # -- coalescing ---------------------------------------------------------------------------------------------
 
@@ -616,7 +638,11 @@ class SimProcessGroup(dist.ProcessGroup):
 
 
 class _Disagreement(Exception):
-    """Members agree on the operation but not on the sizes of what they exchange."""
+    """Members agree on the operation but not on the sizes of what they exchange: the pairs of global ranks."""
+
+    def __init__(self, message: str, pairs: list[tuple[int, int]]) -> None:
+        super().__init__(message)
+        self.pairs = pairs
 
 
 class _Synchronous:

@@ -254,6 +254,7 @@ class StateSwitcher:
 
     def __init__(self, rank_local: list[str]) -> None:
         self._os_environ: Any = os.environ
+        self._os_environb: Any = getattr(os, "environb", None)
         self._generators = [_Generator(_PythonRandom(), 0), _Generator(_NumpyRandom(), 1)]
         self.modules = RankLocalModules(rank_local)
         self.any_chdir = False
@@ -299,8 +300,8 @@ class StateSwitcher:
     def new_state(self, environ: dict[str, str], seed: int) -> ProcessState:
         """The state of a process that has just started, with ``environ`` added to the environment.
 
-        Torch's generator holds the seed every new process has; Python's and NumPy's, which a real process seeds from
-        the operating system, are seeded from ``seed``.
+        The generators of torch, Python and NumPy, which a real process seeds from the operating system, are seeded from
+        ``seed``.
         """
         data = dict(self._os_environ._data)
         encode_key, encode_value = self._os_environ.encodekey, self._os_environ.encodevalue
@@ -308,7 +309,7 @@ class StateSwitcher:
             data[encode_key(key)] = encode_value(value)
         state = ProcessState(data)
         self._environs.append(data)
-        state.torch_rng = _FRESH_TORCH
+        state.torch_rng = _fresh_torch(seed)
         state.generators = [_fresh_python(seed), _fresh_numpy(seed)]
         state.modules = self.modules.pristine()
         return state
@@ -341,6 +342,8 @@ class StateSwitcher:
         c10d._backend = state.backend
         c10d._default_pg_init_method = state.init_method
         self._os_environ._data = state.environ
+        if self._os_environb is not None:
+            self._os_environb._data = state.environ
         sys.argv = state.argv
         sys.path = state.path
         sys.stdout = state.stdout
@@ -372,7 +375,11 @@ class StateSwitcher:
 
 _real_chdir = os.chdir
 _real_getcwd = os.getcwd
-_FRESH_TORCH = torch.Generator().get_state()
+
+
+@functools.lru_cache(maxsize=2048)
+def _fresh_torch(seed: int) -> torch.Tensor:
+    return torch.Generator().manual_seed(seed).get_state()
 
 
 @functools.lru_cache(maxsize=2048)

@@ -42,6 +42,10 @@ class Waiting(Protocol):
         """The operation as a report shows it, without its place."""
 
 
+def _switch_nothing(_leaving: SimRank | None, _entering: SimRank) -> None:
+    pass
+
+
 class Task:
     """One thread of one simulated rank."""
 
@@ -54,6 +58,7 @@ class Task:
         "killed",
         "lock",
         "name",
+        "polled",
         "queued",
         "rank",
         "scheduler",
@@ -74,6 +79,7 @@ class Task:
         self.finished = False
         self.by_deadline = False
         self.queued = False
+        self.polled = -1
         self.wakes = 0
         self.ident = 0
         self.thread: threading.Thread | None = None
@@ -108,6 +114,7 @@ class Scheduler:
         self.drain_until: int | None = None
         """Once set: the run has failed; ready tasks go on until they block, or until this many switches."""
         self._fruitless = 0
+        self._progress = 0
         self._timers: list[tuple[int, int, Task, int]] = []
         self._order = itertools.count()
         self._loaded: SimRank | None = None
@@ -147,7 +154,8 @@ class Scheduler:
     def wake(self, task: Task) -> None:
         """Make a blocked task ready; it runs when its turn comes. Waking it twice is waking it once."""
         task.wakes += 1
-        if not task.queued:
+        self._progress += 1
+        if not task.queued and not task.finished:
             task.queued = True
             self.ready.append(task)
 
@@ -169,7 +177,9 @@ class Scheduler:
             raise Killed
         if not self.ready:
             return False
-        self.wake(task)
+        task.wakes += 1
+        task.queued = True
+        self.ready.append(task)
         self._leave(task)
         return True
 
@@ -203,6 +213,12 @@ class Scheduler:
                 if task is not self.running:
                     self.wake(task)
 
+    def abandon(self) -> None:
+        """Give up tasks that cannot be stopped: whenever they come back they unwind, and touch nothing on the way."""
+        self._switch = _switch_nothing
+        self._stuck = self.kill_all
+        self.kill_all()
+
     def expire_next(self) -> bool:
         """Jump to the next deadline and make its task ready. Returns whether there was one."""
         while self._timers:
@@ -228,19 +244,42 @@ class Scheduler:
             heapq.heappop(self._timers)
         return None
 
+    def give_turn(self) -> bool:
+        """The running task asked in vain and will ask again: let the others run first.
+
+        Returns:
+            False, without having let anybody run, if everybody who could run has asked in vain since anything happened.
+        """
+        task = _local.task
+        assert task is not None
+        progress = self._progress
+        if task.polled == progress and all(other.polled == progress for other in self.ready):
+            return False
+        self._fruitless = 0
+        task.polled = progress
+        self.yield_now()
+        return True
+
     def poll(self) -> None:
-        """The running task found something not yet done and will ask again: let the others, or time, move on."""
-        if self.yield_now():
-            self._fruitless = 0
-        elif not self.expire_next():
-            self._fruitless = min(self._fruitless + 1, 24)
-            self.advance(1000 << self._fruitless)
+        """As :meth:`give_turn`; where that does not help, let virtual time move on."""
+        if not self.give_turn():
+            if not self.expire_next():
+                self._fruitless = min(self._fruitless + 1, 24)
+                self.advance(1000 << self._fruitless)
+            self.yield_now()
 
     def advance(self, nanoseconds: int) -> None:
         """Let virtual time pass while the running task works."""
         self.now += nanoseconds
         if self.now >= self.watch_at:
             self._watch()
+
+    def pass_time(self, nanoseconds: int) -> None:
+        """Real time has passed while the running task waited outside: alarms that lie in it go off."""
+        until = self.now + nanoseconds
+        while (deadline := self.next_deadline()) is not None and deadline <= until:
+            self.expire_next()
+        self.advance(max(0, until - self.now))
 
     # -- inside -------------------------------------------------------------------------------------------------
 

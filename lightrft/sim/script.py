@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.machinery
 import importlib.util
 import io
@@ -99,7 +100,7 @@ class Script:
     def _new_main(self) -> ModuleType:
         main = ModuleType("__main__")
         spec = self._spec
-        values: dict[str, Any] = {"__builtins__": __builtins__, "__annotations__": {}, "__cached__": None}
+        values: dict[str, Any] = {"__builtins__": builtins, "__annotations__": {}, "__cached__": None}
         if spec is None:
             loader: Any = importlib.machinery.SourceFileLoader("__main__", self._file)
             values |= {"__file__": self._file, "__loader__": loader, "__package__": None, "__spec__": None}
@@ -124,23 +125,12 @@ def _find_module(name: str) -> tuple[ModuleSpec, CodeType]:
 
 
 def _module_problem(name: str) -> str:
-    """Why ``python -m name`` would fail to find the module, as far as that is seen without importing anything."""
+    """Why ``python -m name`` would not find the module, as far as that is seen without importing anything."""
     if name.endswith(".py"):
-        return f"-m takes the name of a module, such as {name[:-3].replace(os.sep, '.')!r}; {name!r} is that of a file"
+        return f"-m takes the name of a module, and {name!r} is that of a file: leave out -m"
     if not all(part.isidentifier() for part in name.split(".")):
-        return f"{name!r} is no name of a module"
-    top, *rest = name.split(".")
-    spec = importlib.util.find_spec(top)
-    found = top
-    for part in [*rest, "__main__"]:
-        if spec is None:
-            break
-        if spec.submodule_search_locations is None:
-            return "" if part == "__main__" else f"{found!r} is no package, so there is no module {name!r}"
-        found = f"{found}.{part}"
-        spec = importlib.machinery.PathFinder.find_spec(found, spec.submodule_search_locations)
-    if spec is not None:
-        return ""
-    if found == f"{name}.__main__":
-        return f"{name!r} is a package without a module __main__, so it cannot be run"
-    return f"there is no module {found!r} in {os.getcwd()} or among the installed packages"
+        return f"-m takes the name of a module, such as package.module: {name!r} is none"
+    top = name.partition(".")[0]
+    if top not in sys.modules and importlib.util.find_spec(top) is None:
+        return f"there is no module {top!r} in {os.getcwd()} or among the installed packages"
+    return ""

@@ -12,7 +12,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightrft.sim.places import is_user_file
 
@@ -20,6 +20,7 @@ __all__ = ["SharedGlobals"]
 
 _MISSING = object()
 _MOST_ITEMS = 64
+_DEFINITIONS = (FunctionType, type, ModuleType)
 
 
 class _Watched:
@@ -56,6 +57,8 @@ class SharedGlobals:
         self._watched: list[_Watched] = []
         self._modules = 0
         self._known: set[str] = set()
+        self._attributes_set: set[str] = set()
+        self._attributes_read: set[str] = set()
         self.watching = False
 
     def begin(self) -> None:
@@ -64,6 +67,7 @@ class SharedGlobals:
 
     def _scan(self) -> None:
         self._modules = len(sys.modules)
+        found: list[tuple[str, ModuleType]] = []
         for name, module in list(sys.modules.items()):
             if name in self._known or module is None:
                 continue
@@ -71,8 +75,24 @@ class SharedGlobals:
             file = getattr(module, "__file__", None)
             if name == "__main__" or not is_user_file(file) or self._is_local(name):
                 continue
-            self._watched += [_Watched(name, key, vars(module)) for key in sorted(_candidates(module))]
+            found.append((name, module))
+        codes = {name: [_names_in(code) for code in _codes(module)] for name, module in found}
+        for names in codes.values():
+            for each in names:
+                self._attributes_set |= each.attributes_set
+                self._attributes_read |= each.attributes_read
+        for name, module in found:
+            keys = self._candidates(vars(module), codes[name])
+            self._watched += [_Watched(name, key, vars(module)) for key in sorted(keys)]
         self.watching = True
+
+    def _candidates(self, namespace: dict[str, Any], codes: list[_Names]) -> set[str]:
+        """Names that somebody rebinds, and names of containers that somebody refers to."""
+        rebound: set[str] = set().union(*(names.rebound for names in codes))
+        read = set(self._attributes_read).union(*(names.read for names in codes))
+        plain = {key for key in self._attributes_set if not isinstance(namespace.get(key), _DEFINITIONS)}
+        mutable = {key for key in read if type(namespace.get(key)) in (dict, list, set)}
+        return (rebound | plain | mutable) & namespace.keys()
 
     def look(self, rank: int) -> None:
         """``rank`` is about to leave the baton: note what it has written."""
@@ -96,18 +116,6 @@ class SharedGlobals:
                 )
 
 
-def _candidates(module: ModuleType) -> set[str]:
-    written: set[str] = set()
-    read: set[str] = set()
-    for code in _codes(module):
-        stores, loads = _global_names(code)
-        written |= stores
-        read |= loads
-    namespace = vars(module)
-    mutable = {name for name in read if type(namespace.get(name)) in (dict, list, set)}
-    return (written & namespace.keys()) | mutable
-
-
 def _codes(module: ModuleType) -> Iterator[CodeType]:
     for value in list(vars(module).values()):
         if isinstance(value, FunctionType) and value.__module__ == module.__name__:
@@ -126,12 +134,29 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
             yield from _nested(constant)
 
 
+class _Names(NamedTuple):
+    """Names that one code object uses."""
+
+    rebound: frozenset[str]
+    read: frozenset[str]
+    attributes_set: frozenset[str]
+    attributes_read: frozenset[str]
+
+
+_OPCODES = {
+    "STORE_GLOBAL": 0,
+    "LOAD_GLOBAL": 1,
+    "STORE_ATTR": 2,
+    "LOAD_ATTR": 3,
+    "LOAD_METHOD": 3,
+}
+
+
 @functools.lru_cache(maxsize=8192)
-def _global_names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    stores, loads = set(), set()
+def _names_in(code: CodeType) -> _Names:
+    names: list[set[str]] = [set(), set(), set(), set()]
     for instruction in dis.get_instructions(code):
-        if instruction.opname == "STORE_GLOBAL":
-            stores.add(instruction.argval)
-        elif instruction.opname == "LOAD_GLOBAL":
-            loads.add(instruction.argval)
-    return frozenset(stores), frozenset(loads)
+        kind = _OPCODES.get(instruction.opname)
+        if kind is not None:
+            names[kind].add(instruction.argval)
+    return _Names(*map(frozenset, names))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 from lightrft.sim.current import current_task
 
 __all__ = ["tagged_output"]
+
+_RETURN = "\r"
 
 
 class TaggedStream:
@@ -56,24 +58,36 @@ class TaggedStream:
             self._write_lines(rank, [self._partial.pop(rank)])
 
     def _write_lines(self, rank: int, lines: list[str]) -> None:
-        tagged = "".join(f"[rank {rank}] {_visible(line)}\n" for line in lines)
+        tagged = "".join(f"[rank {rank}] {_visible(line).removesuffix(_RETURN)}\n" for line in lines)
         if tagged:
             self._stream.write(tagged)
 
 
 def _visible(line: str) -> str:
     """What a terminal would show of a line, so that a progress bar does not fill the memory."""
-    return line if "\r" not in line else line[:-1].rpartition("\r")[2] + line[-1].rstrip("\r")
+    return line[:-1].rpartition(_RETURN)[2] + line[-1:]
 
 
 @contextmanager
-def tagged_output() -> Iterator[None]:
-    """Tag ``sys.stdout`` and ``sys.stderr``, which new ranks take over from this process."""
+def tagged_output(function: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Tag what ranks print while they run the function that this gives, which does what ``function`` does.
+
+    ``sys.stdout`` and ``sys.stderr`` are replaced in this process, from where new ranks take them.
+    """
     stdout, stderr = sys.stdout, sys.stderr
     tagged = TaggedStream(stdout), TaggedStream(stderr)
+
+    def run() -> None:
+        try:
+            function()
+        finally:
+            task = current_task()
+            for stream in tagged:
+                stream.finish_rank(task.rank.index if task is not None else 0)
+
     sys.stdout, sys.stderr = (cast("TextIO", stream) for stream in tagged)
     try:
-        yield
+        yield run
     finally:
         sys.stdout, sys.stderr = stdout, stderr
         for stream in tagged:

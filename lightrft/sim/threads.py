@@ -13,9 +13,9 @@ import concurrent.futures.thread as futures_thread
 import os
 import queue
 import signal
+import subprocess
 import threading
 from collections import deque
-from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -23,14 +23,14 @@ import torch
 from lightrft.sim import current
 from lightrft.sim.current import current_task
 from lightrft.sim.patching import Patch
-from lightrft.sim.places import Place, called_library_function, caller_place, is_user_file
+from lightrft.sim.places import Place, called_library_function, caller_place
 from lightrft.sim.scheduler import Killed, Task
 
-__all__ = ["SimLock", "adopt_locks", "join_leftover", "patches"]
+__all__ = ["RAW_LOCK", "RAW_RLOCK", "SimLock", "SimRLock", "join_leftover", "patches"]
 
 _new_lock = _thread.allocate_lock
-_RAW_LOCK: Any = type(_thread.allocate_lock())
-_RAW_RLOCK: Any = type(threading.RLock())
+RAW_LOCK: Any = type(_thread.allocate_lock())
+RAW_RLOCK: Any = type(threading.RLock())
 
 
 class LockWait:
@@ -40,6 +40,12 @@ class LockWait:
         self._lock = lock
         self.place = place
         self._through = through or "Lock.acquire"
+
+    @property
+    def waits_for(self) -> int | None:
+        """The rank that holds the lock."""
+        holder = self._lock.holder
+        return None if holder is None else holder.rank.index
 
     def describe(self) -> str:
         holder = self._lock.holder
@@ -120,6 +126,14 @@ class SimLock:
         self.release()
 
 
+class SimRLock(threading._RLock):  # type: ignore[misc, name-defined]
+    """A reentrant lock built on :class:`SimLock`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._block = SimLock()
+
+
 def _in_rank(simulated: Any) -> Any:
     """A factory that makes ``simulated`` objects on a rank's thread and the original ones elsewhere."""
 
@@ -160,7 +174,7 @@ def _spawn(function: Any, args: Any, kwargs: Any) -> tuple[Any, Task]:
                 prepare_thread()
                 child.rank.adopt_groups()
                 function(*args, **kwargs)
-        except Killed:
+        except (Killed, ProcessExit):
             pass
         finally:
             child.scheduler.finish(child)
@@ -285,6 +299,23 @@ def _atexit_unregister(original: Any) -> Any:
     return unregister
 
 
+class ProcessExit(BaseException):
+    """``os._exit`` on a rank's thread: ends the rank without its exit functions."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def _exit(original: Any) -> Any:
+    def exit_process(status: int) -> Any:
+        if current_task() is None:
+            original(status)
+        raise ProcessExit(status)
+
+    return exit_process
+
+
 def _chdir(original: Any) -> Any:
     def chdir(path: Any) -> None:
         original(path)
@@ -296,6 +327,15 @@ def _chdir(original: Any) -> Any:
     return chdir
 
 
+def _fork_exec(original: Any) -> Any:
+    def fork_exec(args: Any, executables: Any, close_fds: Any, pass_fds: Any, cwd: Any, env: Any, *rest: Any) -> Any:
+        if env is None and current_task() is not None:  # C's environment is that of the whole process
+            env = [key + b"=" + value for key, value in os.environb.items()]
+        return original(args, executables, close_fds, pass_fds, cwd, env, *rest)
+
+    return fork_exec
+
+
 def _leave_simulation_in_child() -> None:
     current.bind(None)
 
@@ -303,58 +343,14 @@ def _leave_simulation_in_child() -> None:
 os.register_at_fork(after_in_child=_leave_simulation_in_child)
 
 
-# -- locks made before the run ----------------------------------------------------------------------------------------
-
-
-def adopt_locks(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
-    """Replace the plain locks that ``function`` can reach by ones that hand the baton on.
-
-    Looks at the arguments, the closure and the globals of the function.
-
-    Returns:
-        the arguments to pass instead, positional and by keyword, and calls that undo the replacements.
-    """
-    undo: list[Any] = []
-    swapped: dict[int, Any] = {}
-
-    def adopt(value: Any) -> Any:
-        if type(value) is _RAW_LOCK or type(value) is _RAW_RLOCK:
-            if id(value) not in swapped:
-                swapped[id(value)] = SimLock(value) if type(value) is _RAW_LOCK else threading._PyRLock()  # type: ignore[attr-defined]
-            return swapped[id(value)]
-        return value
-
-    inner = getattr(function, "__wrapped__", function)
-    if isinstance(inner, FunctionType):
-        for cell in inner.__closure__ or ():
-            _adopt_cell(cell, adopt, undo)
-        namespace = inner.__globals__ if is_user_file(inner.__code__.co_filename) else {}
-        for name, value in list(namespace.items()):
-            replacement = adopt(value)
-            if replacement is not value:
-                namespace[name] = replacement
-                undo.append((namespace.__setitem__, (name, value)))
-    return tuple(map(adopt, args)), {key: adopt(value) for key, value in kwargs.items()}, undo
-
-
-def _adopt_cell(cell: CellType, adopt: Any, undo: list[Any]) -> None:
-    try:
-        value = cell.cell_contents
-    except ValueError:  # empty
-        return
-    replacement = adopt(value)
-    if replacement is not value:
-        cell.cell_contents = replacement
-        undo.append((setattr, (cell, "cell_contents", value)))
-
-
 def _patches() -> list[Patch]:
     found = [
         Patch(threading, "Lock", _in_rank(SimLock)),
-        Patch(threading, "RLock", _in_rank(threading._PyRLock)),  # type: ignore[attr-defined]
+        Patch(threading, "RLock", _in_rank(SimRLock)),
         Patch(threading, "_allocate_lock", _in_rank(SimLock)),
         Patch(_thread, "allocate_lock", _in_rank(SimLock)),
         Patch(queue, "SimpleQueue", _in_rank(queue._PySimpleQueue)),  # type: ignore[attr-defined]
+        Patch(futures_thread, "_global_shutdown_lock", SimLock),  # held while a worker starts, which is a switch
         Patch(threading, "excepthook", _excepthook),
         Patch(threading.Thread, "join", _join),
         Patch(_thread, "start_new_thread", _start),
@@ -362,6 +358,8 @@ def _patches() -> list[Patch]:
         Patch(atexit, "register", _atexit_register),
         Patch(atexit, "unregister", _atexit_unregister),
         Patch(os, "chdir", _chdir),
+        Patch(os, "_exit", _exit),
+        Patch(subprocess, "_fork_exec", _fork_exec),
     ]
     if hasattr(threading, "_start_new_thread"):
         found.append(Patch(threading, "_start_new_thread", _start))

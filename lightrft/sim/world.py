@@ -12,21 +12,20 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightrft.errors import (
-    BlockedOutsideError,
     CollectiveTimeoutError,
     ConfigError,
     SimulationError,
     SimWarning,
-    UnfinishedError,
 )
-from lightrft.sim import clock, current, divergence, groups, places, store, threads
+from lightrft.sim import clock, current, divergence, groups, outside, places, store, threads
 from lightrft.sim.accelerator import DeviceState
 from lightrft.sim.accelerator import patches as accelerator_patches
+from lightrft.sim.adoption import LockAdoption
 from lightrft.sim.calls import Call, Event, Group, Meeting, Message
 from lightrft.sim.collectives import ORDERS
 from lightrft.sim.patching import Patch, Patcher
@@ -37,6 +36,9 @@ from lightrft.sim.rank_state import GroupTables, ProcessState, StateSwitcher
 from lightrft.sim.scheduler import Killed, Scheduler, Task
 from lightrft.sim.shared_globals import SharedGlobals
 from lightrft.sim.works import SimWork
+
+if TYPE_CHECKING:
+    from lightrft.sim.determinism import Observer
 
 __all__ = ["SimRank", "SimWorld"]
 
@@ -68,15 +70,26 @@ class SimRank:
         self.handles: list[SimProcessGroup] = []
         self.threads: list[Task] = []
         self.main: Task | None = None
-        self.creations = 0
+        self.creations: list[tuple[tuple[int, ...], str, places.Place]] = []
         self.latest_call: Call | None = None
         self.last: tuple[Call | None, str, places.Place] = (None, "made no call at all", places.UNKNOWN)
         self._group_epochs: dict[str, int] = {}
         self._messages: dict[Group, int] = {}
 
+    def blocked_task(self) -> Task | None:
+        """The task that stands for the rank in a report: its main one, or a thread that outlives it."""
+        if self.main is not None and not self.main.finished:
+            return self.main
+        return next((task for task in self.threads if not task.finished), self.main)
+
     def touched(self, what: str) -> None:
         """The rank did something to a group that is no call: the last thing it did, until its next call."""
         self.last = (self.latest_call, what, places.caller_place(2))
+
+    def last_place(self) -> places.Place:
+        """The line of the last thing the rank did to a group."""
+        call, _, place = self.last
+        return place if self.latest_call is call or self.latest_call is None else self.latest_call.place
 
     def tables(self) -> GroupTables:
         """The rank's tables of ``torch.distributed``; call it only while the rank runs."""
@@ -162,7 +175,10 @@ class SimWorld:
         self.stall_limit = stall_limit
         self.replay = ""
         """The command that repeats the run, shown in reports; set by what starts it."""
+        self.warn: Callable[[str], None] | None = None
+        """Takes warnings about a whole run, in place of :func:`warnings.warn`; set by what starts it."""
         self._calls: list[Call] = []
+        self._observer: Observer | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -173,12 +189,12 @@ class SimWorld:
         self.scheduler: Scheduler = _NOT_RUNNING
         self.switcher: StateSwitcher = _NOT_RUNNING
         self.shared: SharedGlobals = _NOT_RUNNING
-        self._creations: list[tuple[tuple[int, ...], str, SimRank, Any]] = []
+        self._first_creations: list[tuple[tuple[int, ...], str]] = []
         self._failures: list[tuple[SimRank, BaseException]] = []
         self._mismatch: divergence.Mismatch | None = None
         self._verdict: SimulationError | None = None
         self._interrupted = False
-        self._leftovers: list[str] = []
+        self._leftovers: list[tuple[int, places.Place, str]] = []
 
     # -- what a user calls --------------------------------------------------------------------------------------
 
@@ -247,9 +263,10 @@ class SimWorld:
             self.shared = SharedGlobals(self.switcher.modules.matches)
             self.ranks = [self._new_rank(index) for index in range(self.size)]
             self.shared.begin()
-            args, kwargs, undo = threads.adopt_locks(fn, args, kwargs)
-            for function, arguments in undo:
-                stack.callback(function, *arguments)
+            locks = LockAdoption()
+            stack.callback(locks.restore)
+            fn = locks.adopt(fn)
+            args, kwargs = tuple(map(locks.adopt, args)), {key: locks.adopt(value) for key, value in kwargs.items()}
             with _stack_size(_STACK_BYTES), _one_core():
                 for rank in self.ranks:
                     self._start(rank, fn, args, kwargs, results)
@@ -292,25 +309,36 @@ class SimWorld:
         task.lock.acquire()
         current.bind(task)
         rank = task.rank
+        threading.current_thread()._daemonic = False  # type: ignore[attr-defined] # threads it starts inherit this
         try:
             threads.prepare_thread()
             if not task.killed:
-                results[rank.index] = fn(*args, **kwargs)
+                results[rank.index] = self._call_main(fn, args, kwargs)
                 threads.join_leftover(task)
                 self._run_atexit(rank)
+                if self._observer is not None:
+                    self._observer.returned(rank)
                 self._note_leftovers(rank)
         except Killed:
             if self._interrupted:
-                self.scheduler.kill_all()
-        except SystemExit as error:
-            if error.code not in (None, 0):
-                self._fail(rank, error)
+                task.scheduler.kill_all()
+        except threads.ProcessExit as error:
+            if error.code:
+                self._fail(rank, SystemExit(error.code))
         except BaseException as error:  # noqa: BLE001 - a rank may raise anything; the run reports it
             self._fail(rank, error)
         finally:
             torch._C._distributed_c10d._unregister_all_process_groups()
-            self.scheduler.finish(task)
+            task.scheduler.finish(task)
             current.bind(None)
+
+    def _call_main(self, fn: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return fn(*args, **kwargs)
+        except SystemExit as error:
+            if error.code not in (None, 0):
+                raise
+            return None
 
     def _run_atexit(self, rank: SimRank) -> None:
         entries = rank.state.atexit
@@ -346,7 +374,7 @@ class SimWorld:
     def _interrupt(self) -> None:
         """Stop all ranks from outside: the running one is interrupted, the others end where they wait."""
         self._interrupted = True
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + 1.5
         while time.monotonic() < deadline:
             task = self.scheduler.running
             if task is not None and not task.finished:
@@ -354,6 +382,7 @@ class SimWorld:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(task.ident), ctypes.py_object(Killed))
             if self.scheduler.all_done.acquire(timeout=0.2):
                 return
+        self.scheduler.abandon()
 
     def _let_go(self) -> None:
         """Drop all that only the run needed, so that no cycle keeps its tensors alive. The trace stays."""
@@ -367,7 +396,6 @@ class SimWorld:
         if self.scheduler is not None and self.scheduler.running is None:
             self.scheduler.tasks.clear()
         self.ranks = []
-        self._creations = []
         self._failures = []
         self._mismatch = self._verdict = None
         self.stores = store.StoreTable()
@@ -375,23 +403,26 @@ class SimWorld:
 
     # -- what the parts of a run tell the world -----------------------------------------------------------------
 
-    def record(self, call: Call) -> None:
-        """A rank made a call."""
+    def record(self, call: Call, inputs: Sequence[Any] = ()) -> None:
+        """A rank made a call and contributes ``inputs``."""
         self._calls.append(call)
         self.ranks[call.rank].latest_call = call
+        if self._observer is not None:
+            self._observer.called(self.ranks[call.rank], call, inputs)
 
     def note_creation(self, rank: SimRank, members: tuple[int, ...], backend: str) -> None:
         """A rank makes a sub-group; all ranks must make the same ones in the same order."""
-        position = rank.creations
-        rank.creations += 1
-        place = places.caller_place(2)
-        if position == len(self._creations):
-            self._creations.append((members, backend, rank, place))
-            return
-        first_members, first_backend, first, first_place = self._creations[position]
-        if first_members != members or first_backend != backend:
-            self._disagreed(divergence.creation_mismatch(position, first, first_members, first_place, rank, members, place))
+        position, place = len(rank.creations), places.caller_place(2)
+        rank.creations.append((members, backend, place))
+        if position == len(self._first_creations):
+            self._first_creations.append((members, backend))
+        elif self._first_creations[position] != (members, backend):
+            self._disagreed(divergence.creation_mismatch(position))
             self._park(divergence.CreationWait(members, place))
+
+    def made_at(self, position: int) -> list[tuple[int, tuple[int, ...], str, places.Place]]:
+        """Who made what as group number ``position`` (from 0): rank, members, backend, place."""
+        return [(r.index, *r.creations[position]) for r in self.ranks if len(r.creations) > position]
 
     def disagree(self, meeting: Meeting, call: Call, member: int) -> None:
         """A member came to a meeting with another call than the first one; does not return."""
@@ -399,9 +430,9 @@ class SimWorld:
         self._disagreed(divergence.call_mismatch(meeting))
         self._park(call)
 
-    def disagree_among(self, meeting: Meeting, problem: str) -> None:
+    def disagree_among(self, meeting: Meeting, problem: str, pairs: Sequence[tuple[int, int]]) -> None:
         """Everybody has come, but what they exchange does not fit; does not return."""
-        self._disagreed(divergence.sizes_mismatch(meeting, problem))
+        self._disagreed(divergence.sizes_mismatch(meeting, problem, pairs))
         self._park(meeting.first)
 
     def disagree_pair(self, send: Call, receive: Call, problem: str, later: Call) -> None:
@@ -416,7 +447,7 @@ class SimWorld:
 
     def _drain(self) -> None:
         """The run has failed: let the others come to where they wait, then report."""
-        if self.scheduler.drain_until is None:
+        if self.scheduler is not None and self.scheduler.drain_until is None:
             self.scheduler.drain_until = self.scheduler.switches + 20 * len(self.scheduler.tasks)
 
     def _park(self, waiting: Any) -> None:
@@ -451,13 +482,14 @@ class SimWorld:
     def _note_leftovers(self, rank: SimRank) -> None:
         for work in rank.outstanding:
             if not work.call.done:
-                self._leftovers.append(
-                    f"rank {rank.index}: {work.call.describe()} at {work.call.place} was never waited for"
-                )
+                self._left(rank.index, work.call.place, f"{work.call.describe()} was never waited for")
         rank.outstanding.clear()
         tables = rank.tables()
         if tables.pg_map:
-            self._leftovers.append(f"rank {rank.index}: destroy_process_group was not called")
+            self._left(rank.index, rank.handles[0].made_at, "made a process group and never destroyed it")
+
+    def _left(self, rank: int, place: places.Place, what: str) -> None:
+        self._leftovers.append((rank, place, what))
 
     # -- verdicts -----------------------------------------------------------------------------------------------
 
@@ -481,29 +513,36 @@ class SimWorld:
                 earliest = min(earliest, limit)
         self.scheduler.watch_at = earliest
 
+    def _collect_leftovers(self) -> None:
+        for group in self.groups.values():
+            for call in unmatched(group):
+                self._left(call.rank, call.place, f"{call.describe()} never met its counterpart")
+        most = max(self.ranks, key=lambda rank: len(rank.creations))
+        for rank in self.ranks:
+            if len(rank.creations) < len(most.creations):
+                members = list(most.creations[len(rank.creations)][0])
+                what = f"did not call new_group({members}); every rank must, members of the group or not"
+                self._left(rank.index, rank.last_place(), what)
+
     def _report(self) -> None:
         if self._verdict is not None:
             raise self._verdict
         if self._failures or self._mismatch is not None:
             raise divergence.verdict(self, self._failures, self._mismatch)
-        problems = list(self._leftovers)
-        for group in self.groups.values():
-            problems += [f"rank {c.rank}: {c.describe()} at {c.place} never met its counterpart" for c in unmatched(group)]
-        behind = [rank.index for rank in self.ranks if rank.creations < len(self._creations)]
-        if behind:
-            members, _, _, place = self._creations[min(self.ranks[r].creations for r in behind)]
-            problems.append(
-                f"{divergence.show_ranks(behind)}: never called new_group for ranks {list(members)} (made by others at "
-                f"{place}); every rank must call it, members or not"
-            )
-        if problems:
-            shown = "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
-            message = f"the run ended with leftovers:\n  {shown}"
+        self._collect_leftovers()
+        if self._leftovers:
+            error = divergence.leftovers(self, self._leftovers)
             if self.strict:
-                raise UnfinishedError(message, report=tuple(problems))
-            warnings.warn(message, SimWarning, stacklevel=4)
+                raise error
+            self._warn(str(error))
         for warning in self.shared.warnings():
-            warnings.warn(warning, SimWarning, stacklevel=4)
+            self._warn(warning)
+
+    def _warn(self, message: str) -> None:
+        if self.warn is not None:
+            self.warn(message)
+        else:
+            warnings.warn(message, SimWarning, stacklevel=5 + self.check_determinism)
 
 
 class _StallWatcher:
@@ -529,11 +568,11 @@ class _StallWatcher:
         stalled = now - self._since
         if stalled >= self._world.stall_after and not self._said:
             self._said = True
-            print(divergence.stall_report(self._world, task, stalled), file=sys.stderr, flush=True)
+            print(divergence.stall_verdict(self._world, task, stalled), file=sys.stderr, flush=True)
         if stalled >= self._world.stall_limit:
-            report = divergence.stall_report(self._world, task, stalled)
+            verdict = divergence.stall_verdict(self._world, task, stalled)
             task.killed = True
-            raise BlockedOutsideError(report)
+            raise verdict
 
 
 def _cpu_seconds(ident: int) -> float:
@@ -544,7 +583,7 @@ def _cpu_seconds(ident: int) -> float:
 
 
 def _all_patches() -> list[Patch]:
-    return [*clock.patches(), *threads.patches(), *store.patches(), *groups.patches(), *accelerator_patches()]
+    return [*clock.patches(), *threads.patches(), *outside.patches(), *store.patches(), *groups.patches(), *accelerator_patches()]
 
 
 @contextmanager
@@ -586,12 +625,15 @@ def _one_core() -> Iterator[None]:
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
-    allowed = os.sched_getaffinity(0)
+    allowed, policy = os.sched_getaffinity(0), os.sched_getscheduler(0)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     cores = sorted(allowed)
     chosen = cores[int(worker[2:]) % len(cores)] if worker[2:].isdigit() else cores[os.getpid() % len(cores)]
     os.sched_setaffinity(0, {chosen})
+    if policy == os.SCHED_OTHER:  # a woken batch thread does not preempt its waker, who still holds the interpreter
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     try:
         yield
     finally:
+        os.sched_setscheduler(0, policy, os.sched_param(0))
         os.sched_setaffinity(0, allowed)

@@ -2,6 +2,9 @@
 
 Inside a world a rank sees the devices of a node: it can select one, create streams on it, seed it, ask for its memory,
 and put tensors on it, which stay in host memory. Threads outside the world find torch as it is.
+
+Not answered: ``torch.device(0)`` (write ``torch.device("cuda", 0)``), CUDA graphs, memory pools, external streams, IPC
+handles, ``torch.cuda.comm``, ``SyncBatchNorm``, FSDP1, and operators called through ``torch.ops`` with a CUDA device.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING
 
-from lightrft.sim.accelerator import dtensor, libraries, runtime, streams, tensors
+from lightrft.sim.accelerator import late_imports, libraries, runtime, streams, tensors
 from lightrft.sim.accelerator.state import DeviceState
 
 if TYPE_CHECKING:
@@ -21,4 +24,5 @@ __all__ = ["DeviceState", "patches"]
 @cache
 def patches() -> list[Patch]:
     """Everything to install for the time of a run; built once, while nothing is installed."""
-    return [*runtime.patches(), *streams.patches(), *tensors.patches(), *libraries.patches(), *dtensor.patches()]
+    found = [*runtime.patches(), *streams.patches(), *tensors.patches(), *libraries.patches()]
+    return [*found, *late_imports.patches(found)]

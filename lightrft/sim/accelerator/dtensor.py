@@ -1,19 +1,14 @@
 """FSDP2 and DTensor on a mesh of CUDA devices whose tensors are on the CPU.
 
-Their modules take most of a second to import, so they are patched only where a program imports them, before the run or
-during it.
+Their modules take most of a second to import, so they are patched only where a program imports them: see
+:mod:`lightrft.sim.accelerator.late_imports`.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.util
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,9 +16,8 @@ import torch
 from lightrft.sim.accelerator.generators import PhiloxState
 from lightrft.sim.accelerator.replace import answer_or, once
 from lightrft.sim.accelerator.state import CPU, DeviceState, device_state
-from lightrft.sim.patching import Patch
 
-__all__ = ["patches"]
+__all__ = ["IMPORTERS", "MAKERS"]
 
 
 # -- FSDP2 ------------------------------------------------------------------------------------------------------------
@@ -123,11 +117,12 @@ class _RandomOfRank:
             setattr(self._module, name, value)
 
 
-# -- patching what is imported late -----------------------------------------------------------------------------------
+# -- what replaces what -----------------------------------------------------------------------------------------------
 
 _FSDP = "torch.distributed.fsdp._fully_shard"
 _TENSOR = "torch.distributed.tensor"
-_MAKERS: dict[str, dict[str, Callable[[Any], Any]]] = {
+
+MAKERS: dict[str, dict[str, Callable[[Any], Any]]] = {
     f"{_FSDP}._fsdp_init": {
         "_get_device_from_mesh": answer_or(_device_from_mesh),
         "_init_default_mesh": answer_or(_default_mesh),
@@ -140,100 +135,6 @@ _MAKERS: dict[str, dict[str, Callable[[Any], Any]]] = {
     f"{_TENSOR}._dispatch": {"random": once(_RandomOfRank)},
 }
 """By module: what to replace in it, and with what."""
-_IMPORTED_FROM = f"{_FSDP}._fsdp_init"
-_IMPORTING = (f"{_FSDP}._fully_shard", "torch.distributed._composable.replicate_with_fsdp")
-"""Modules that import the functions of :data:`_IMPORTED_FROM` by name."""
 
-
-class LateImports(importlib.abc.MetaPathFinder):
-    """Patches the modules above while :attr:`active`, those already imported and those that are imported meanwhile.
-
-    A patch sets the attribute to True, and undoing the patch sets it back to False.
-    """
-
-    active: bool
-
-    def __init__(self) -> None:
-        vars(self)["active"] = False
-        self._undo: list[tuple[Any, str, Any, Any]] = []
-        self._finding = ""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        changed = name == "active" and value != self.active
-        super().__setattr__(name, value)
-        if changed and value:
-            sys.meta_path.insert(0, self)
-            for module in _MAKERS.keys() & sys.modules.keys():
-                self.patch(module)
-        elif changed:
-            sys.meta_path.remove(self)
-            self._restore()
-
-    def patch(self, name: str) -> None:
-        """Patch a module that has been imported."""
-        module = sys.modules[name]
-        for path, make in _MAKERS[name].items():
-            *outer, attribute = path.split(".")
-            owner = functools.reduce(getattr, outer, module)
-            original = vars(owner).get(attribute)
-            if original is None:
-                continue  # this release of torch does without
-            self._replace(owner, attribute, original, make(original))
-            for importing in _IMPORTING if name == _IMPORTED_FROM else ():
-                if vars(sys.modules.get(importing, object)).get(attribute) is original:
-                    self._replace(sys.modules[importing], attribute, original, make(original))
-
-    def _replace(self, owner: Any, name: str, original: Any, value: Any) -> None:
-        self._undo.append((owner, name, original, value))
-        setattr(owner, name, value)
-
-    def _restore(self) -> None:
-        while self._undo:
-            owner, name, original, value = self._undo.pop()
-            setattr(owner, name, original)
-            for importing in _IMPORTING:  # imported since, with the replacement
-                if vars(sys.modules.get(importing, object)).get(name) is value:
-                    setattr(sys.modules[importing], name, original)
-
-    def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None = None,  # noqa: ARG002
-        target: ModuleType | None = None,  # noqa: ARG002
-    ) -> ModuleSpec | None:
-        """See one of the modules being imported."""
-        if fullname not in _MAKERS or fullname == self._finding:
-            return None
-        self._finding = fullname
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._finding = ""
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self)
-        return spec
-
-
-class _Loader(importlib.abc.Loader):
-    def __init__(self, inner: Any, owner: LateImports) -> None:
-        self._inner = inner
-        self._owner = owner
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        module: ModuleType | None = self._inner.create_module(spec)
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._inner
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._inner
-        self._inner.exec_module(module)
-        self._owner.patch(module.__name__)
-
-
-_late_imports = LateImports()
-
-
-def patches() -> list[Patch]:
-    """One patch, which has the others made in time."""
-    return [Patch(_late_imports, "active", lambda _: True)]
+IMPORTERS = {f"{_FSDP}._fsdp_init": (f"{_FSDP}._fully_shard", "torch.distributed._composable.replicate_with_fsdp")}
+"""By module: the modules that import what is replaced in it by name."""

@@ -97,8 +97,8 @@ def _checkpoint_module(state: DeviceState, original: Any, device: str = "cuda") 
 
 
 def _get_device_states(state: DeviceState, *_: Any) -> tuple[list[int], list[torch.Tensor]]:
-    """Those of all devices that were drawn from: the arguments, on the CPU, do not tell which of them is meant."""
-    used = state.used_generators() if state.initialized else {}
+    """Those of the devices in use: the arguments, on the CPU, do not tell which of them is meant."""
+    used = state.generators_in_use() if state.initialized else {}
     return list(used), [generator.pack() for generator in used.values()]
 
 
@@ -170,6 +170,21 @@ def _ddp(original: Any) -> Any:
     return __init__
 
 
+# -- profiling --------------------------------------------------------------------------------------------------------
+
+
+def _profile(original: Any) -> Any:
+    """``torch.profiler.profile`` of CUDA activity would warn; what runs is the CPU's."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        if kwargs.get("use_device") == "cuda" and device_state() is not None:
+            kwargs |= {"use_device": None, "use_cpu": True}
+        original(self, *args, **kwargs)
+
+    return __init__
+
+
 def patches() -> list[Patch]:
     """All of the above."""
     from torch.nn.parallel import DistributedDataParallel
@@ -180,5 +195,6 @@ def patches() -> list[Patch]:
         *_checkpointing(),
         Patch(torch.serialization, "_validate_device", answer_or(_validate_device)),
         Patch(_BaseDataLoaderIter, "__init__", once(_loader_iterator)),
+        Patch(torch.autograd.profiler.profile, "__init__", once(_profile)),
         Patch(DistributedDataParallel, "__init__", once(_ddp)),
     ]

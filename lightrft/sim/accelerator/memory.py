@@ -6,12 +6,16 @@ only what somebody charges to it, so its numbers are the same in every run; it i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-__all__ = ["MemoryLedger"]
+if TYPE_CHECKING:
+    from lightrft.sim.accelerator.state import DeviceState
+
+__all__ = ["ANSWERS", "MemoryLedger"]
 
 
 @dataclass(slots=True)
@@ -111,3 +115,88 @@ def _pools(everything: dict[str, int] | None) -> dict[str, dict[str, int]]:
     """Large blocks stand for all that is charged: a ledger knows no small ones."""
     nothing = _statistic(0, 0, 0, 0)
     return {"all": everything or nothing, "large_pool": everything or nothing, "small_pool": nothing}
+
+
+# -- what torch.cuda.memory asks --------------------------------------------------------------------------------------
+
+
+def _memory_stats_as_nested_dict(state: DeviceState, device: Any = None) -> dict[str, Any]:
+    return state.memory(state.index_of(device)).statistics() if state.initialized else {}
+
+
+def reset_peak_memory_stats(state: DeviceState, device: Any = None) -> None:
+    """``torch.cuda.reset_peak_memory_stats``."""
+    state.memory(state.index_of(device)).reset_peaks()
+
+
+def reset_accumulated_memory_stats(state: DeviceState, device: Any = None) -> None:
+    """``torch.cuda.reset_accumulated_memory_stats``."""
+    state.memory(state.index_of(device)).reset_accumulated()
+
+
+def empty_cache(state: DeviceState) -> None:
+    """``torch.cuda.empty_cache``."""
+    state.memory().empty_cache()
+
+
+def _set_memory_fraction(state: DeviceState, fraction: float, device: Any = None) -> None:
+    if not isinstance(fraction, float):
+        raise TypeError("Invalid type for fraction argument, must be `float`")
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: 0~1")
+    state.memory(state.index_of(device)).fraction = fraction
+
+
+def _get_memory_fraction(state: DeviceState, device: Any = None) -> float:
+    return state.memory(state.index_of(device)).fraction
+
+
+def device_memory_used(state: DeviceState, device: Any = None) -> int:
+    """``torch.cuda.device_memory_used``."""
+    return state.memory(state.index_of(device)).reserved
+
+
+def _empty_list(state: DeviceState, *_: Any, **__: Any) -> list[Any]:  # noqa: ARG001
+    return []
+
+
+def _empty_dict(state: DeviceState, *_: Any, **__: Any) -> dict[str, Any]:  # noqa: ARG001
+    return {}
+
+
+def _snapshot(state: DeviceState, *_: Any, **__: Any) -> dict[str, Any]:  # noqa: ARG001
+    return {"segments": [], "device_traces": [[]], "allocator_settings": {}, "external_annotations": []}
+
+
+def _list_gpu_processes(state: DeviceState, device: Any = None) -> str:
+    return f"GPU:{state.index_of(device)}\nno processes are running"
+
+
+def _allocator_backend(state: DeviceState) -> str:  # noqa: ARG001
+    return "native"
+
+
+def _nothing(state: DeviceState, *_: Any, **__: Any) -> None:
+    """Accepted; there is nothing to do."""
+
+
+ANSWERS: dict[str, Callable[..., Any]] = {
+    "_dump_snapshot": _nothing,
+    "_record_memory_history": _nothing,
+    "_snapshot": _snapshot,
+    "caching_allocator_enable": _nothing,
+    "empty_cache": empty_cache,
+    "get_allocator_backend": _allocator_backend,
+    "get_per_process_memory_fraction": _get_memory_fraction,
+    "host_memory_stats": _empty_dict,
+    "host_memory_stats_as_nested_dict": _empty_dict,
+    "list_gpu_processes": _list_gpu_processes,
+    "memory_snapshot": _empty_list,
+    "memory_stats_as_nested_dict": _memory_stats_as_nested_dict,
+    "reset_accumulated_host_memory_stats": _nothing,
+    "reset_accumulated_memory_stats": reset_accumulated_memory_stats,
+    "reset_peak_host_memory_stats": _nothing,
+    "reset_peak_memory_stats": reset_peak_memory_stats,
+    "set_per_process_memory_fraction": _set_memory_fraction,
+}
+"""By name in ``torch.cuda.memory``: the function that answers on a rank."""

@@ -11,20 +11,42 @@ from typing import Any
 from lightrft.sim.current import current_task
 from lightrft.sim.patching import Patch
 
-__all__ = ["RankClass", "answer", "answer_or", "once", "wherever_bound"]
+__all__ = ["Once", "RankClass", "answer", "answer_or", "once", "wherever_bound"]
+
+
+class Once:
+    """A ``make`` for patches that builds one replacement for an original and returns it again in the next world."""
+
+    def __init__(self, build: Callable[[Any], Any]) -> None:
+        self._build = build
+        self._original: Any = self  # what is no original of anything
+        self._replacement: Any = None
+
+    def __call__(self, original: Any) -> Any:
+        """The replacement for ``original``."""
+        if original is not self._original:
+            self._original, self._replacement = original, self._build(original)
+        return self._replacement
+
+    def is_in_place(self, patch: Patch) -> bool:
+        """Whether the replacement is where ``patch`` puts it."""
+        return self._original is not self and vars(patch.owner).get(patch.name) is self._replacement
+
+    def remove(self, patch: Patch) -> None:
+        """Undo ``patch``."""
+        if self._original is None:
+            delattr(patch.owner, patch.name)
+        else:
+            setattr(patch.owner, patch.name, self._original)
+
+    def put_back(self, patch: Patch) -> None:
+        """Undo :meth:`remove`."""
+        setattr(patch.owner, patch.name, self._replacement)
 
 
 def once(build: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A ``make`` for patches that builds one replacement per original and returns it again in the next world."""
-    latest: tuple[Any, Any] | None = None
-
-    def make(original: Any) -> Any:
-        nonlocal latest
-        if latest is None or latest[0] is not original:
-            latest = original, build(original)
-        return latest[1]
-
-    return make
+    """See :class:`Once`."""
+    return Once(build)
 
 
 def answer(function: Callable[..., Any]) -> Callable[[Any], Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lightrft.sim.accelerator import streams
+from lightrft.sim.accelerator import memory, streams
 from lightrft.sim.accelerator.generators import DefaultGenerators
 from lightrft.sim.accelerator.replace import answer, once, wherever_bound
 from lightrft.sim.accelerator.state import DeviceState, device_state
@@ -132,6 +132,10 @@ def _nothing(state: DeviceState, *_: Any, **__: Any) -> None:
     """Accepted; there is nothing to do."""
 
 
+def _is_bf16_supported(state: DeviceState, including_emulation: bool = True) -> bool:  # noqa: ARG001
+    return True
+
+
 def _nccl_version(state: DeviceState) -> tuple[int, int, int]:  # noqa: ARG001
     return (2, 28, 9)
 
@@ -187,61 +191,6 @@ def _cudart(state: DeviceState) -> CudaRuntime:
 def _check_error(state: DeviceState, res: int) -> None:  # noqa: ARG001
     if int(res) != CudaError.success:
         raise RuntimeError(f"CUDA error {int(res)}")
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-
-def _memory_stats_as_nested_dict(state: DeviceState, device: Any = None) -> dict[str, Any]:
-    return state.memory(state.index_of(device)).statistics() if state.initialized else {}
-
-
-def _reset_peak_memory_stats(state: DeviceState, device: Any = None) -> None:
-    state.memory(state.index_of(device)).reset_peaks()
-
-
-def _reset_accumulated_memory_stats(state: DeviceState, device: Any = None) -> None:
-    state.memory(state.index_of(device)).reset_accumulated()
-
-
-def _empty_cache(state: DeviceState) -> None:
-    state.memory().empty_cache()
-
-
-def _set_memory_fraction(state: DeviceState, fraction: float, device: Any = None) -> None:
-    if not isinstance(fraction, float):
-        raise TypeError("Invalid type for fraction argument, must be `float`")
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: 0~1")
-    state.memory(state.index_of(device)).fraction = fraction
-
-
-def _get_memory_fraction(state: DeviceState, device: Any = None) -> float:
-    return state.memory(state.index_of(device)).fraction
-
-
-def _device_memory_used(state: DeviceState, device: Any = None) -> int:
-    return state.memory(state.index_of(device)).reserved
-
-
-def _empty_list(state: DeviceState, *_: Any, **__: Any) -> list[Any]:  # noqa: ARG001
-    return []
-
-
-def _empty_dict(state: DeviceState, *_: Any, **__: Any) -> dict[str, Any]:  # noqa: ARG001
-    return {}
-
-
-def _snapshot(state: DeviceState, *_: Any, **__: Any) -> dict[str, Any]:  # noqa: ARG001
-    return {"segments": [], "device_traces": [[]], "allocator_settings": {}, "external_annotations": []}
-
-
-def _list_gpu_processes(state: DeviceState, device: Any = None) -> str:
-    return f"GPU:{state.index_of(device)}\nno processes are running"
-
-
-def _allocator_backend(state: DeviceState) -> str:  # noqa: ARG001
-    return "native"
 
 
 # -- ranges for a profiler --------------------------------------------------------------------------------------------
@@ -329,10 +278,11 @@ _ANSWERS: dict[str, dict[str, Callable[..., Any]]] = {
         "current_device": _current_device,
         "current_solver_handle": _zero,
         "device_count": _device_count,
-        "device_memory_used": _device_memory_used,
+        "device_memory_used": memory.device_memory_used,
         "get_device_properties": _get_device_properties,
         "get_sync_debug_mode": _get_sync_debug_mode,
         "ipc_collect": _nothing,
+        "is_bf16_supported": _is_bf16_supported,
         "is_available": _is_available,
         "is_initialized": _is_initialized,
         "memory_usage": _zero,
@@ -343,25 +293,7 @@ _ANSWERS: dict[str, dict[str, Callable[..., Any]]] = {
         "temperature": _zero,
         "utilization": _zero,
     },
-    "torch.cuda.memory": {
-        "_dump_snapshot": _nothing,
-        "_record_memory_history": _nothing,
-        "_snapshot": _snapshot,
-        "caching_allocator_enable": _nothing,
-        "empty_cache": _empty_cache,
-        "get_allocator_backend": _allocator_backend,
-        "get_per_process_memory_fraction": _get_memory_fraction,
-        "host_memory_stats": _empty_dict,
-        "host_memory_stats_as_nested_dict": _empty_dict,
-        "list_gpu_processes": _list_gpu_processes,
-        "memory_snapshot": _empty_list,
-        "memory_stats_as_nested_dict": _memory_stats_as_nested_dict,
-        "reset_accumulated_host_memory_stats": _nothing,
-        "reset_accumulated_memory_stats": _reset_accumulated_memory_stats,
-        "reset_peak_host_memory_stats": _nothing,
-        "reset_peak_memory_stats": _reset_peak_memory_stats,
-        "set_per_process_memory_fraction": _set_memory_fraction,
-    },
+    "torch.cuda.memory": memory.ANSWERS,
     "torch.cuda.nvtx": {
         "_device_range_end": _nothing,
         "_device_range_start": _range_start,
@@ -386,12 +318,12 @@ _ANSWERS: dict[str, dict[str, Callable[..., Any]]] = {
         "synchronize": _synchronize,
     },
     "torch.accelerator.memory": {
-        "empty_cache": _empty_cache,
+        "empty_cache": memory.empty_cache,
         "empty_host_cache": _nothing,
         "get_memory_info": _accelerator_memory_info,
         "memory_stats": _accelerator_memory_stats,
-        "reset_accumulated_memory_stats": _reset_accumulated_memory_stats,
-        "reset_peak_memory_stats": _reset_peak_memory_stats,
+        "reset_accumulated_memory_stats": memory.reset_accumulated_memory_stats,
+        "reset_peak_memory_stats": memory.reset_peak_memory_stats,
     },
     "torch._utils": {"_get_current_device_index": _current_device},
 }

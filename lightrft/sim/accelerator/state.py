@@ -28,7 +28,7 @@ GIBIBYTE = 1 << 30
 _DEVICE_INDICES = 128
 """``torch.device`` keeps an index in 7 bits."""
 CUDA_DEVICES: dict[Any, int | None] = {"cuda": None, torch.device("cuda"): None}
-"""Every CUDA device, as a string and as a ``torch.device``, with its index: a look-up is faster than ``device.type``."""
+"""Every CUDA device, as a string and as a ``torch.device``, with its index: faster than to ask ``device.type``."""
 for _index in range(_DEVICE_INDICES):
     CUDA_DEVICES[f"cuda:{_index}"] = CUDA_DEVICES[torch.device("cuda", _index)] = _index
 
@@ -165,8 +165,9 @@ class DeviceState:
             generator = self._generators[index] = PhiloxState()
         return generator
 
-    def used_generators(self) -> dict[int, PhiloxState]:
-        """The random states by device index, of those devices that were seeded or drawn from."""
+    def generators_in_use(self) -> dict[int, PhiloxState]:
+        """The random states, by index, of the current device and of those that were seeded or drawn from."""
+        self.generator()
         return dict(self._generators)
 
 

@@ -133,6 +133,9 @@ class Stream(torch.Stream, metaclass=RankClass):
             return False
         return (self.device_index, self.stream_id) == (other.device_index, other.stream_id)
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other  # torch.Stream has one of its own, which compares what is the same in all of ours
+
     def __hash__(self) -> int:
         return hash((self._device_index, self._stream_id))
 

@@ -141,7 +141,7 @@ def _to(original: Any) -> Any:
 
 
 def _cuda(original: Any) -> Any:
-    to = _Tensor.to
+    to = torch._C.TensorBase.to
 
     @functools.wraps(original)
     def cuda(self: Any, device: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""F10: trainer and engine each wait for the other to speak first."""
+"""Trainer and engine each wait for the other to speak first."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""F09: the engine expects a bucket for the tied embedding, which the trainer never sends."""
+"""The engine expects a bucket for the tied embedding, which the trainer never sends."""
 
 import torch
 import torch.distributed as dist

@@ -15,7 +15,8 @@ def broken():
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     if rank == 0:
-        dist.TCPStore("127.0.0.1", PORT, is_master=True).set("engine", "resume")
+        handshake = dist.TCPStore("127.0.0.1", PORT, is_master=True)
+        handshake.set("engine", "resume")
     elif rank == 3:
         handshake = dist.TCPStore("127.0.0.1", PORT + rank, is_master=False)  # <- blamed
         assert handshake.get("engine") == b"resume"
@@ -27,7 +28,8 @@ def mended():
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     if rank == 0:
-        dist.TCPStore("127.0.0.1", PORT, is_master=True).set("engine", "resume")
+        handshake = dist.TCPStore("127.0.0.1", PORT, is_master=True)
+        handshake.set("engine", "resume")
     elif rank == 3:
         handshake = dist.TCPStore("127.0.0.1", PORT, is_master=False)
         assert handshake.get("engine") == b"resume"

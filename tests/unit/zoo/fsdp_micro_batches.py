@@ -19,8 +19,8 @@ def broken():
     fully_shard(policy, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     for _ in range(1 if dist.get_rank() == 3 else 2):
         loss = policy(torch.ones(2, 4)).sum()  # <- waits
-        loss.backward()  # <- blamed
-    dist.destroy_process_group()
+        loss.backward()
+    dist.destroy_process_group()  # <- blamed
 
 
 def mended():

@@ -1,6 +1,5 @@
 """The engine counts itself among the trainers."""
 
-import torch
 import torch.distributed as dist
 
 from lightrft.errors import CollectiveMismatchError
@@ -14,10 +13,8 @@ SIZE = 4
 def broken():
     dist.init_process_group("nccl")
     rank, size = dist.get_rank(), dist.get_world_size()
-    if rank == 3:
-        trainers = dist.new_group(range(size))  # <- blamed
-    else:
-        trainers = dist.new_group(range(size - 1))  # <- waits
+    members = range(size) if rank == 3 else range(size - 1)
+    trainers = dist.new_group(members)  # <- blamed
     dist.barrier(group=trainers)
     dist.destroy_process_group()
 
@@ -25,7 +22,8 @@ def broken():
 def mended():
     dist.init_process_group("nccl")
     rank, size = dist.get_rank(), dist.get_world_size()
-    trainers = dist.new_group(range(size - 1))
-    if rank < 3:
+    members = range(size - 1)
+    trainers = dist.new_group(members)
+    if rank in members:
         dist.barrier(group=trainers)
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""F09: rank 0 sends one bucket more than the engine was told to expect."""
+"""Rank 0 sends one bucket more than the engine was told to expect."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""F11: the first pipeline stage skips an empty micro-batch, the later stages wait for its activations."""
+"""The first pipeline stage skips an empty micro-batch, the later stages wait for its activations."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""F09: rank 0 sends weights while the engine, like everybody else, still waits for the broadcast of the step."""
+"""Rank 0 sends weights while the engine, like everybody else, still waits for the broadcast of the step."""
 
 import torch
 import torch.distributed as dist

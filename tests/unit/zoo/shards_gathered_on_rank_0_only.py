@@ -1,4 +1,4 @@
-"""F09: the gather of a sharded parameter stands inside the loop that only the sending rank runs."""
+"""The gather of a sharded parameter stands inside the loop that only the sending rank runs."""
 
 import torch
 import torch.distributed as dist

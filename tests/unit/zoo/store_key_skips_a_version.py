@@ -15,7 +15,7 @@ def broken():
     dist.init_process_group("gloo")
     rank, store = dist.get_rank(), dist.TCPStore("127.0.0.1", 29600, is_master=dist.get_rank() == 0)
     for version in (1, 2):
-        dist.all_reduce(torch.ones(4))
+        dist.all_reduce(torch.ones(4))  # <- waits
         if rank == 0 and version % 2 == 0:
             store.set(f"weights/{version}", "done")
         if rank == 3:

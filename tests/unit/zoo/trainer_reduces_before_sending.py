@@ -1,4 +1,4 @@
-"""F09: rank 0 answers the engine only after a reduction in which the engine takes part."""
+"""Rank 0 answers the engine only after a reduction in which the engine takes part."""
 
 import torch
 import torch.distributed as dist

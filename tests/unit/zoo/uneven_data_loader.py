@@ -1,6 +1,5 @@
 """The last rank's data loader is one batch short, because the data set does not divide evenly."""
 
-import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 

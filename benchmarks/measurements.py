@@ -1,0 +1,217 @@
+"""Every measurement, made once a session: simulated ranks and what they are compared with, in turns (A B A B).
+
+A machine is never quiet: only ratios of neighbouring measurements are compared, and medians of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks import groups
+from benchmarks.groups import Body, now, simulated, threaded, threaded_on_one_core
+from benchmarks.operations import OPERATIONS, make_all_reduce, timed
+from lightrft.errors import DeadlockError
+from lightrft.sim import SimWorld
+from lightrft.sim.places import caller_place
+
+REPETITIONS = 5
+GLOO_RANKS = (2, 4, 8)
+COMPARED = {
+    "all_reduce": (8, 64, 256, 1024),
+    "barrier": (8, 64, 256, 1024),
+    "all_gather": (64, 256, 1024),
+    "all_gather_into_tensor": (64, 256, 1024),
+    "all_reduce_big": (8,),
+}
+"""Numbers of ranks at which each operation is measured on simulated ranks and on the threaded group."""
+
+Run = Callable[[int, Body], list[Any]]
+
+
+@dataclass(kw_only=True, slots=True)
+class Pair:
+    """One measurement of two implementations, taken in turns: ``ours[i]`` ran just before ``theirs[i]``."""
+
+    measure: Callable[[Run], float]
+    other: Run
+    ours: list[float] = field(default_factory=list)
+    theirs: list[float] = field(default_factory=list)
+
+    def extend(self, repetitions: int = REPETITIONS) -> None:
+        """Measure that many times more."""
+        for _ in range(repetitions):
+            self.ours.append(self.measure(simulated))
+            self.theirs.append(self.measure(self.other))
+
+    @property
+    def ratios(self) -> list[float]:
+        """Ours as a fraction of theirs, pair by pair."""
+        return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
+
+    def ratio_within(self, limit: float) -> float:
+        """Median of the ratios. One that misses ``limit`` is measured again, twice as often, before it counts."""
+        if statistics.median(self.ratios) > limit and len(self.ours) == REPETITIONS:
+            self.extend(2 * REPETITIONS)
+        return statistics.median(self.ratios)
+
+
+@functools.cache
+def compared(name: str, ranks: int, *, one_core: bool = False) -> Pair:
+    """Microseconds of one call, a rank: simulated and threaded; ``one_core`` pins the threaded group as we are."""
+    operation = OPERATIONS[name]
+    calls = operation.make(ranks)
+    body = timed(ranks, calls, operation.iterations[ranks], warm=operation.warm)
+    pair = Pair(measure=lambda run: max(run(ranks, body)), other=threaded_on_one_core if one_core else threaded)
+    pair.extend()
+    return pair
+
+
+@functools.cache
+def gloo(ranks: int) -> dict[str, list[float]]:
+    """Microseconds of one call, a rank, for every operation on real gloo processes; and their memory (MiB)."""
+    results: dict[str, list[float]] = groups.gloo_processes(ranks)
+    return results
+
+
+@functools.cache
+def start_and_end(kind: str) -> dict[str, list[float]]:
+    """1024 ranks of ``kind`` (simulated or threaded) start, meet and end, in fresh processes.
+
+    Returns:
+        ``first``: seconds for the first world of a process; ``later``: for those after it; ``mib_per_rank``.
+    """
+    runs = [groups.in_fresh_process("fresh_child", kind) for _ in range(REPETITIONS)]
+    return {
+        "first": [run["seconds"][0] for run in runs],
+        "later": [seconds for run in runs for seconds in run["seconds"][1:]],
+        "mib_per_rank": [run["mib_per_rank"] for run in runs],
+    }
+
+
+@functools.cache
+def many_worlds() -> dict[str, Any]:
+    """1,000 worlds of 4 ranks in a fresh process: seconds a world, and what grew after the first 100."""
+    result: dict[str, Any] = groups.in_fresh_process("fresh_child", "worlds")
+    return result
+
+
+@functools.cache
+def deadlock(ranks: int = 1024) -> list[float]:
+    """Seconds from the last move of a rank to the exception in the caller: the last rank skips an all_reduce."""
+    tensors = [torch.ones(16) for _ in range(ranks)]
+    moves = [0.0] * ranks
+
+    def main() -> None:
+        dist.init_process_group("gloo")
+        dist.barrier()
+        rank = dist.get_rank()
+        moves[rank] = now()
+        if rank != ranks - 1:
+            dist.all_reduce(tensors[rank])
+
+    def report() -> float:
+        try:
+            SimWorld(ranks).run(main)
+        except DeadlockError:
+            return now() - max(moves)
+        raise AssertionError("a rank skipped a collective, and nobody noticed")
+
+    return [report() for _ in range(REPETITIONS)]
+
+
+# -- the parts of one collective --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def parts(ranks: int = 8) -> dict[str, list[float]]:
+    """Microseconds a rank of what an all_reduce of 16 floats consists of; some are differences of two measurements."""
+    rounds = [_parts(ranks) for _ in range(REPETITIONS)]
+    return {name: [measured[name] for measured in rounds] for name in rounds[0]}
+
+
+def _parts(ranks: int) -> dict[str, float]:
+    hand_off = _hand_off(ranks)
+    swap = _on_ranks(1, _swap_state, 5000)
+    place = _on_ranks(1, lambda: caller_place, 5000)
+    switch = _on_ranks(ranks, _yield, 1000)
+    barrier = _on_ranks(ranks, lambda: dist.barrier, 1000)
+    all_reduce = _on_ranks(ranks, lambda: make_all_reduce(1)[0], 1000)
+    return {
+        "**one switch of ranks**": switch,
+        "hand-off between threads (bare threads and locks, placed as ranks are)": hand_off,
+        "state of one rank saved, of the next loaded": swap,
+        "scheduler (the rest of a switch)": switch - hand_off - swap,
+        "**one all_reduce of 16 floats**": all_reduce,
+        "one switch (as above)": switch,
+        "user's file and line looked up": place,
+        "call, checks, trace, meeting (the rest of a barrier)": barrier - switch - place,
+        "tensor checks, reduction, copy out (what an all_reduce adds to a barrier)": all_reduce - barrier,
+    }
+
+
+def _on_ranks(ranks: int, make: Callable[[], Callable[[], object]], iterations: int) -> float:
+    def body(_: int) -> float:
+        return timed(ranks, [make()] * ranks, iterations)(0)
+
+    return max(simulated(ranks, body))
+
+
+def _swap_state() -> Callable[[], None]:
+    from lightrft.sim.current import current_task
+
+    task = current_task()
+    assert task is not None
+    switcher, state = task.rank.world.switcher, task.rank.state
+
+    def swap() -> None:
+        switcher.save(state)
+        switcher.load(state)
+
+    return swap
+
+
+def _yield() -> Callable[[], object]:
+    from lightrft.sim.current import current_task
+
+    task = current_task()
+    assert task is not None
+    return task.scheduler.yield_now
+
+
+def _hand_off(ranks: int, rounds: int = 1000) -> float:
+    """What the same number of bare threads need to pass a baton round, each with a lock, placed as ranks are."""
+    import _thread
+    import threading
+
+    from lightrft.sim.world import _one_core
+
+    locks = [_thread.allocate_lock() for _ in range(ranks)]
+    for lock in locks:
+        lock.acquire()
+    elapsed: list[float] = []
+
+    def pass_on(member: int) -> None:
+        mine, following = locks[member], locks[(member + 1) % ranks]
+        mine.acquire()
+        begin = now()
+        for _ in range(rounds):
+            following.release()
+            mine.acquire()
+        elapsed.append(now() - begin)
+        following.release()
+
+    with _one_core():
+        threads = [threading.Thread(target=pass_on, args=(member,)) for member in range(ranks)]
+        for thread in threads:
+            thread.start()
+    locks[0].release()
+    for thread in threads:
+        thread.join()
+    return max(elapsed) / rounds / ranks * 1e6

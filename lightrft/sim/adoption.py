@@ -1,0 +1,113 @@
+"""Locks that were made before the run: replaced, where the function of the run can reach them, by simulated ones.
+
+A plain lock blocks the whole process, so a deadlock over one could only be seen by its silence. What a function reaches
+through its arguments, its closure, the globals of its module and the attributes of its objects is found here and put
+back after the run.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+from lightrft.sim.places import is_user_file
+from lightrft.sim.threads import RAW_LOCK, RAW_RLOCK, SimLock, SimRLock
+
+__all__ = ["LockAdoption"]
+
+_MOST_OBJECTS = 2000
+
+
+class LockAdoption:
+    """Finds plain locks, replaces them, and undoes it."""
+
+    def __init__(self) -> None:
+        self._undo: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self._made: dict[int, Any] = {}
+        self._keep: list[Any] = []
+        self._seen: set[int] = set()
+
+    def adopt(self, value: Any) -> Any:
+        """What to use instead of ``value``: a simulated lock for a plain one, else ``value``, looked through."""
+        kind = type(value)
+        if kind is RAW_LOCK or kind is RAW_RLOCK:
+            if id(value) not in self._made:
+                self._keep.append(value)
+                self._made[id(value)] = SimLock(value) if kind is RAW_LOCK else SimRLock()
+            return self._made[id(value)]
+        if id(value) not in self._seen and len(self._seen) < _MOST_OBJECTS:
+            self._seen.add(id(value))
+            self._keep.append(value)
+            self._look_through(value)
+        return value
+
+    def restore(self) -> None:
+        """Put the plain locks back."""
+        while self._undo:
+            function, arguments = self._undo.pop()
+            function(*arguments)
+
+    def _look_through(self, value: Any) -> None:
+        if isinstance(value, FunctionType):
+            self._function(value)
+        elif isinstance(value, MethodType):
+            self.adopt(value.__func__)
+            self.adopt(value.__self__)
+        elif isinstance(value, functools.partial):
+            for part in (value.func, *value.args, *value.keywords.values()):
+                self.adopt(part)
+        elif type(value) is list:
+            self._items(value, range(len(value)))
+        elif type(value) is dict:
+            self._items(value, list(value))
+        elif type(value) is tuple:
+            for item in value:
+                self.adopt(item)
+        elif _is_of_users(type(value)) and isinstance(getattr(value, "__dict__", None), dict):
+            self._items(vars(value), list(vars(value)))
+
+    def _items(self, container: Any, keys: Any) -> None:
+        for key in keys:
+            old = container[key]
+            new = self.adopt(old)
+            if new is not old:
+                container[key] = new
+                self._undo.append((container.__setitem__, (key, old)))
+
+    def _function(self, function: FunctionType) -> None:
+        wrapped = getattr(function, "__wrapped__", None)
+        if wrapped is not None:
+            self.adopt(wrapped)
+        for cell in function.__closure__ or ():
+            self._cell(cell)
+        if is_user_file(function.__code__.co_filename) and id(function.__globals__) not in self._seen:
+            self._seen.add(id(function.__globals__))
+            self._globals(function.__globals__)
+
+    def _globals(self, namespace: dict[str, Any]) -> None:
+        """Only locks and containers of them: other functions of the module share these globals anyway."""
+        for name, old in list(namespace.items()):
+            if not name.startswith("__") and (type(old) in (RAW_LOCK, RAW_RLOCK, list, dict) or _is_of_users(type(old))):
+                new = self.adopt(old)
+                if new is not old:
+                    namespace[name] = new
+                    self._undo.append((namespace.__setitem__, (name, old)))
+
+    def _cell(self, cell: CellType) -> None:
+        try:
+            old = cell.cell_contents
+        except ValueError:  # empty
+            return
+        new = self.adopt(old)
+        if new is not old:
+            cell.cell_contents = new
+            self._undo.append((setattr, (cell, "cell_contents", old)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_of_users(cls: type) -> bool:
+    module = sys.modules.get(cls.__module__)
+    return is_user_file(getattr(module, "__file__", None))

@@ -1,0 +1,127 @@
+"""Who is to blame when nobody can go on.
+
+Ranks are put into classes by what they wait in; whoever is outside the largest class is a candidate. Two rules then spare
+the victims: a rank that waits only for candidates is one, and so are the members of a meeting to which most have come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightrft.sim.calls import Call
+
+if TYPE_CHECKING:
+    from lightrft.sim.calls import Meeting
+    from lightrft.sim.world import SimWorld
+
+__all__ = ["Standing", "cover", "deadlock_suspects", "outsiders"]
+
+POINT_TO_POINT = frozenset({"send", "recv"})
+
+
+class Standing(NamedTuple):
+    """Where one rank stands: the class it is in, whom it waits for, and the meeting it waits in."""
+
+    group_key: Any
+    waits_for: frozenset[int]
+    meeting: Meeting | None
+
+
+def outsiders(classes: Mapping[Any, list[int]]) -> set[int]:
+    """The ranks outside the largest class; all ranks if no class is the largest, or if there is only one."""
+    sizes = sorted((len(members) for members in classes.values()), reverse=True)
+    everybody = {rank for members in classes.values() for rank in members}
+    if len(sizes) == 1 or sizes[0] == sizes[1]:
+        return everybody
+    return everybody - set(max(classes.values(), key=len))
+
+
+def cover(pairs: Iterable[tuple[int, int]]) -> set[int]:
+    """The fewest ranks that have a part in every pair, found greedily; both ranks of a pair that stands alone."""
+    left = {frozenset(pair) for pair in pairs}
+    chosen: set[int] = set()
+    while left:
+        counts: dict[int, int] = {}
+        for pair in left:
+            for rank in pair:
+                counts[rank] = counts.get(rank, 0) + 1
+        most = max(counts.values())
+        found = {rank for rank, count in counts.items() if count == most}
+        chosen |= found if most == 1 else {min(found)}
+        left = {pair for pair in left if not pair & chosen}
+    return chosen
+
+
+def deadlock_suspects(world: SimWorld) -> set[int]:
+    """The ranks to blame for a deadlock."""
+    standings = {rank.index: _standing(world, rank.index) for rank in world.ranks}
+    classes: dict[Any, list[int]] = {}
+    for rank, standing in standings.items():
+        classes.setdefault(standing.group_key, []).append(rank)
+    suspects = outsiders(classes)
+    suspects = _spare_nearly_complete_meetings(suspects, standings)
+    return _spare_those_who_wait_for_suspects(suspects, standings)
+
+
+def _standing(world: SimWorld, index: int) -> Standing:
+    task = world.ranks[index].blocked_task()
+    waiting = task.waiting if task is not None else None
+    if waiting is None:
+        return Standing("finished", frozenset(), None)
+    if not isinstance(waiting, Call):
+        holder = getattr(waiting, "waits_for", None)
+        others = frozenset() if holder is None or holder == index else frozenset({holder})
+        return Standing((type(waiting), waiting.describe()), others, None)
+    if waiting.signature.operation in POINT_TO_POINT:
+        ranks = waiting.group.ranks if waiting.peer is None or waiting.peer < 0 else (waiting.peer,)
+        return Standing(("message", index), frozenset(ranks) - {index}, None)
+    meeting = waiting.group.meetings.get(waiting.sequence)
+    missing = _missing(meeting) if meeting is not None else frozenset()
+    return Standing((waiting.group, waiting.sequence), missing, meeting)
+
+
+def _missing(meeting: Meeting) -> frozenset[int]:
+    ranks = meeting.first.group.ranks
+    return frozenset(rank for rank, call in zip(ranks, meeting.calls, strict=True) if call is None)
+
+
+def _spare_nearly_complete_meetings(suspects: set[int], standings: Mapping[int, Standing]) -> set[int]:
+    """Suspects in a meeting that lacks only a few hand the blame on to those few, unless these are better off."""
+    result = set(suspects)
+    for rank in suspects:
+        meeting = standings[rank].meeting
+        if meeting is None:
+            continue
+        missing = _missing(meeting)
+        arrived = meeting.first.group.size - len(missing)
+        if arrived <= len(missing) or missing & suspects:
+            continue
+        theirs = [len(_missing(m)) for other in missing if (m := standings[other].meeting) is not None]
+        if theirs and len(missing) < min(theirs):
+            result -= set(meeting.first.group.ranks)
+            result |= missing
+    return result
+
+
+def _spare_those_who_wait_for_suspects(suspects: set[int], standings: Mapping[int, Standing]) -> set[int]:
+    """Drop whoever waits only for other suspects, and is not waited for by them in turn."""
+    reach = {rank: _reachable(rank, suspects, standings) for rank in suspects}
+    spared = set()
+    for rank in suspects:
+        circle = {other for other in reach[rank] if rank in reach[other]} | {rank}
+        outward = {target for member in circle for target in standings[member].waits_for} - circle
+        if outward and outward <= suspects:
+            spared.add(rank)
+    return suspects - spared
+
+
+def _reachable(start: int, inside: set[int], standings: Mapping[int, Standing]) -> set[int]:
+    found: set[int] = set()
+    ahead = [start]
+    while ahead:
+        for target in standings[ahead.pop()].waits_for & inside:
+            if target not in found:
+                found.add(target)
+                ahead.append(target)
+    return found

@@ -1,0 +1,1 @@
+"""A package that keeps per-process state in every way that packages do."""

@@ -1,0 +1,3 @@
+"""Imported during a run."""
+
+VALUES = []
