@@ -223,21 +223,50 @@ def _sim(words: list[str], *, own_process: bool) -> int:
     parser = _sim_parser()
     ours, program = _split(parser, words)
     options = parser.parse_args(ours)
-    if options.ranks is None:
-        parser.error("the number of ranks is missing: give it before the script, as in lightrft sim -n 8 script.py")
-    script = _find_script(parser, program, own_process)
-    folder = os.path.dirname(options.flight_record or "")  # noqa: PTH120 - a prefix of names is no path
-    if folder and not os.path.isdir(folder):  # noqa: PTH112
-        parser.error(f"--flight-record: there is no folder {folder!r}")
-
-    from lightrft.errors import ConfigError, SimulationError
-    from lightrft.sim.world import SimWorld
-
+    options.rank_local = [name for names in options.rank_local for name in names.split(",") if name]
+    script = _checked(parser, options, program, own_process)
     try:
         script.compile()
     except (SyntaxError, ValueError) as error:  # ValueError: the file is not text
         sys.excepthook(type(error), error.with_traceback(None), None)
         return FAILED
+    return _run(script, options, _command(words, own_process))
+
+
+def _checked(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, program: list[str], own_process: bool
+) -> Script:
+    """The script to run, once everything is known to be there that can be seen without running it."""
+    from lightrft.sim.script import Script
+
+    if options.ranks is None:
+        parser.error("the number of ranks is missing: give it before the script, as in lightrft sim -n 8 script.py")
+    as_module = program[:1] == ["-m"]
+    program = program[as_module:]
+    if not program:
+        parser.error("-m needs the name of a module" if as_module else "the script to run is missing")
+    script = Script(program[0], program[1:], as_module=as_module, drop_launcher=own_process)
+    problem = script.problem()
+    if problem:
+        parser.error(problem)
+    for problem in filter(None, map(script.missing_module, options.rank_local)):
+        parser.error(f"--rank-local: {problem}")
+    folder = os.path.dirname(options.flight_record or "")  # noqa: PTH120 - a prefix of names is no path
+    if folder and not os.path.isdir(folder):  # noqa: PTH112
+        parser.error(f"--flight-record: there is no folder {folder!r}")
+    return script
+
+
+def _command(words: list[str], own_process: bool) -> str:
+    """The command line that repeats this run."""
+    by_module = own_process and os.path.basename(sys.argv[0]) == "__main__.py"  # noqa: PTH119 - as Python gives it
+    return shlex.join([*(["python", "-m"] if by_module else []), "lightrft", "sim", *words])
+
+
+def _run(script: Script, options: argparse.Namespace, replay: str) -> int:
+    from lightrft.errors import ConfigError, SimulationError
+    from lightrft.sim.world import SimWorld
+
     try:
         world = SimWorld(
             options.ranks,
@@ -246,14 +275,14 @@ def _sim(words: list[str], *, own_process: bool) -> int:
             schedule=options.schedule,
             numerics=options.numerics,
             profile=options.profile,
-            rank_local=[name for names in options.rank_local for name in names.split(",") if name],
+            rank_local=options.rank_local,
             cuda=options.cuda,
             strict=options.strict,
             check_determinism=options.check_determinism,
         )
-        world.replay = _command(words, own_process)
+        world.replay = replay
         world.warn = lambda message: _complain(f"lightrft: warning: {message}")
-        _run(world, script, options)
+        _run_in(world, script, options)
     except ConfigError as error:
         raise _UsageError(f"lightrft sim: error: {error}") from None
     except SimulationError as error:
@@ -262,28 +291,7 @@ def _sim(words: list[str], *, own_process: bool) -> int:
     return 0
 
 
-def _find_script(parser: argparse.ArgumentParser, program: list[str], own_process: bool) -> Script:
-    from lightrft.sim.script import Script
-
-    as_module = program[:1] == ["-m"]
-    program = program[as_module:]
-    if not program:
-        parser.error("-m needs the name of a module" if as_module else "the script to run is missing")
-    name, *arguments = program
-    script = Script(name, arguments, as_module=as_module, drop_launcher=own_process)
-    problem = script.problem()
-    if problem:
-        parser.error(problem)
-    return script
-
-
-def _command(words: list[str], own_process: bool) -> str:
-    """The command line that repeats this run."""
-    by_module = own_process and os.path.basename(sys.argv[0]) == "__main__.py"  # noqa: PTH119 - a string, as Python gives it
-    return shlex.join([*(["python", "-m"] if by_module else []), "lightrft", "sim", *words])
-
-
-def _run(world: SimWorld, script: Script, options: argparse.Namespace) -> None:
+def _run_in(world: SimWorld, script: Script, options: argparse.Namespace) -> None:
     with ExitStack() as stack:
         stack.enter_context(script.installed())
         if options.flight_record:

@@ -90,7 +90,9 @@ class LockAdoption:
     def _globals(self, namespace: dict[str, Any]) -> None:
         """Only locks and containers of them: other functions of the module share these globals anyway."""
         for name, old in list(namespace.items()):
-            if not name.startswith("__") and (type(old) in (RAW_LOCK, RAW_RLOCK, list, dict) or _is_of_users(type(old))):
+            if not name.startswith("__") and (
+                type(old) in (RAW_LOCK, RAW_RLOCK, list, dict) or _is_of_users(type(old))
+            ):
                 new = self.adopt(old)
                 if new is not old:
                     namespace[name] = new
@@ -107,7 +109,6 @@ class LockAdoption:
             self._undo.append((setattr, (cell, "cell_contents", old)))
 
 
-@functools.lru_cache(maxsize=1024)
 def _is_of_users(cls: type) -> bool:
     module = sys.modules.get(cls.__module__)
     return is_user_file(getattr(module, "__file__", None))

@@ -1,7 +1,7 @@
 """Who is to blame when nobody can go on.
 
-Ranks are put into classes by what they wait in; whoever is outside the largest class is a candidate. Two rules then spare
-the victims: a rank that waits only for candidates is one, and so are the members of a meeting to which most have come.
+Ranks are put into classes by what they wait in; whoever is outside the largest class is a candidate. Two rules then
+spare the victims: a rank that waits only for candidates is one, and so are the members of a meeting to which most came.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def outsiders(classes: Mapping[Any, list[int]]) -> set[int]:
     everybody = {rank for members in classes.values() for rank in members}
     if len(sizes) == 1 or sizes[0] == sizes[1]:
         return everybody
-    return everybody - set(max(classes.values(), key=len))
+    largest = next(members for members in classes.values() if len(members) == sizes[0])
+    return everybody - set(largest)
 
 
 def cover(pairs: Iterable[tuple[int, int]]) -> set[int]:

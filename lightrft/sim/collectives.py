@@ -16,7 +16,15 @@ from random import Random
 import torch
 from torch import Tensor
 
-__all__ = ["ORDERS", "all_gather", "all_gather_single", "all_reduce", "all_to_all", "all_to_all_single", "reduce_scatter"]
+__all__ = [
+    "ORDERS",
+    "all_gather",
+    "all_gather_single",
+    "all_reduce",
+    "all_to_all",
+    "all_to_all_single",
+    "reduce_scatter",
+]
 
 ORDERS = ("rank", "ring", "tree", "permuted")
 """Orders of reduction: by rank, as a ring does (each chunk starts at another rank), pairwise, at random from a seed."""

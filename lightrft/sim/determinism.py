@@ -9,11 +9,16 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-import types
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from lightrft.errors import NondeterminismError, SimulationError, SimWarning
 from lightrft.sim.calls import Call
@@ -31,7 +36,8 @@ from lightrft.sim.places import UNKNOWN, Place, is_user_file
 from lightrft.sim.scheduler import Killed
 
 if TYPE_CHECKING:
-    from lightrft.sim.world import SimRank, SimWorld
+    from lightrft.sim.rank import SimRank
+    from lightrft.sim.world import SimWorld
 
 __all__ = ["Difference", "Observer", "run_twice"]
 
@@ -87,7 +93,7 @@ class Difference:
 
 
 def run_twice(world: SimWorld, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """Run ``fn`` on every rank, twice; the second run gets copies of the arguments, made before the first.
+    """Run ``fn`` on every rank, twice; the second run gets copies of the data in the arguments, made before the first.
 
     Returns:
         the results of the first run, by rank.
@@ -318,18 +324,27 @@ def _input_differences(first: Sequence[Any], second: Sequence[Any]) -> list[Find
 # -- a fresh start for the second run ---------------------------------------------------------------------------------
 
 
+_DATA = (list, tuple, dict, set, deque, bytearray, Tensor, np.ndarray, torch.nn.Module, torch.optim.Optimizer, Random)
+
+
 def _copies(world: SimWorld, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Copies for the second run of what the first may change; what cannot be copied is passed again as it is."""
+    """Copies for the second run of what the first may change: containers, tensors, modules, dataclasses, generators.
+
+    Other objects, which may stand for something outside the program, and what cannot be copied are passed as they are.
+    """
     memo: dict[int, Any] = {id(world): world}
 
     def copied(value: Any) -> Any:
+        if not isinstance(value, _DATA) and (isinstance(value, type) or not is_dataclass(value)):
+            return value
         try:
             return copy.deepcopy(value, memo)
         except Exception:  # noqa: BLE001 - whatever the class of an argument raises: it does not want to be copied
             return value
 
-    again = copied(fn) if isinstance(fn, (functools.partial, types.MethodType)) else fn
-    return again, tuple(map(copied, args)), {key: copied(value) for key, value in kwargs.items()}
+    if isinstance(fn, functools.partial):
+        fn = functools.partial(fn.func, *map(copied, fn.args), **{key: copied(v) for key, v in fn.keywords.items()})
+    return fn, tuple(map(copied, args)), {key: copied(value) for key, value in kwargs.items()}
 
 
 def _forget_modules(before: set[str]) -> None:

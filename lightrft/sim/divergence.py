@@ -26,8 +26,9 @@ from lightrft.sim.calls import Call, Group, Meeting, Signature
 from lightrft.sim.places import UNKNOWN, Place, is_simulator_file, place_of_frame
 
 if TYPE_CHECKING:
+    from lightrft.sim.rank import SimRank
     from lightrft.sim.scheduler import Task
-    from lightrft.sim.world import SimRank, SimWorld
+    from lightrft.sim.world import SimWorld
 
 __all__ = ["Culprit", "Report", "Row", "show_ranks", "verdict"]
 
@@ -131,7 +132,7 @@ def _table(rows: Sequence[Row]) -> str:
 # -- where everybody is -----------------------------------------------------------------------------------------------
 
 
-def _state_of(world: SimWorld, rank: SimRank) -> tuple[Place, str]:
+def _state_of(rank: SimRank) -> tuple[Place, str]:
     task = rank.blocked_task()
     if task is not None and task.waiting is not None:
         return task.waiting.place, f"waits in {task.waiting.describe()}"
@@ -154,7 +155,7 @@ def _rows(states: Iterable[tuple[int, Place, str]]) -> tuple[Row, ...]:
 
 
 def _whereabouts(world: SimWorld) -> list[tuple[int, Place, str]]:
-    return [(rank.index, *_state_of(world, rank)) for rank in world.ranks]
+    return [(rank.index, *_state_of(rank)) for rank in world.ranks]
 
 
 # -- who is to blame --------------------------------------------------------------------------------------------------
@@ -289,7 +290,8 @@ def verdict(
     if failures:
         return _failure_verdict(world, failures, states)
     culprits = _culprits(deadlock_suspects(world), states)
-    title, difference = "", ()
+    title = ""
+    difference: tuple[Row, ...] = ()
     for group in _waited_groups(world):
         title, difference = _first_difference(world, group)
         if difference:
@@ -392,7 +394,10 @@ def leftovers(world: SimWorld, found: Sequence[tuple[int, Place, str]]) -> Unfin
     """What a run that ended well left unfinished."""
     culprits = tuple(sorted({Culprit(rank, place) for rank, place, _ in found}, key=lambda c: (c.rank, c.place)))
     behind = min(len(rank.creations) for rank in world.ranks)
-    made = [(rank, place, f"new_group({list(members)}, {backend})") for rank, members, backend, place in world.made_at(behind)]
+    made = [
+        (rank, place, f"new_group({list(members)}, {backend})")
+        for rank, members, backend, place in world.made_at(behind)
+    ]
     report = _report(world, list(found), culprits, f"group number {behind + 1} was made by", _rows(made))
     head = f"the run ended, but something was left unfinished. Look at {_blame_line(culprits)}."
     return UnfinishedError(f"{head}\n\n{report}", report=report)

@@ -22,7 +22,7 @@ from lightrft.sim.process_group import SimProcessGroup
 from lightrft.sim.profiles import profile_for
 
 if TYPE_CHECKING:
-    from lightrft.sim.world import SimRank
+    from lightrft.sim.rank import SimRank
 
 __all__ = ["patches"]
 
@@ -61,7 +61,16 @@ def _helper(original: Any) -> Any:
                 **rest,
             )
         return _make_group(
-            task.rank, group_size, global_ranks_in_group, backend, store, group_name, timeout, pg_tag, device_id, group_desc
+            task.rank,
+            group_size,
+            global_ranks_in_group,
+            backend,
+            store,
+            group_name,
+            timeout,
+            pg_tag,
+            device_id,
+            group_desc,
         )
 
     return new_process_group_helper
@@ -112,7 +121,13 @@ def _check_backend(backend: str) -> None:
 
 
 def build(
-    rank: SimRank, name: str, ranks: tuple[int, ...], backend: str, timeout: timedelta | None, description: str | None, store: Any
+    rank: SimRank,
+    name: str,
+    ranks: tuple[int, ...],
+    backend: str,
+    timeout: timedelta | None,
+    description: str | None,
+    store: Any,
 ) -> SimProcessGroup:
     """The handle of ``rank`` for the group of this name; the group itself is made by whoever comes first."""
     world = rank.world
@@ -162,7 +177,11 @@ def _split_group(original: Any) -> Any:
 
 
 def _split(
-    rank: SimRank, parent: SimProcessGroup, split_ranks: list[list[int]], timeout: timedelta | None, description: str | None
+    rank: SimRank,
+    parent: SimProcessGroup,
+    split_ranks: list[list[int]],
+    timeout: timedelta | None,
+    description: str | None,
 ) -> Any:
     for members in split_ranks:
         if not members:
@@ -170,7 +189,9 @@ def _split(
         if len(members) != len(set(members)):
             raise ValueError("the split group cannot have duplicate ranks")
         if len(members) > parent.size():
-            raise ValueError("the split group's size should be less or equal to the world_size set by init_process_group")
+            raise ValueError(
+                "the split group's size should be less or equal to the world_size set by init_process_group"
+            )
     tables = rank.tables()
     to_global = parent._group.ranks
     mine = next((sorted(members) for members in split_ranks if parent.rank() in members), None)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from lightrft.sim.calls import Call
-    from lightrft.sim.world import SimRank
+    from lightrft.sim.rank import SimRank
 
 __all__ = ["Budget", "Contents", "Finding", "RandomState", "contributed", "differing_results", "random_states"]
 

@@ -7,21 +7,23 @@ nothing but itself sleeps in virtual time.
 
 from __future__ import annotations
 
-import asyncio.selector_events as selector_events
-import multiprocessing.connection as connection
-import multiprocessing.popen_fork as popen_fork
+import functools
 import os
 import select
 import selectors
 import socket
 import time
+from asyncio import selector_events
 from collections.abc import Callable
-from typing import Any
+from multiprocessing import connection, popen_fork
+from typing import TYPE_CHECKING, Any
 
 from lightrft.sim.current import current_task
 from lightrft.sim.patching import Patch
 from lightrft.sim.places import Place, caller_place
-from lightrft.sim.scheduler import Task
+
+if TYPE_CHECKING:
+    from lightrft.sim.scheduler import Task
 
 __all__ = ["patches", "wait_outside"]
 
@@ -121,6 +123,11 @@ def _selector(original: Any) -> Any:
     return select_ready
 
 
+def _inherited_select(original: Any, _own: Any) -> Any:
+    """Selectors inherit ``select``, so a patch of the class finds no original of its own."""
+    return _selector(original)
+
+
 def _watches_itself_only(selector: Any) -> bool:
     """Whether this is the selector of an event loop without any file but the one through which threads wake it."""
     keys = list(selector.get_map().values())
@@ -140,7 +147,9 @@ def _idle_loop(task: Task, selector: Any, look: Callable[[], Any], timeout: floa
         scheduler = task.scheduler
         _idle[id(selector)] = task
         try:
-            scheduler.block(LoopWait(caller_place(2)), None if timeout is None else scheduler.now + round(timeout * 1e9))
+            scheduler.block(
+                LoopWait(caller_place(2)), None if timeout is None else scheduler.now + round(timeout * 1e9)
+            )
         finally:
             del _idle[id(selector)]
         found = look()
@@ -201,14 +210,14 @@ def _patches() -> list[Patch]:
         Patch(select, "select", _select),
         Patch(selector_events.BaseSelectorEventLoop, "_write_to_self", _write_to_self),
     ]
-    for name in ("recv", "recv_into", "recvfrom", "recvfrom_into", "recvmsg", "_accept"):
-        found.append(Patch(socket.socket, name, _socket_read(name)))
+    reads = ("recv", "recv_into", "recvfrom", "recvfrom_into", "recvmsg", "_accept")
+    found += [Patch(socket.socket, name, _socket_read(name)) for name in reads]
     if hasattr(os, "pidfd_open"):
         found.append(Patch(os, "waitpid", _waitpid))
     for name in ("SelectSelector", "PollSelector", "EpollSelector", "KqueueSelector"):
         if hasattr(selectors, name):
             cls = getattr(selectors, name)
-            found.append(Patch(cls, "select", lambda _, original=cls.select: _selector(original)))
+            found.append(Patch(cls, "select", functools.partial(_inherited_select, cls.select)))
     return found
 
 

@@ -45,7 +45,7 @@ _SIMULATOR = 0
 _LIBRARY = 1
 _USER = 2
 _kinds: dict[str, int] = {}
-_places: dict[tuple[CodeType, int], Place] = {}
+_places: dict[tuple[str, int, str], Place] = {}
 
 
 def _kind(file: str) -> int:
@@ -59,7 +59,7 @@ def _classify(file: str) -> int:
     if file.startswith("<"):
         return _SIMULATOR
     path = os.path.realpath(file)
-    if path.startswith(_LIGHTRFT) or f"{os.sep}torch{os.sep}" in path and path.startswith(_SITE):
+    if path.startswith(_LIGHTRFT) or (f"{os.sep}torch{os.sep}" in path and path.startswith(_SITE)):
         return _SIMULATOR
     if path.startswith(_SITE):
         return _LIBRARY
@@ -96,7 +96,7 @@ def caller_place(depth: int = 1) -> Place:
 
 def _place(code: CodeType, line: int) -> Place:
     """The place, made once: a trace of a million calls names few places."""
-    key = (code, line)
+    key = (code.co_filename, line, code.co_name)  # code objects of two files may be equal
     place = _places.get(key)
     if place is None:
         if len(_places) > 10_000:

@@ -20,17 +20,19 @@ from lightrft.sim.calls import Call, Group, Meeting, Signature
 from lightrft.sim.current import _local
 from lightrft.sim.places import caller_place
 from lightrft.sim.point_to_point import post_receive, post_send
-from lightrft.sim.profiles import Profile
 from lightrft.sim.scheduler import Killed
 from lightrft.sim.works import CoalescedWork, CollectiveWork, DoneWork, deliver, poison
 
 if TYPE_CHECKING:
-    from lightrft.sim.world import SimRank
+    from lightrft.sim.profiles import Profile
+    from lightrft.sim.rank import SimRank
 
 __all__ = ["SimProcessGroup"]
 
 _OP_NAMES = {
-    getattr(dist.ReduceOp, name).op if hasattr(getattr(dist.ReduceOp, name), "op") else getattr(dist.ReduceOp, name): name
+    getattr(dist.ReduceOp, name).op
+    if hasattr(getattr(dist.ReduceOp, name), "op")
+    else getattr(dist.ReduceOp, name): name
     for name in ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR", "PREMUL_SUM")
 }
 _BITWISE = frozenset({"BAND", "BOR", "BXOR"})
@@ -39,7 +41,7 @@ Compute = Callable[[Meeting], list[Sequence[Tensor]]]
 
 
 def _shapes(tensors: Sequence[Tensor]) -> tuple[Any, Any]:
-    """dtype and shape of one tensor; of several, tuples of them."""
+    """Dtype and shape of one tensor; of several, tuples of them."""
     if len(tensors) == 1:
         return tensors[0].dtype, tensors[0].shape
     return tuple(t.dtype for t in tensors), tuple(t.shape for t in tensors)
@@ -143,7 +145,9 @@ class SimProcessGroup(dist.ProcessGroup):
     abort = shutdown
 
     def __repr__(self) -> str:
-        return f"<simulated {self._group.backend} group {self._group.name!r}, rank {self._member} of {self._group.size}>"
+        return (
+            f"<simulated {self._group.backend} group {self._group.name!r}, rank {self._member} of {self._group.size}>"
+        )
 
     # -- meeting the other members ------------------------------------------------------------------------------
 
@@ -218,8 +222,7 @@ class SimProcessGroup(dist.ProcessGroup):
         scheduler = task.scheduler
         meeting.waiters.append(task)
         limit = call.since + self._group.timeout
-        if limit < scheduler.watch_at:
-            scheduler.watch_at = limit
+        scheduler.watch_at = min(scheduler.watch_at, limit)
         scheduler.block(call)
 
     def _complete(self, meeting: Meeting, compute: Compute) -> None:
@@ -252,7 +255,9 @@ class SimProcessGroup(dist.ProcessGroup):
                     "gives wrong values: call .contiguous() first"
                 )
             if tensor.device.type != "cpu":
-                raise RefusedError(f"{operation}: a tensor on {tensor.device}; simulated ranks keep all tensors on the CPU")
+                raise RefusedError(
+                    f"{operation}: a tensor on {tensor.device}; simulated ranks keep all tensors on the CPU"
+                )
             if self._profile.dtypes is not None and tensor.dtype not in self._profile.dtypes:
                 raise RefusedError(f"{operation}: {tensor.dtype} is not supported by {self._backend_shown()}")
 
@@ -391,7 +396,9 @@ class SimProcessGroup(dist.ProcessGroup):
         """``gather`` to ``opts.rootRank``."""
         inputs = _as_list(inputs)
         root = opts.rootRank
-        outputs = list(output_lists[0]) if output_lists and isinstance(output_lists[0], (list, tuple)) else list(output_lists)
+        outputs = (
+            list(output_lists[0]) if output_lists and isinstance(output_lists[0], (list, tuple)) else list(output_lists)
+        )
         if self._member == root:
             self._sizes("gather", "the output list", self._group.size, len(outputs))
         self._check("gather", (*inputs, *outputs))
@@ -402,7 +409,9 @@ class SimProcessGroup(dist.ProcessGroup):
         """``scatter`` from ``opts.rootRank``."""
         outputs = _as_list(outputs)
         root = opts.rootRank
-        inputs = list(input_lists[0]) if input_lists and isinstance(input_lists[0], (list, tuple)) else list(input_lists)
+        inputs = (
+            list(input_lists[0]) if input_lists and isinstance(input_lists[0], (list, tuple)) else list(input_lists)
+        )
         if self._member == root:
             self._sizes("scatter", "the input list", self._group.size, len(inputs))
             for tensor in inputs:
@@ -593,7 +602,9 @@ class SimProcessGroup(dist.ProcessGroup):
     def _post(self, post: Any, operation: str, tensors: list[Tensor], peer: int, tag: int) -> Any:
         for tensor in tensors:
             if not tensor.is_contiguous():
-                raise RefusedError(f"{operation}: the tensor of shape {list(tensor.shape)} is not contiguous: call .contiguous() first")
+                raise RefusedError(
+                    f"{operation}: the tensor of shape {list(tensor.shape)} is not contiguous: call .contiguous() first"
+                )
         call = self._call_point_to_point(operation, tensors, peer, tag)
         work = post(self, call, tensors, peer, tag)
         if self._coalesced is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -20,6 +19,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from lightrft.errors import ConfigError
+from lightrft.sim.current import current_task
 
 __all__ = ["RankLocalModules"]
 
@@ -141,10 +141,15 @@ class _Collector:
 
 
 class _Local:
-    """One rank-local module, its cells, and the contents every new rank starts with."""
+    """One rank-local module, its cells, and the contents every new rank starts with.
 
-    def __init__(self, module: ModuleType) -> None:
+    Args:
+        late: whether the module was imported during the run; then every rank that imports it executes it anew.
+    """
+
+    def __init__(self, module: ModuleType, *, late: bool = False) -> None:
         self.module = module
+        self.late = late
         self.cells = _Collector(module).cells
         self.namespace = vars(module)
         self.pristine = self._copied(self.read())
@@ -170,11 +175,54 @@ class _Local:
     def fresh(self) -> list[Any]:
         return self._copied(self.pristine)
 
+    def show(self) -> None:
+        """Let the running rank find the module as imported."""
+        name = self.module.__name__
+        sys.modules[name] = self.module
+        parent, _, child = name.rpartition(".")
+        if parent in sys.modules:
+            setattr(sys.modules[parent], child, self.module)
+
+    def hide(self) -> None:
+        """Let the running rank find that the module has yet to be imported."""
+        name = self.module.__name__
+        sys.modules.pop(name, None)
+        parent, _, child = name.rpartition(".")
+        if parent in sys.modules:
+            vars(sys.modules[parent]).pop(child, None)
+
+    def take_over(self, executed: ModuleType) -> None:
+        """Take the data that executing the module on this rank gave; functions and classes stay those of all ranks."""
+        for name, value in vars(executed).items():
+            mine = self.namespace.get(name)
+            if isinstance(value, type) and isinstance(mine, type) and value.__module__ == self.module.__name__:
+                for key, item in _read_class(value).items():
+                    if _is_data(item):
+                        setattr(mine, key, item)
+            elif _is_data(value) and not (name.startswith("__") and name.endswith("__")):
+                self._take_value(name, mine, value)
+
+    def _take_value(self, name: str, mine: Any, value: Any) -> None:
+        for kind, read, write in _CONTAINERS:
+            if isinstance(value, kind) and type(mine) is type(value):
+                write(mine, read(value))
+                return
+        self.namespace[name] = value
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a value is data rather than code or an object with behaviour of its own."""
+    kind = type(value)
+    return kind in _DATA or kind.__module__.partition(".")[0] in ("torch", "numpy", "pathlib", "datetime", "os")
+
+
+_DATA = frozenset({type(None), bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, deque})
+
 
 def _copy(values: Any, memo: dict[int, Any]) -> Any:
     try:
         return copy.deepcopy(values, dict(memo))
-    except Exception:  # something inside cannot be copied: copy item by item, share what cannot
+    except Exception:  # noqa: BLE001 - something inside cannot be copied: copy item by item, share what cannot
         if isinstance(values, dict):
             return {key: _copy_item(value, memo) for key, value in values.items()}
         if isinstance(values, (list, set)):
@@ -185,7 +233,7 @@ def _copy(values: Any, memo: dict[int, Any]) -> Any:
 def _copy_item(value: Any, memo: dict[int, Any]) -> Any:
     try:
         return copy.deepcopy(value, dict(memo))
-    except Exception:
+    except Exception:  # noqa: BLE001 - a value may refuse to be copied with any error
         return value
 
 
@@ -199,15 +247,10 @@ class RankLocalModules(importlib.abc.MetaPathFinder):
         self._finding: set[str] = set()
 
     def begin(self) -> None:
-        """Import the named modules where that has not happened, and remember what they hold."""
+        """Remember what the modules hold that are already imported."""
         if not self.active:
             return
-        for name in self.names:
-            try:
-                importlib.import_module(name)
-            except ImportError as error:
-                raise ConfigError(f"rank_local names {name!r}, which cannot be imported: {error}") from error
-        self._locals = [_Local(m) for n, m in list(sys.modules.items()) if m is not None and self.matches(n)]
+        self._locals = [_Local(m) for n, m in list(sys.modules.items()) if self.matches(n)]
         sys.meta_path.insert(0, self)
 
     def end(self) -> None:
@@ -217,32 +260,44 @@ class RankLocalModules(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         for local in self._locals:
             local.write(local.original)
-        self._locals = []
+            local.show()
+
+    def check_used(self) -> None:
+        """Raise :class:`ConfigError` if one of the names fits no module that anybody imported."""
+        for wanted in self.names:
+            if not any(_below(local.module.__name__, wanted) for local in self._locals):
+                raise ConfigError(f"rank_local names {wanted!r}, but nothing imported a module of that name")
 
     def matches(self, name: str) -> bool:
         """Whether a module of this name is rank-local."""
-        return any(name == wanted or name.startswith(f"{wanted}.") for wanted in self.names)
+        return any(_below(name, wanted) for wanted in self.names)
 
     def pristine(self) -> list[Any]:
-        """Contents for a rank that starts now."""
-        return [local.fresh() for local in self._locals]
+        """For each module, whether a rank that starts now has imported it, and its contents."""
+        return [[not local.late, local.fresh()] for local in self._locals]
 
     def save(self, states: list[Any]) -> None:
         """Read the contents that the running rank leaves behind."""
-        states[:] = [local.read() for local in self._locals]
+        for local, state in zip(self._locals, states, strict=True):
+            state[1] = local.read()
 
     def load(self, states: list[Any]) -> None:
         """Write the contents of the rank that runs next."""
-        for local in self._locals[len(states) :]:  # imported by another rank meanwhile
-            states.append(local.fresh())
-        for local, contents in zip(self._locals, states, strict=True):
+        # some may have been imported by another rank meanwhile
+        states.extend([False, local.fresh()] for local in self._locals[len(states) :])
+        for local, (imported, contents) in zip(self._locals, states, strict=True):
             local.write(contents)
+            if local.late:
+                local.show() if imported else local.hide()
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,  # noqa: ARG002 - the interface of finders
+        target: ModuleType | None = None,  # noqa: ARG002
     ) -> importlib.machinery.ModuleSpec | None:
         """See a rank-local module being imported during the run."""
-        if not self.matches(fullname) or fullname in self._finding:
+        if not self.matches(fullname) or fullname in self._finding or current_task() is None:
             return None
         self._finding.add(fullname)
         try:
@@ -253,9 +308,24 @@ class RankLocalModules(importlib.abc.MetaPathFinder):
             spec.loader = _Loader(spec.loader, self)
         return spec
 
-    def adopt(self, module: ModuleType) -> None:
-        """Make a module rank-local that has just been executed."""
-        self._locals.append(_Local(module))
+    def executed(self, module: ModuleType) -> None:
+        """A rank has just executed a module: the first one to do so gives all ranks their functions and classes."""
+        task = current_task()
+        assert task is not None
+        states = task.rank.state.modules
+        for local, state in zip(self._locals, states, strict=False):
+            if local.module.__name__ == module.__name__:
+                local.take_over(module)
+                state[0] = True
+                local.show()
+                return
+        local = _Local(module, late=True)
+        self._locals.append(local)
+        states.append([True, local.read()])
+
+
+def _below(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
 
 
 class _Loader(importlib.abc.Loader):
@@ -272,4 +342,4 @@ class _Loader(importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._inner
         self._inner.exec_module(module)
-        self._owner.adopt(module)
+        self._owner.executed(module)

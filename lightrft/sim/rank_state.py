@@ -1,14 +1,15 @@
 """What a process owns, saved and restored whenever the baton passes from one rank to another.
 
 Three kinds of state are told apart by what a switch costs. Plain attributes are swapped always (a few tens of
-nanoseconds each). Flags that live in C++ are read always and written only where two ranks differ. Generators of Python
-and NumPy are read in full only after somebody has drawn from them: one look at the head of the generator's memory tells.
+nanoseconds each). Flags that live in C++ are read always and written only where two ranks differ. The generators of
+Python and NumPy are read in full only after somebody has drawn from them: a look at the head of their memory tells.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import random
 import sys
@@ -21,7 +22,6 @@ import numpy as np
 import torch
 from torch.distributed import distributed_c10d as c10d
 
-from lightrft.sim.patching import Patch
 from lightrft.sim.rank_local import RankLocalModules
 
 __all__ = ["ProcessState", "StateSwitcher"]
@@ -112,7 +112,7 @@ class _PythonRandom:
     def _layout_is_known(self) -> bool:
         words = (ctypes.c_uint32 * 625).from_address(self._address)
         state = self._generator.getstate()[1]
-        return state[624] == words[0] and state[:624] == tuple(words[1:])
+        return bool(state[624] == words[0] and state[:624] == tuple(words[1:]))
 
     def peek(self) -> int:
         return self._head.value
@@ -138,7 +138,7 @@ class _NumpyRandom:
 
     def __init__(self) -> None:
         self._get, self._set = np.random.get_state, np.random.set_state
-        generator = np.random.mtrand._rand._bit_generator  # type: ignore[attr-defined]
+        generator = np.random.mtrand._rand._bit_generator
         self._address = generator.ctypes.state_address
         self._first = ctypes.c_uint64.from_address(self._address)
         self._position = ctypes.c_uint32.from_address(self._address + 4 * 624)
@@ -155,7 +155,7 @@ class _NumpyRandom:
     def write(self, state: tuple[bytes, Any]) -> None:
         words, full = state
         if full is None and self._spare_loaded:
-            self._set({**self._get(legacy=False), "has_gauss": 0, "gauss": 0.0})  # type: ignore[dict-item]
+            self._set({**self._get(legacy=False), "has_gauss": 0, "gauss": 0.0})
         if full is not None:
             self._set(full)
         else:
@@ -206,6 +206,9 @@ class ProcessState:
         "generators",
         "groups",
         "init_method",
+        "log_disable",
+        "log_handlers",
+        "log_level",
         "main",
         "modules",
         "path",
@@ -241,6 +244,9 @@ class ProcessState:
         self.warning_once = dict(warnings.onceregistry)  # type: ignore[attr-defined]
         self.warning_default = warnings.defaultaction  # type: ignore[attr-defined]
         self.modules: Any = None
+        self.log_handlers = list(logging.root.handlers)
+        self.log_level = logging.root.level
+        self.log_disable = logging.root.manager.disable
         self.signals: dict[int, Any] = {}
         self.atexit: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
 
@@ -268,7 +274,7 @@ class StateSwitcher:
         original = ProcessState(self._os_environ._data)
         original.groups = c10d._world  # type: ignore[assignment]
         original.backend, original.init_method = c10d._backend, c10d._default_pg_init_method
-        original.argv, original.path = sys.argv, sys.path
+        original.argv, original.path, original.log_handlers = sys.argv, sys.path, logging.root.handlers
         original.warning_filters, original.warning_once = warnings.filters, warnings.onceregistry  # type: ignore[attr-defined]
         original.cwd = self._cwd
         environ = dict(self._os_environ._data)
@@ -326,6 +332,9 @@ class StateSwitcher:
         state.excepthook = sys.excepthook
         state.flags = _read_flags()
         state.torch_rng = self._torch.get_state()
+        state.log_handlers = logging.root.handlers
+        state.log_level = logging.root.level
+        state.log_disable = logging.root.manager.disable
         state.warning_filters = warnings.filters
         state.warning_show = warnings.showwarning
         state.warning_show_impl = warnings._showwarnmsg_impl  # type: ignore[attr-defined]
@@ -359,6 +368,11 @@ class StateSwitcher:
             warnings._filters_mutated()  # type: ignore[attr-defined]
         else:
             warnings.filters = state.warning_filters
+        log = logging.root
+        log.handlers = state.log_handlers
+        if log.level != state.log_level or log.manager.disable != state.log_disable:
+            log.level, log.manager.disable = state.log_level, state.log_disable
+            log.manager._clear_cache()  # type: ignore[attr-defined]
         warnings.showwarning = state.warning_show
         warnings._showwarnmsg_impl = state.warning_show_impl  # type: ignore[attr-defined]
         warnings.onceregistry = state.warning_once  # type: ignore[attr-defined]
@@ -392,7 +406,7 @@ def _fresh_python(seed: int) -> tuple[bytes, Any]:
 @functools.lru_cache(maxsize=2048)
 def _fresh_numpy(seed: int) -> tuple[bytes, Any]:
     generator = np.random.MT19937()
-    generator._legacy_seeding(seed % 2**32)  # type: ignore[attr-defined]
+    generator._legacy_seeding(seed % 2**32)
     return ctypes.string_at(generator.ctypes.state_address, 4 * 625), None
 
 

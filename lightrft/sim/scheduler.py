@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import threading
 
     from lightrft.sim.places import Place
-    from lightrft.sim.world import SimRank
+    from lightrft.sim.rank import SimRank
 
 __all__ = ["Killed", "Scheduler", "Task", "Waiting"]
 
@@ -313,7 +313,9 @@ class Scheduler:
         if not any(task.daemon and not task.finished for task in self.tasks):
             return False
         return all(
-            task.finished or (task.daemon and not self._is_call(task.waiting)) or (not task.daemon and self._is_call(task.waiting))
+            task.finished
+            or (task.daemon and not self._is_call(task.waiting))
+            or (not task.daemon and self._is_call(task.waiting))
             for task in self.tasks
         )
 

@@ -44,8 +44,7 @@ class Script:
     def problem(self) -> str:
         """Why this cannot be run, in one line; empty if nothing is seen without running any of it."""
         if self.as_module:
-            with self.installed():
-                return _module_problem(self.name)
+            return self._module_problem()
         if os.path.isdir(self._file):
             return f"{self.name!r} is a folder: expected a Python file"
         if not os.path.exists(self._file):
@@ -54,6 +53,21 @@ class Script:
         if not os.access(self._file, os.R_OK):
             return f"{self.name!r} cannot be read"
         return ""
+
+    def _module_problem(self) -> str:
+        if self.name.endswith(".py"):
+            return f"-m takes the name of a module, and {self.name!r} is that of a file: leave out -m"
+        if not all(part.isidentifier() for part in self.name.split(".")):
+            return f"-m takes the name of a module, such as package.module: {self.name!r} is none"
+        return self.missing_module(self.name)
+
+    def missing_module(self, name: str) -> str:
+        """Why the program cannot import ``name``, as far as that is seen without importing anything; else empty."""
+        top = name.partition(".")[0]
+        with self.installed():
+            if top in sys.modules or importlib.util.find_spec(top) is not None:
+                return ""
+            return f"there is no module {top!r} in {sys.path[0]} or among the installed packages"
 
     def compile(self) -> None:
         """Compile a script once for all ranks. A module is found by the first rank that runs.
@@ -122,15 +136,3 @@ def _find_module(name: str) -> tuple[ModuleSpec, CodeType]:
     if spec is None or code is None:
         raise ImportError(f"no module named {name!r} that Python can run", name=name)
     return spec, code
-
-
-def _module_problem(name: str) -> str:
-    """Why ``python -m name`` would not find the module, as far as that is seen without importing anything."""
-    if name.endswith(".py"):
-        return f"-m takes the name of a module, and {name!r} is that of a file: leave out -m"
-    if not all(part.isidentifier() for part in name.split(".")):
-        return f"-m takes the name of a module, such as package.module: {name!r} is none"
-    top = name.partition(".")[0]
-    if top not in sys.modules and importlib.util.find_spec(top) is None:
-        return f"there is no module {top!r} in {os.getcwd()} or among the installed packages"
-    return ""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections import deque
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from lightrft.sim.current import current_task
 from lightrft.sim.patching import Patch
 from lightrft.sim.places import Place, caller_place
-from lightrft.sim.scheduler import Task
+
+if TYPE_CHECKING:
+    from lightrft.sim.scheduler import Task
 
 __all__ = ["SharedKeys", "SimStore", "patches"]
 
@@ -232,7 +234,7 @@ class SimTCPStore(SimStore):
         timeout: timedelta = timedelta(seconds=300),
         wait_for_workers: bool = True,
         multi_tenant: bool = False,
-        master_listen_fd: int | None = None,
+        master_listen_fd: int | None = None,  # noqa: ARG002 - nothing listens
         use_libuv: bool = True,
     ) -> None:
         task = current_task()
@@ -289,7 +291,7 @@ class SimFileStore(SimStore):
             return _REAL["FileStore"](*args, **kwargs)
         return super().__new__(cls)
 
-    def __init__(self, file_name: str, world_size: int = -1) -> None:
+    def __init__(self, file_name: str, world_size: int = -1) -> None:  # noqa: ARG002 - as the real one
         task = current_task()
         assert task is not None
         self.path = file_name

@@ -1,8 +1,8 @@
 """Locks, threads and signals of a simulated process.
 
 A thread that a rank starts becomes a task of that rank: it runs only when it holds the baton, sees the rank's process
-state, and may call collectives. Locks hand the baton on where they would block, so a lock, queue or event that two ranks
-wait for in a circle is seen as a deadlock at once.
+state, and may call collectives. Locks hand the baton on where they would block, so a lock, queue or event that two
+ranks wait for in a circle is seen as a deadlock at once.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class SimLock:
     __slots__ = ("__weakref__", "_real", "_waiters", "holder")
 
     def __init__(self, real: Any = None) -> None:
-        self._real = real if real is not None else _new_lock()
+        self._real: Any = real if real is not None else _new_lock()
         self._waiters: deque[Task] = deque()
         self.holder: Task | None = None
 
@@ -89,7 +89,7 @@ class SimLock:
 
     def _wait(self, task: Task, timeout: float) -> bool:
         scheduler = task.scheduler
-        deadline = None if timeout is None or timeout < 0 else scheduler.now + round(timeout * 1e9)
+        deadline = None if timeout < 0 else scheduler.now + round(timeout * 1e9)
         waiting = LockWait(self, caller_place(3), called_library_function(3))
         while True:
             self._waiters.append(task)
@@ -126,7 +126,7 @@ class SimLock:
         self.release()
 
 
-class SimRLock(threading._RLock):  # type: ignore[misc, name-defined]
+class SimRLock(threading._RLock):
     """A reentrant lock built on :class:`SimLock`."""
 
     def __init__(self) -> None:
@@ -160,7 +160,7 @@ def _spawn(function: Any, args: Any, kwargs: Any) -> tuple[Any, Task]:
     parent = current_task()
     assert parent is not None
     thread = getattr(function, "__self__", None)
-    name = getattr(thread, "name", None) or getattr(function, "__name__", "thread")
+    name = str(getattr(thread, "name", "") or getattr(function, "__name__", "thread"))
     child = Task(parent.scheduler, parent.rank, name, daemon=getattr(thread, "daemon", True))
     if isinstance(thread, threading.Thread):
         child.thread = thread

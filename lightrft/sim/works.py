@@ -20,7 +20,7 @@ from lightrft.sim.current import _local
 
 if TYPE_CHECKING:
     from lightrft.sim.calls import Call, Meeting, Message
-    from lightrft.sim.world import SimRank
+    from lightrft.sim.rank import SimRank
 
 __all__ = ["CoalescedWork", "CollectiveWork", "DoneWork", "MessageWork", "deliver", "poison"]
 

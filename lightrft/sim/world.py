@@ -3,115 +3,40 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
-import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightrft.errors import (
-    CollectiveTimeoutError,
-    ConfigError,
-    SimulationError,
-    SimWarning,
-)
-from lightrft.sim import clock, current, divergence, groups, outside, places, store, threads
-from lightrft.sim.accelerator import DeviceState
-from lightrft.sim.accelerator import patches as accelerator_patches
+from lightrft.errors import ConfigError, SimulationError, SimWarning
+from lightrft.sim import current, divergence, places, store, threads
 from lightrft.sim.adoption import LockAdoption
 from lightrft.sim.calls import Call, Event, Group, Meeting, Message
 from lightrft.sim.collectives import ORDERS
-from lightrft.sim.patching import Patch, Patcher
+from lightrft.sim.host import frozen_heap, one_core, patched, stack_size
 from lightrft.sim.point_to_point import unmatched
-from lightrft.sim.process_group import SimProcessGroup
 from lightrft.sim.profiles import check_profile
-from lightrft.sim.rank_state import GroupTables, ProcessState, StateSwitcher
+from lightrft.sim.rank import SimRank
+from lightrft.sim.rank_state import StateSwitcher
 from lightrft.sim.scheduler import Killed, Scheduler, Task
 from lightrft.sim.shared_globals import SharedGlobals
-from lightrft.sim.works import SimWork
+from lightrft.sim.stall import StallWatcher
 
 if TYPE_CHECKING:
     from lightrft.sim.determinism import Observer
 
-__all__ = ["SimRank", "SimWorld"]
+__all__ = ["SimWorld"]
 
 _MASTER_PORT = 29500
 _STACK_BYTES = 8 << 20
 _running = threading.Lock()
-_NOT_RUNNING: Any = None
-
-
-class SimRank:
-    """One simulated process.
-
-    Attributes:
-        index: global rank.
-        local_rank: rank on its node.
-        state: its process-global state while another rank runs.
-        accelerator: its simulated GPU.
-        outstanding: asynchronous operations it has not waited for.
-        handles: its process groups, in order of creation.
-    """
-
-    def __init__(self, world: SimWorld, index: int, state: ProcessState, gpus_per_node: int, cuda: bool) -> None:
-        self.world = world
-        self.index = index
-        self.local_rank = index % gpus_per_node
-        self.state = state
-        self.accelerator = DeviceState(self.local_rank, gpus_per_node, cuda_available=cuda)
-        self.outstanding: dict[SimWork, None] = {}
-        self.handles: list[SimProcessGroup] = []
-        self.threads: list[Task] = []
-        self.main: Task | None = None
-        self.creations: list[tuple[tuple[int, ...], str, places.Place]] = []
-        self.latest_call: Call | None = None
-        self.last: tuple[Call | None, str, places.Place] = (None, "made no call at all", places.UNKNOWN)
-        self._group_epochs: dict[str, int] = {}
-        self._messages: dict[Group, int] = {}
-
-    def blocked_task(self) -> Task | None:
-        """The task that stands for the rank in a report: its main one, or a thread that outlives it."""
-        if self.main is not None and not self.main.finished:
-            return self.main
-        return next((task for task in self.threads if not task.finished), self.main)
-
-    def touched(self, what: str) -> None:
-        """The rank did something to a group that is no call: the last thing it did, until its next call."""
-        self.last = (self.latest_call, what, places.caller_place(2))
-
-    def last_place(self) -> places.Place:
-        """The line of the last thing the rank did to a group."""
-        call, _, place = self.last
-        return place if self.latest_call is call or self.latest_call is None else self.latest_call.place
-
-    def tables(self) -> GroupTables:
-        """The rank's tables of ``torch.distributed``; call it only while the rank runs."""
-        world: GroupTables = torch.distributed.distributed_c10d._world  # type: ignore[assignment]
-        return world
-
-    def count_group(self, name: str) -> int:
-        """How often this rank has made a group of this name before: a destroyed group may come again."""
-        epoch = self._group_epochs.get(name, 0)
-        self._group_epochs[name] = epoch + 1
-        return epoch
-
-    def count_message(self, group: Group) -> int:
-        """Number of the next send or receive on ``group``."""
-        self._messages[group] = self._messages.get(group, 0) + 1
-        return self._messages[group]
-
-    def adopt_groups(self) -> None:
-        """Make the rank's groups known to C++ on the calling thread."""
-        for pg in self.handles:
-            if not pg.closed:
-                torch._C._distributed_c10d._register_process_group(pg.group_name, pg)
+_NO_RUN: Any = None
 
 
 class SimWorld:
@@ -150,9 +75,9 @@ class SimWorld:
         stall_after: float = 5.0,
         stall_limit: float = 300.0,
     ) -> None:
-        if not isinstance(size, int) or size < 1:
+        if type(size) is not int or size < 1:
             raise ConfigError(f"size={size!r}: expected the number of ranks, at least 1")
-        if not isinstance(gpus_per_node, int) or gpus_per_node < 1:
+        if type(gpus_per_node) is not int or gpus_per_node < 1:
             raise ConfigError(f"gpus_per_node={gpus_per_node!r}: expected a number of at least 1")
         if schedule not in ("fifo", "random"):
             raise ConfigError(f"schedule={schedule!r} is unknown: expected 'fifo' or 'random'")
@@ -186,9 +111,9 @@ class SimWorld:
         self.groups: dict[tuple[str, int, tuple[int, ...]], Group] = {}
         self.stores = store.StoreTable()
         self.ranks: list[SimRank] = []
-        self.scheduler: Scheduler = _NOT_RUNNING
-        self.switcher: StateSwitcher = _NOT_RUNNING
-        self.shared: SharedGlobals = _NOT_RUNNING
+        self.scheduler: Scheduler = _NO_RUN
+        self.switcher: StateSwitcher = _NO_RUN
+        self.shared: SharedGlobals = _NO_RUN
         self._first_creations: list[tuple[tuple[int, ...], str]] = []
         self._failures: list[tuple[SimRank, BaseException]] = []
         self._mismatch: divergence.Mismatch | None = None
@@ -251,7 +176,7 @@ class SimWorld:
         random = Random(self.seed) if self.schedule == "random" else None
         with ExitStack() as stack:
             self.switcher = StateSwitcher(self.rank_local)
-            stack.enter_context(_frozen_heap())
+            stack.enter_context(frozen_heap())
             stack.enter_context(self.switcher.around_run())
             self.scheduler = Scheduler(
                 random=random,
@@ -267,10 +192,10 @@ class SimWorld:
             stack.callback(locks.restore)
             fn = locks.adopt(fn)
             args, kwargs = tuple(map(locks.adopt, args)), {key: locks.adopt(value) for key, value in kwargs.items()}
-            with _stack_size(_STACK_BYTES), _one_core():
+            with stack_size(_STACK_BYTES), one_core():
                 for rank in self.ranks:
                     self._start(rank, fn, args, kwargs, results)
-            stack.enter_context(_patched())
+            stack.enter_context(patched())
             self._drive()
         self._report()
         return results
@@ -356,7 +281,7 @@ class SimWorld:
     def _drive(self) -> None:
         """Hand over the baton and wait for the end, watching for ranks that block outside the simulator."""
         scheduler = self.scheduler
-        watcher = _StallWatcher(self)
+        watcher = StallWatcher(self)
         try:
             scheduler.begin()
             while not scheduler.all_done.acquire(timeout=watcher.interval):
@@ -393,13 +318,13 @@ class SimWorld:
             rank.main = None
         for group in self.groups.values():
             group.forget()
-        if self.scheduler is not None and self.scheduler.running is None:
+        if self.scheduler is not _NO_RUN and self.scheduler.running is None:
             self.scheduler.tasks.clear()
         self.ranks = []
         self._failures = []
         self._mismatch = self._verdict = None
         self.stores = store.StoreTable()
-        self.scheduler = self.switcher = self.shared = _NOT_RUNNING
+        self.scheduler = self.switcher = self.shared = _NO_RUN
 
     # -- what the parts of a run tell the world -----------------------------------------------------------------
 
@@ -447,7 +372,7 @@ class SimWorld:
 
     def _drain(self) -> None:
         """The run has failed: let the others come to where they wait, then report."""
-        if self.scheduler is not None and self.scheduler.drain_until is None:
+        if self.scheduler is not _NO_RUN and self.scheduler.drain_until is None:
             self.scheduler.drain_until = self.scheduler.switches + 20 * len(self.scheduler.tasks)
 
     def _park(self, waiting: Any) -> None:
@@ -529,6 +454,7 @@ class SimWorld:
             raise self._verdict
         if self._failures or self._mismatch is not None:
             raise divergence.verdict(self, self._failures, self._mismatch)
+        self.switcher.modules.check_used()
         self._collect_leftovers()
         if self._leftovers:
             error = divergence.leftovers(self, self._leftovers)
@@ -543,97 +469,3 @@ class SimWorld:
             self.warn(message)
         else:
             warnings.warn(message, SimWarning, stacklevel=5 + self.check_determinism)
-
-
-class _StallWatcher:
-    """Looks from outside whether the rank that holds the baton is blocked in something real."""
-
-    def __init__(self, world: SimWorld) -> None:
-        self._world = world
-        self.interval = max(0.05, min(0.5, world.stall_after / 4))
-        self._switches = -1
-        self._since = time.monotonic()
-        self._cpu = 0.0
-        self._said = False
-
-    def look(self) -> None:
-        """Called every ``interval`` seconds from the thread that waits for the run."""
-        scheduler = self._world.scheduler
-        task = scheduler.running
-        cpu = _cpu_seconds(task.ident) if task is not None else 0.0
-        now = time.monotonic()
-        if task is None or scheduler.switches != self._switches or cpu - self._cpu > 0.1 * (now - self._since):
-            self._switches, self._since, self._cpu, self._said = scheduler.switches, now, cpu, False
-            return
-        stalled = now - self._since
-        if stalled >= self._world.stall_after and not self._said:
-            self._said = True
-            print(divergence.stall_verdict(self._world, task, stalled), file=sys.stderr, flush=True)
-        if stalled >= self._world.stall_limit:
-            verdict = divergence.stall_verdict(self._world, task, stalled)
-            task.killed = True
-            raise verdict
-
-
-def _cpu_seconds(ident: int) -> float:
-    try:
-        return time.clock_gettime(time.pthread_getcpuclockid(ident))
-    except OSError:  # the thread has just ended
-        return 0.0
-
-
-def _all_patches() -> list[Patch]:
-    return [*clock.patches(), *threads.patches(), *outside.patches(), *store.patches(), *groups.patches(), *accelerator_patches()]
-
-
-@contextmanager
-def _patched() -> Iterator[None]:
-    patcher = Patcher()
-    try:
-        patcher.apply(_all_patches())
-        patcher.replace_aliases()
-        yield
-    finally:
-        patcher.restore()
-
-
-@contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """Spare the garbage collector what was there before: a trace that grows makes it look through the heap often."""
-    if gc.get_freeze_count():  # somebody else's: not ours to undo
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextmanager
-def _stack_size(size: int) -> Iterator[None]:
-    previous = threading.stack_size(size)
-    try:
-        yield
-    finally:
-        threading.stack_size(previous)
-
-
-@contextmanager
-def _one_core() -> Iterator[None]:
-    """Threads started inside stay on one core: a hand-off then costs less, and only one runs anyway."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    allowed, policy = os.sched_getaffinity(0), os.sched_getscheduler(0)
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
-    cores = sorted(allowed)
-    chosen = cores[int(worker[2:]) % len(cores)] if worker[2:].isdigit() else cores[os.getpid() % len(cores)]
-    os.sched_setaffinity(0, {chosen})
-    if policy == os.SCHED_OTHER:  # a woken batch thread does not preempt its waker, who still holds the interpreter
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    try:
-        yield
-    finally:
-        os.sched_setscheduler(0, policy, os.sched_param(0))
-        os.sched_setaffinity(0, allowed)

@@ -645,6 +645,7 @@ def test_types_of_cuda_make_cpu_tensors():
     in_rank(ask)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
 def test_pinning_copies_and_is_seen_through_views():
     def ask():
         x = torch.arange(6.0).reshape(2, 3).t().requires_grad_()

@@ -105,8 +105,8 @@ def test_the_choices_are_those_of_the_simulator():
         ("-n 8 -m script.py", "'script.py' is that of a file: leave out -m"),
         ("-n 8 -m no/module", "'no/module' is none"),
         ("-n 8 -m no_such_module.x", "there is no module 'no_such_module' in"),
+        ("-n 8 --rank-local no_such_module script.py", "--rank-local: there is no module 'no_such_module' in"),
         ("-n 8 --flight-record no/such script.py", "--flight-record: there is no folder 'no'"),
-        ("-n 8 --rank-local no_such_module script.py", "rank_local names 'no_such_module', which cannot be imported"),
     ],
 )
 def test_a_command_line_that_cannot_work_is_one_line_that_says_why(script, capsys, line, complaint):
@@ -127,7 +127,10 @@ def test_an_unknown_command_is_answered_with_the_known_ones(capsys):
 
 
 def test_options_reach_the_world(script, capsys):
+    for module in "abc":
+        script("", f"options_{module}.py")
     name = script("""
+        import options_a, options_b, options_c
         import os
         import torch
         from lightrft.sim.current import current_task
@@ -137,8 +140,10 @@ def test_options_reach_the_world(script, capsys):
             print(world.cuda, world.strict, world.rank_local, os.environ["LOCAL_WORLD_SIZE"], torch.cuda.is_available())
     """)
     options = "-n3 --gpus-per-node=2 --seed -7 --schedule random --numerics tree --profile gloo --cuda --strict"
-    assert sim(*options.split(), "--rank-local", "json,shlex", "--rank-local", "wave", "--", name) == 0
-    assert capsys.readouterr().out == ("3 2 -7 random tree gloo\nTrue True ['json', 'shlex', 'wave'] 2 True\n")
+    assert sim(*options.split(), "--rank-local", "options_a,options_b", "--rank-local", "options_c", "--", name) == 0
+    assert capsys.readouterr().out == (
+        "3 2 -7 random tree gloo\nTrue True ['options_a', 'options_b', 'options_c'] 2 True\n"
+    )
 
 
 # -- a script is what python script.py would run ----------------------------------------------------------------------
@@ -300,6 +305,14 @@ def test_a_rank_that_exits_with_another_status_is_reported(script, capsys, code)
     assert error.startswith(f"\nrank 1 failed: SystemExit: {code.strip(chr(39))}\n")
     assert "script.py:6" in error
     assert "ranks 0, 2  waits in barrier()" in error
+
+
+def test_a_rank_local_module_that_nobody_imports_is_named(script, capsys):
+    script("", "never_imported.py")
+    assert sim("-n", "2", "--rank-local", "never_imported", script("")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lightrft sim: error: rank_local names 'never_imported', ")
+    assert error.count("\n") == 1
 
 
 def test_a_failing_rank_is_reported_once_and_without_our_source(script, capsys):

@@ -93,18 +93,19 @@ def test_the_mark_the_option_and_the_fixture_are_described(run):
 
 def test_the_body_runs_on_every_rank_for_every_seed(run):
     result = run("""
-        ran = []
+        @pytest.fixture
+        def ran():
+            seen = []
+            yield seen
+            assert sorted(seen) == [0, 0, 1, 1, 2, 2]
+            assert "RANK" not in os.environ
 
         @pytest.mark.sim(ranks=3, seeds=2)
-        def test_body():
+        def test_body(ran):
             ran.append(init())
             dist.destroy_process_group()
-
-        def test_after():
-            assert sorted(ran) == [0, 0, 1, 1, 2, 2]
-            assert "RANK" not in os.environ
     """)
-    result.assert_outcomes(passed=2)
+    result.assert_outcomes(passed=1)
 
 
 def test_the_schedule_is_random_only_where_a_seed_would_change_something(run):
@@ -139,18 +140,22 @@ def test_the_schedule_is_random_only_where_a_seed_would_change_something(run):
     result.assert_outcomes(passed=6)
 
 
-def test_marks_of_module_class_and_test_add_up_and_the_closest_wins(run):
+def test_marks_of_module_class_and_test_add_up_and_the_closest_wins(run, pytester):
+    pytester.syspathinsert()
+    pytester.makepyfile(conf="import os\nRANK = os.environ['RANK']")
     result = run("""
         from lightrft.sim.current import current_task
         pytestmark = pytest.mark.sim(ranks=2, profile="gloo", numerics="tree")
 
         @pytest.mark.sim(ranks=3)
         class TestClass:
-            @pytest.mark.sim(numerics="ring", rank_local=["wave"], gpus_per_node=1, cuda=True)
+            @pytest.mark.sim(numerics="ring", rank_local=["conf"], gpus_per_node=1, cuda=True)
             def test_method(self):
+                import conf
+                assert conf.RANK == os.environ["RANK"]
                 world = current_task().rank.world
                 assert (world.size, world.profile, world.numerics) == (3, "gloo", "ring")
-                assert (world.rank_local, world.gpus_per_node) == (["wave"], 1)
+                assert (world.rank_local, world.gpus_per_node) == (["conf"], 1)
                 assert torch.cuda.is_available() and os.environ["LOCAL_WORLD_SIZE"] == "1"
     """)
     result.assert_outcomes(passed=1)

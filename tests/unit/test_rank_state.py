@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import random
 import subprocess
@@ -333,6 +334,35 @@ def test_a_rank_local_module_may_be_imported_during_the_run():
 
     sys.modules.pop(f"{PACKAGE}.late", None)
     assert interleaved(load, read, rank_local=[PACKAGE]) == [[0], [1], [2]]
+
+
+def test_a_rank_local_module_that_reads_its_rank_when_imported_reads_the_right_one():
+    def load(_):
+        from .helpers_rank_local import configured
+
+        assert configured.rank() == int(os.environ["RANK"])
+
+    def read(_):
+        from .helpers_rank_local import configured
+
+        return configured.RANK, configured.rank(), dict(configured.PATHS), configured.Config.local_rank
+
+    sys.modules.pop(f"{PACKAGE}.configured", None)
+    seen = interleaved(load, read, rank_local=[f"{PACKAGE}.configured"], gpus_per_node=2)
+    assert seen == [(r, r, {"shard": f"shard-{r}"}, r % 2) for r in range(3)]
+
+
+def test_logging_of_the_root_belongs_to_the_rank():
+    def choose(rank):
+        logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, force=True)
+        logging.getLogger("trainer")
+
+    def read(_):
+        return logging.getLogger("trainer").isEnabledFor(logging.INFO), len(logging.root.handlers)
+
+    before = list(logging.root.handlers), logging.root.level
+    assert interleaved(choose, read) == [(True, 1), (False, 1), (False, 1)]
+    assert (logging.root.handlers, logging.root.level) == before
 
 
 def test_without_rank_local_the_shared_globals_are_named():

@@ -133,7 +133,7 @@ def test_a_wrong_setting_says_what_is_allowed(settings, message):
 
 
 def test_a_rank_local_module_that_does_not_exist_is_an_error():
-    with pytest.raises(ConfigError, match="'no_such_module_at_all', which cannot be imported"):
+    with pytest.raises(ConfigError, match="'no_such_module_at_all', but nothing imported"):
         SimWorld(2, rank_local=["no_such_module_at_all"]).run(lambda: None)
 
 

@@ -1,0 +1,52 @@
+"""Seen from outside: a rank that holds the baton and is blocked in something real."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from lightrft.sim import divergence
+
+if TYPE_CHECKING:
+    from lightrft.sim.world import SimWorld
+
+__all__ = ["StallWatcher"]
+
+
+class StallWatcher:
+    """Looks from outside whether the rank that holds the baton is blocked in something real."""
+
+    def __init__(self, world: SimWorld) -> None:
+        self._world = world
+        self.interval = max(0.05, min(0.5, world.stall_after / 4))
+        self._switches = -1
+        self._since = time.monotonic()
+        self._cpu = 0.0
+        self._said = False
+
+    def look(self) -> None:
+        """Called every ``interval`` seconds from the thread that waits for the run."""
+        scheduler = self._world.scheduler
+        task = scheduler.running
+        cpu = _cpu_seconds(task.ident) if task is not None else 0.0
+        now = time.monotonic()
+        if task is None or scheduler.switches != self._switches or cpu - self._cpu > 0.1 * (now - self._since):
+            self._switches, self._since, self._cpu, self._said = scheduler.switches, now, cpu, False
+            return
+        stalled = now - self._since
+        if stalled >= self._world.stall_after and not self._said:
+            self._said = True
+            sys.stderr.write(f"{divergence.stall_verdict(self._world, task, stalled)}\n")
+            sys.stderr.flush()
+        if stalled >= self._world.stall_limit:
+            verdict = divergence.stall_verdict(self._world, task, stalled)
+            task.killed = True
+            raise verdict
+
+
+def _cpu_seconds(ident: int) -> float:
+    try:
+        return time.clock_gettime(time.pthread_getcpuclockid(ident))
+    except OSError:  # the thread has just ended
+        return 0.0
