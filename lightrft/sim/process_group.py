@@ -105,8 +105,8 @@ class SimProcessGroup(dist.ProcessGroup):
         return None
 
     def getBackendName(self) -> str:  # noqa: N802 - torch's name
-        """The backend the group was made with."""
-        return self._group.backend
+        """A name of our own: for ``gloo`` C++ would ask the real backend for its devices."""
+        return "simulated"
 
     def name(self) -> str:
         """As :meth:`getBackendName`."""

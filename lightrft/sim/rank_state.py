@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed import distributed_c10d as c10d
+from torch.utils import _device
 
 from lightrft.sim.rank_local import RankLocalModules
 
@@ -200,6 +201,7 @@ class ProcessState:
         "atexit",
         "backend",
         "cwd",
+        "default_device",
         "environ",
         "excepthook",
         "flags",
@@ -235,6 +237,7 @@ class ProcessState:
         self.stderr = sys.stderr
         self.excepthook = sys.excepthook
         self.cwd: str | None = None
+        self.default_device = _device.CURRENT_DEVICE
         self.flags = _read_flags()
         self.torch_rng: torch.Tensor = torch.default_generator.get_state()
         self.generators: list[Any] = []
@@ -330,6 +333,7 @@ class StateSwitcher:
         state.stdout = sys.stdout
         state.stderr = sys.stderr
         state.excepthook = sys.excepthook
+        state.default_device = _device.CURRENT_DEVICE
         state.flags = _read_flags()
         state.torch_rng = self._torch.get_state()
         state.log_handlers = logging.root.handlers
@@ -358,6 +362,7 @@ class StateSwitcher:
         sys.stdout = state.stdout
         sys.stderr = state.stderr
         sys.excepthook = state.excepthook
+        _device.CURRENT_DEVICE = state.default_device
         sys.modules["__main__"] = state.main
         flags = _read_flags()
         if flags != state.flags:

@@ -177,6 +177,7 @@ class SimWorld:
         with ExitStack() as stack:
             self.switcher = StateSwitcher(self.rank_local)
             stack.enter_context(frozen_heap())
+            stack.enter_context(patched())  # before the switcher reads modules: what it writes back is patched too
             stack.enter_context(self.switcher.around_run())
             self.scheduler = Scheduler(
                 random=random,
@@ -195,7 +196,6 @@ class SimWorld:
             with stack_size(_STACK_BYTES), one_core():
                 for rank in self.ranks:
                     self._start(rank, fn, args, kwargs, results)
-            stack.enter_context(patched())
             self._drive()
         self._report()
         return results

@@ -40,12 +40,6 @@ def sim(*words: str) -> int:
     return cli.main(["sim", *words])
 
 
-def start(*words: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "lightrft", *words]
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +230,30 @@ def test_processes_that_a_rank_forks_know_its_main_module(script, capsys):
     assert sim("-n", "2", name) == 0, capsys.readouterr().err
 
 
+def test_workers_of_a_data_loader_know_the_main_module_of_their_rank(script, capsys):
+    name = script("""
+        import os, warnings
+        from torch.utils.data import DataLoader
+        warnings.simplefilter("ignore")
+
+        class Sample:
+            rank = os.environ["RANK"]
+
+        class Samples:
+            def __len__(self):
+                return 3
+
+            def __getitem__(self, index):
+                return Sample()
+
+        for worker in (0, 1):
+            samples = list(DataLoader(Samples(), batch_size=None, num_workers=worker))
+            assert [type(sample) for sample in samples] == [Sample] * 3
+            assert [sample.rank for sample in samples] == [os.environ["RANK"]] * 3
+    """)
+    assert sim("-n", "2", name) == 0, capsys.readouterr().err
+
+
 def test_a_module_runs_as_python_dash_m_runs_it(script, capsys):
     script("print('package', __name__)", "package/__init__.py")
     script(
@@ -392,25 +410,34 @@ def test_inside_a_rank_the_command_is_refused(script, capsys):
     assert "worlds cannot be nested" in capsys.readouterr().err
 
 
-def test_ctrl_c_stops_all_ranks_and_a_failure_ends_the_process_with_1(script):
-    waits = script(
-        GROUP + "import time\nprint('ready')\nwhile True:\n    dist.barrier()\n    time.sleep(1)", "waits.py"
+def test_ctrl_c_stops_waiting_and_working_ranks(script):
+    name = script(
+        GROUP
+        + """
+import sys, time
+if rank == 3:
+    print("ready", sys.path[0] == sys.path[1], sys.argv)
+    while True:
+        sum(range(1000))
+dist.barrier()
+"""
     )
-    spins = script("print('ready', flush=True)\nwhile True:\n    sum(range(1000))", "spins.py")
-    fails = script(GROUP + "print('ready', rank)\nif rank:\n    dist.barrier()" + LEAVE, "fails.py")
-    looping = [start("sim", "-n", "4", waits), start("sim", "-n", "4", spins)]
-    failing = start("sim", "-n", "2", fails)
-    for process in looping:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-    for process in looping:
-        _, error = process.communicate(timeout=60)
-        assert (process.returncode, error) == (130, "lightrft: interrupted\n")
-    out, error = failing.communicate(timeout=60)
-    assert failing.returncode == 1
-    assert sorted(out.splitlines()) == ["ready 0", "ready 1"]
-    assert error.rstrip().endswith("run it again with: python -m lightrft sim -n 2 fails.py")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "lightrft", "sim", "-n", "4", name, "-v"]
+    process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready False ['script.py', '-v']\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "lightrft: interrupted\n")
+
+
+def test_the_replay_is_the_command_as_it_was_given(monkeypatch):
+    words = ["-n", "2", "a b.py", "$x"]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lightrft"])
+    assert cli._command(words, own_process=True) == "lightrft sim -n 2 'a b.py' '$x'"
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "lightrft" / "__main__.py")])
+    assert cli._command(words, own_process=True) == "python -m lightrft sim -n 2 'a b.py' '$x'"
 
 
 # -- tagged output ----------------------------------------------------------------------------------------------------

@@ -106,8 +106,8 @@ def test_a_clean_run_is_read_as_all_matched(analyze):
 
 def test_groups_are_kept_apart_even_under_one_name(analyze):
     def body(rank):
-        pair = dist.new_group([0, 2], group_desc="dp")
         halves = dist.split_group(None, [[0, 1], [2, 3]])
+        pair = dist.new_group([0, 2], group_desc="dp")
         if rank in (0, 2):
             dist.all_reduce(torch.ones(1), group=pair)
         dist.all_reduce(torch.ones(2), group=halves)
@@ -325,9 +325,8 @@ def test_entries_have_the_fields_that_torch_itself_writes(tmp_path, monkeypatch)
     assert ours.keys() == real.keys()
     assert ours["version"] == real["version"]
     assert ours["entries"][0].keys() == real["entries"][0].keys()
-    assert {key: type(value) for key, value in ours["pg_config"]["0"].items()} == {
-        key: type(value) for key, value in real["pg_config"]["0"].items()
-    }
+    (theirs,) = real["pg_config"].values()
+    assert {key: type(value) for key, value in ours["pg_config"]["0"].items()} == dict.fromkeys(theirs, str)
     assert ours["pg_status"]["0"].keys() == real["pg_status"]["0"].keys()
 
 

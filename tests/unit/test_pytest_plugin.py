@@ -7,14 +7,16 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import lightrft
+from lightrft.errors import ConfigError, DeadlockError
 from lightrft.sim import SimWorld, pytest_plugin
-from lightrft.sim.mark import WORLD_OPTIONS
+from lightrft.sim.mark import WORLD_OPTIONS, SimMark
 
 pytest_plugins = "pytester"
 
@@ -40,7 +42,7 @@ def everything_is_imported():
         dist.destroy_process_group()
 
     SimWorld(2, schedule="random").run(body)
-    with pytest.raises(lightrft.errors.DeadlockError):
+    with pytest.raises(DeadlockError):
         SimWorld(2).run(lambda: dist.init_process_group("gloo") or (dist.get_rank() and dist.barrier()))
 
 
@@ -428,29 +430,43 @@ def test_under_xdist_a_failure_looks_the_same(run, pytester, monkeypatch):
 # -- marks that cannot work -------------------------------------------------------------------------------------------
 
 
+def given(*args: object, **kwargs: object) -> SimpleNamespace:
+    """What ``pytest.mark.sim(*args, **kwargs)`` gives the plugin, here where the mark need not be registered."""
+    return SimpleNamespace(args=args, kwargs=kwargs)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("mark", "complaint"),
     [
-        ("", "the number of ranks is missing: write @pytest.mark.sim(ranks=8)"),
-        ("ranks=0", "ranks=0: expected a number of at least 1, or a list of such numbers"),
-        ("ranks=True", "ranks=True: expected a number of at least 1, or a list of such numbers"),
-        ("ranks=[]", "ranks=[[][]]: expected a number of at least 1, or a list of such numbers"),
-        ("ranks='8'", "ranks='8': expected a number of at least 1, or a list of such numbers"),
-        ("8, 20", "(8, 20): expected one positional argument, the number of ranks"),
-        ("8, seeds=0", "seeds=0: expected how many seeds to run, at least 1, or a list of seeds"),
-        ("8, seeds=[[1.5]]", "seeds=[[][[]1.5[]][]]: expected how many seeds to run, at least 1, or a list of seeds"),
-        ("8, seed=3", "unknown argument 'seed': expected one of ranks, seeds, world, gpus_per_node, schedule, *"),
-        ("8, world='process'", "world='process' is not available: expected 'sim'"),
+        (given(), "the number of ranks is missing: write @pytest.mark.sim(ranks=8)"),
+        (given(ranks=0), "ranks=0: expected a number of at least 1, or a list of such numbers"),
+        (given(ranks=True), "ranks=True: expected a number of at least 1, or a list of such numbers"),
+        (given(ranks=[]), "ranks=[]: expected a number of at least 1, or a list of such numbers"),
+        (given(ranks="8"), "ranks='8': expected a number of at least 1, or a list of such numbers"),
+        (given(8, 20), "(8, 20): expected one positional argument, the number of ranks"),
+        (given(8, seeds=0), "seeds=0: expected how many seeds to run, at least 1, or a list of seeds"),
+        (
+            given(8, seeds=[1.5]),
+            "seeds=[1.5]: expected how many seeds to run, at least 1, or a list of seeds",
+        ),
+        (given(8, seed=3), "unknown argument 'seed': expected one of ranks, seeds, world, gpus_per_node, "),
+        (given(8, world="process"), "world='process' is not available: expected 'sim'"),
     ],
 )
-def test_arguments_that_cannot_work_are_named_before_anything_runs(run, arguments, complaint):
-    result = run(f"""
-        @pytest.mark.sim({arguments})
+def test_arguments_that_cannot_work_are_named(mark, complaint):
+    with pytest.raises(ConfigError) as caught:
+        SimMark.of([mark])
+    assert str(caught.value).startswith(complaint)
+
+
+def test_a_mark_that_cannot_work_is_found_before_anything_runs(run):
+    result = run("""
+        @pytest.mark.sim(rank=8)
         def test_body():
             raise AssertionError("this must not run")
     """)
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines([f"test_it.py::test_body: @pytest.mark.sim: {complaint}"])
+    result.stdout.fnmatch_lines(["test_it.py::test_body: @pytest.mark.sim: unknown argument 'rank': expected one of *"])
     assert "this must not run" not in result.stdout.str()
 
 

@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 import warnings
 
 import numpy as np
@@ -334,6 +335,12 @@ def test_a_rank_local_module_may_be_imported_during_the_run():
 
     sys.modules.pop(f"{PACKAGE}.late", None)
     assert interleaved(load, read, rank_local=[PACKAGE]) == [[0], [1], [2]]
+
+
+def test_a_rank_local_module_sleeps_in_virtual_time_too():
+    original = state.sleep
+    assert interleaved(lambda _: state.nap(), lambda _: time.time() > 1000, rank_local=[PACKAGE]) == [True] * 3
+    assert state.sleep is original
 
 
 def test_a_rank_local_module_that_reads_its_rank_when_imported_reads_the_right_one():
