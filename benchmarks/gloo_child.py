@@ -12,7 +12,7 @@ from benchmarks.groups import resident_mib
 from benchmarks.operations import OPERATIONS, timed
 
 REPETITIONS = 5
-ITERATIONS = 20
+ITERATIONS = 10
 
 
 def main(rank: int, ranks: int, store_file: str) -> None:

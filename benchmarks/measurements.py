@@ -1,14 +1,17 @@
-"""Every measurement, made once a session: simulated ranks and what they are compared with, in turns (A B A B).
+"""Every measurement, made once a session and shared by the tests and the table.
 
-A machine is never quiet: only ratios of neighbouring measurements are compared, and medians of them.
+Simulated ranks and the threaded group are measured in turns (A B A B): a machine changes its speed while it works, so
+only ratios of neighbours are compared, and medians of them.
 """
 
 from __future__ import annotations
 
+import _thread
 import functools
 import statistics
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,61 +19,49 @@ import torch.distributed as dist
 
 from benchmarks import groups
 from benchmarks.groups import Body, now, simulated, threaded, threaded_on_one_core
-from benchmarks.operations import OPERATIONS, make_all_reduce, timed
+from benchmarks.operations import COMPARED, OPERATIONS, make_all_reduce, timed
+from benchmarks.quiet import quietest
 from lightrft.errors import DeadlockError
 from lightrft.sim import SimWorld
+from lightrft.sim.current import current_task
 from lightrft.sim.places import caller_place
 
-REPETITIONS = 5
-GLOO_RANKS = (2, 4, 8)
-COMPARED = {
-    "all_reduce": (8, 64, 256, 1024),
-    "barrier": (8, 64, 256, 1024),
-    "all_gather": (64, 256, 1024),
-    "all_gather_into_tensor": (64, 256, 1024),
-    "all_reduce_big": (8,),
-}
-"""Numbers of ranks at which each operation is measured on simulated ranks and on the threaded group."""
+__all__ = ["COMPARED", "compared", "deadlock", "gloo", "many_worlds", "parts", "start_and_end"]
 
 Run = Callable[[int, Body], list[Any]]
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """One measurement of two implementations, taken in turns: ``ours[i]`` ran just before ``theirs[i]``."""
+    """Microseconds of one call, a rank, of two implementations: ``ours[i]`` was taken just before ``theirs[i]``."""
 
-    measure: Callable[[Run], float]
-    other: Run
-    ours: list[float] = field(default_factory=list)
-    theirs: list[float] = field(default_factory=list)
-
-    def extend(self, repetitions: int = REPETITIONS) -> None:
-        """Measure that many times more."""
-        for _ in range(repetitions):
-            self.ours.append(self.measure(simulated))
-            self.theirs.append(self.measure(self.other))
+    ours: list[float]
+    theirs: list[float]
 
     @property
     def ratios(self) -> list[float]:
         """Ours as a fraction of theirs, pair by pair."""
         return [ours / theirs for ours, theirs in zip(self.ours, self.theirs, strict=True)]
 
-    def ratio_within(self, limit: float) -> float:
-        """Median of the ratios. One that misses ``limit`` is measured again, twice as often, before it counts."""
-        if statistics.median(self.ratios) > limit and len(self.ours) == REPETITIONS:
-            self.extend(2 * REPETITIONS)
+    @property
+    def ratio(self) -> float:
+        """Median of :attr:`ratios`."""
         return statistics.median(self.ratios)
 
 
 @functools.cache
 def compared(name: str, ranks: int, *, one_core: bool = False) -> Pair:
-    """Microseconds of one call, a rank: simulated and threaded; ``one_core`` pins the threaded group as we are."""
+    """An operation on simulated ranks and on the threaded group; ``one_core`` pins the threaded group as we are."""
     operation = OPERATIONS[name]
     calls = operation.make(ranks)
     body = timed(ranks, calls, operation.iterations[ranks], warm=operation.warm)
-    pair = Pair(measure=lambda run: max(run(ranks, body)), other=threaded_on_one_core if one_core else threaded)
-    pair.extend()
-    return pair
+    other = threaded_on_one_core if one_core else threaded
+
+    def slowest(run: Run) -> float:
+        return max(run(ranks, body))
+
+    pairs = quietest(lambda: (slowest(simulated), slowest(other)))
+    return Pair(ours=[ours for ours, _ in pairs], theirs=[theirs for _, theirs in pairs])
 
 
 @functools.cache
@@ -85,20 +76,16 @@ def start_and_end(kind: str) -> dict[str, list[float]]:
     """1024 ranks of ``kind`` (simulated or threaded) start, meet and end, in fresh processes.
 
     Returns:
-        ``first``: seconds for the first world of a process; ``later``: for those after it; ``mib_per_rank``.
+        ``first``: seconds for the first world of a process; ``later``: for the one after it; ``mib_per_rank``.
     """
-    runs = [groups.in_fresh_process("fresh_child", kind) for _ in range(REPETITIONS)]
-    return {
-        "first": [run["seconds"][0] for run in runs],
-        "later": [seconds for run in runs for seconds in run["seconds"][1:]],
-        "mib_per_rank": [run["mib_per_rank"] for run in runs],
-    }
+    runs = quietest(lambda: groups.in_fresh_process("fresh_child", kind))
+    return {key: [run[key] for run in runs] for key in ("first", "later", "mib_per_rank")}
 
 
 @functools.cache
-def many_worlds() -> dict[str, Any]:
-    """1,000 worlds of 4 ranks in a fresh process: seconds a world, and what grew after the first 100."""
-    result: dict[str, Any] = groups.in_fresh_process("fresh_child", "worlds")
+def many_worlds() -> dict[str, float]:
+    """1,000 worlds of 4 ranks in a fresh process: ``seconds`` a world, and what grew after the first 100."""
+    result: dict[str, float] = quietest(lambda: groups.in_fresh_process("fresh_child", "worlds"), 1)[0]
     return result
 
 
@@ -123,7 +110,7 @@ def deadlock(ranks: int = 1024) -> list[float]:
             return now() - max(moves)
         raise AssertionError("a rank skipped a collective, and nobody noticed")
 
-    return [report() for _ in range(REPETITIONS)]
+    return quietest(report)
 
 
 # -- the parts of one collective --------------------------------------------------------------------------------------
@@ -132,7 +119,7 @@ def deadlock(ranks: int = 1024) -> list[float]:
 @functools.cache
 def parts(ranks: int = 8) -> dict[str, list[float]]:
     """Microseconds a rank of what an all_reduce of 16 floats consists of; some are differences of two measurements."""
-    rounds = [_parts(ranks) for _ in range(REPETITIONS)]
+    rounds = quietest(lambda: _parts(ranks))
     return {name: [measured[name] for measured in rounds] for name in rounds[0]}
 
 
@@ -147,7 +134,7 @@ def _parts(ranks: int) -> dict[str, float]:
         "**one switch of ranks**": switch,
         "hand-off between threads (bare threads and locks, placed as ranks are)": hand_off,
         "state of one rank saved, of the next loaded": swap,
-        "scheduler (the rest of a switch)": switch - hand_off - swap,
+        "scheduler, user's globals watched (the rest of a switch)": switch - hand_off - swap,
         "**one all_reduce of 16 floats**": all_reduce,
         "one switch (as above)": switch,
         "user's file and line looked up": place,
@@ -158,14 +145,13 @@ def _parts(ranks: int) -> dict[str, float]:
 
 def _on_ranks(ranks: int, make: Callable[[], Callable[[], object]], iterations: int) -> float:
     def body(_: int) -> float:
-        return timed(ranks, [make()] * ranks, iterations)(0)
+        elapsed: float = timed(ranks, [make()], iterations)(0)
+        return elapsed
 
     return max(simulated(ranks, body))
 
 
 def _swap_state() -> Callable[[], None]:
-    from lightrft.sim.current import current_task
-
     task = current_task()
     assert task is not None
     switcher, state = task.rank.world.switcher, task.rank.state
@@ -178,8 +164,6 @@ def _swap_state() -> Callable[[], None]:
 
 
 def _yield() -> Callable[[], object]:
-    from lightrft.sim.current import current_task
-
     task = current_task()
     assert task is not None
     return task.scheduler.yield_now
@@ -187,9 +171,6 @@ def _yield() -> Callable[[], object]:
 
 def _hand_off(ranks: int, rounds: int = 1000) -> float:
     """What the same number of bare threads need to pass a baton round, each with a lock, placed as ranks are."""
-    import _thread
-    import threading
-
     from lightrft.sim.world import _one_core
 
     locks = [_thread.allocate_lock() for _ in range(ranks)]

@@ -84,6 +84,19 @@ OPERATIONS = {
 }
 
 
+COMPARED = {
+    "all_reduce": (8, 64, 256, 1024),
+    "barrier": (8, 64, 256, 1024),
+    "all_gather": (64, 256, 1024),
+    "all_gather_into_tensor": (64, 256, 1024),
+    "all_reduce_big": (8,),
+}
+"""Numbers of ranks at which each operation is measured on simulated ranks and on the threaded group."""
+
+GLOO_RANKS = (2, 4, 8)
+"""Numbers of real processes."""
+
+
 def timed(ranks: int, calls: Calls, iterations: int, *, warm: bool = True) -> Body:
     """A body that returns the microseconds of one call, divided by the number of ranks.
 

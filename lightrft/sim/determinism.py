@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightrft.errors import NondeterminismError, SimulationError, SimWarning
+from lightrft.errors import NondeterminismError, SimulationError
 from lightrft.sim.calls import Call
 from lightrft.sim.divergence import Culprit, _replay
 from lightrft.sim.observations import (
@@ -62,7 +62,7 @@ class Difference:
         operation: the call, as the second run made it, or what the rank did instead.
         place: the line.
         findings: in what they differ, most telling first.
-        agreed: the last call of this rank that was the same in both runs.
+        agreed: the last call of this rank that was the same in both runs; empty if there is none.
         seed: seed of the runs.
         replay: how to run them again.
     """
@@ -88,7 +88,8 @@ class Difference:
             lines.append(f"    > {self.place.source}")
         for finding in self.findings:
             lines += ["", f"  {finding.what}:", f"    first run   {finding.first}", f"    second run  {finding.second}"]
-        lines += ["", f"  rank {self.rank} last did the same in {self.agreed}"]
+        agreed = f"did the same in both runs up to {self.agreed}" if self.agreed else "has made no call before"
+        lines += ["", f"  rank {self.rank} {agreed}"]
         return "\n".join([*lines, "", f"seed {self.seed}; run it again with: {self.replay}"])
 
 
@@ -112,8 +113,7 @@ def run_twice(world: SimWorld, fn: Callable[..., Any], args: tuple[Any, ...], kw
         _forget_modules(modules)
         second = _Comparison(world, first, _place_of(fn))
         world._observer = second
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SimWarning)  # the first run has said it
+        with _silent(world):  # the first run has said it
             repeated = world._run_once(again, again_args, again_kwargs)
         second.check_end()
     except NondeterminismError:
@@ -129,6 +129,15 @@ def run_twice(world: SimWorld, fn: Callable[..., Any], args: tuple[Any, ...], kw
 
 
 # -- the first run ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _silent(world: SimWorld) -> Iterator[None]:
+    warn, world.warn = world.warn, lambda _: None
+    try:
+        yield
+    finally:
+        world.warn = warn
 
 
 class _Observation(NamedTuple):
@@ -210,7 +219,7 @@ class _Comparison:
             self._stop(rank.index, event, "the end of its function", self._latest_place(rank.index), findings)
 
     def check_end(self) -> None:
-        """A rank that left by ``sys.exit`` has not told that it returned."""
+        """A rank that ended its process with ``os._exit`` has not told that it returned."""
         for rank in range(self._world.size):
             expected = self._expected(rank)
             if expected is not None:
@@ -272,7 +281,7 @@ class _Comparison:
         self, rank: int, event: int, operation: str, place: Place, findings: Sequence[Finding]
     ) -> NondeterminismError:
         world, count = self._world, self._counts[rank]
-        agreed = str(self._first.calls[rank][count - 1]) if count else "nothing: it is its first call"
+        agreed = str(self._first.calls[rank][count - 1]) if count else ""
         difference = Difference(
             rank=rank,
             event=event,

@@ -166,9 +166,9 @@ def _completed(calls: Iterable[Call]) -> dict[tuple[Group, int], int]:
 def _is_complete(group: Group, met: list[Call]) -> bool:
     if any(call.done for call in met):
         return True
-    agree = len(met) == group.size and all(call.signature == met[0].signature for call in met)
-    # Whether what an all-to-all sends fits what is received shows only in its result.
-    return agree and all(call.sizes is None for call in met)
+    # Nobody has waited yet. Whether what an all-to-all sends fits what is received shows only in its result.
+    pending = any(call.async_op for call in met) and all(call.sizes is None for call in met)
+    return pending and len(met) == group.size and all(call.signature == met[0].signature for call in met)
 
 
 class _Messages:

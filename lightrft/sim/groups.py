@@ -195,11 +195,12 @@ def _split(
     tables = rank.tables()
     to_global = parent._group.ranks
     mine = next((sorted(members) for members in split_ranks if parent.rank() in members), None)
-    name = c10d._process_group_name(mine or sorted(split_ranks[0]), use_hashed_name=True)
-    parent.meet_split(tuple(tuple(sorted(members)) for members in split_ranks))
+    number = parent.meet_split(tuple(tuple(sorted(members)) for members in split_ranks))
     if mine is None:
         return None
     ranks = tuple(to_global[member] for member in mine)
+    # torch would hash in how many groups this rank has, which its fellow members need not have
+    name = f"{parent.group_name}:split{number}:{'_'.join(map(str, ranks))}"
     backend, store = tables.pg_map[parent]
     prefixed = dist.PrefixStore(f"{name}/", store)
     pg = build(rank, name, ranks, str(backend), timeout, description or f"{parent.group_desc}:split", prefixed)

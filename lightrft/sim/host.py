@@ -61,6 +61,7 @@ def one_core() -> Iterator[None]:
         yield
         return
     allowed, policy = os.sched_getaffinity(0), os.sched_getscheduler(0)
+    threads.host_cores.update(allowed)
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     cores = sorted(allowed)
     chosen = cores[int(worker[2:]) % len(cores)] if worker[2:].isdigit() else cores[os.getpid() % len(cores)]

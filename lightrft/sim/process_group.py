@@ -62,6 +62,7 @@ class SimProcessGroup(dist.ProcessGroup):
         self._coalesced: list[Any] | None = None
         self._bound_device: torch.device | None = None
         self.closed = False
+        self._splits_made = 0
         self.made_at = caller_place(3)
 
     # -- what torch asks a group about itself -------------------------------------------------------------------
@@ -579,9 +580,15 @@ class SimProcessGroup(dist.ProcessGroup):
             f"[Rank {self._rank.index}]: Rank{plural} {shown} failed to pass monitoredBarrier in {limit // 1_000_000} ms"
         )
 
-    def meet_split(self, split: tuple[tuple[int, ...], ...]) -> None:
-        """All members of the parent come together to split it; they must ask for the same split."""
+    def meet_split(self, split: tuple[tuple[int, ...], ...]) -> int:
+        """All members of the parent come together to split it; they must ask for the same split.
+
+        Returns:
+            how many splits the group has seen, this one included.
+        """
+        self._splits_made += 1
         self._meet(Signature("split_group", sizes=split), (), (), _SYNCHRONOUS, _nothing)
+        return self._splits_made
 
     # -- point to point -----------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ class StallWatcher:
         task = scheduler.running
         cpu = _cpu_seconds(task.ident) if task is not None else 0.0
         now = time.monotonic()
-        if task is None or scheduler.switches != self._switches or cpu - self._cpu > 0.1 * (now - self._since):
+        if task is None or _is_debugged(task.ident) or scheduler.switches != self._switches or cpu - self._cpu > 0.1 * (now - self._since):
             self._switches, self._since, self._cpu, self._said = scheduler.switches, now, cpu, False
             return
         stalled = now - self._since
@@ -43,6 +43,16 @@ class StallWatcher:
             verdict = divergence.stall_verdict(self._world, task, stalled)
             task.killed = True
             raise verdict
+
+
+def _is_debugged(ident: int) -> bool:
+    """Whether the thread stands in a debugger: somebody is thinking."""
+    frame = sys._current_frames().get(ident)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "bdb":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _cpu_seconds(ident: int) -> float:

@@ -7,6 +7,7 @@ ranks wait for in a circle is seen as a deadlock at once.
 
 from __future__ import annotations
 
+import _posixsubprocess
 import _thread
 import atexit
 import concurrent.futures.thread as futures_thread
@@ -28,6 +29,10 @@ from lightrft.sim.scheduler import Killed, Task
 
 __all__ = ["RAW_LOCK", "RAW_RLOCK", "SimLock", "SimRLock", "join_leftover", "patches"]
 
+host_cores: set[int] = set()
+"""The cores on which the process may run: a rank is told these, and its child processes get them."""
+
+_real_affinity: Any = getattr(os, "sched_getaffinity", None)
 _new_lock = _thread.allocate_lock
 RAW_LOCK: Any = type(_thread.allocate_lock())
 RAW_RLOCK: Any = type(threading.RLock())
@@ -331,12 +336,30 @@ def _fork_exec(original: Any) -> Any:
     def fork_exec(args: Any, executables: Any, close_fds: Any, pass_fds: Any, cwd: Any, env: Any, *rest: Any) -> Any:
         if env is None and current_task() is not None:  # C's environment is that of the whole process
             env = [key + b"=" + value for key, value in os.environb.items()]
-        return original(args, executables, close_fds, pass_fds, cwd, env, *rest)
+        if current_task() is None or not host_cores:
+            return original(args, executables, close_fds, pass_fds, cwd, env, *rest)
+        pinned = _real_affinity(0)
+        os.sched_setaffinity(0, host_cores)
+        try:
+            return original(args, executables, close_fds, pass_fds, cwd, env, *rest)
+        finally:
+            os.sched_setaffinity(0, pinned)
 
     return fork_exec
 
 
+def _affinity(original: Any) -> Any:
+    def sched_getaffinity(pid: int) -> Any:
+        if pid == 0 and current_task() is not None:
+            return set(host_cores)  # that all ranks share one core is the simulator's business
+        return original(pid)
+
+    return sched_getaffinity
+
+
 def _leave_simulation_in_child() -> None:
+    if current_task() is not None and host_cores:
+        os.sched_setaffinity(0, host_cores)
     current.bind(None)
 
 
@@ -360,7 +383,10 @@ def _patches() -> list[Patch]:
         Patch(os, "chdir", _chdir),
         Patch(os, "_exit", _exit),
         Patch(subprocess, "_fork_exec", _fork_exec),
+        Patch(_posixsubprocess, "fork_exec", _fork_exec),
     ]
+    if _real_affinity is not None:
+        found.append(Patch(os, "sched_getaffinity", _affinity))
     if hasattr(threading, "_start_new_thread"):
         found.append(Patch(threading, "_start_new_thread", _start))
     else:

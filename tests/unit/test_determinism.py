@@ -74,7 +74,7 @@ def second_run(size=3):
     return lambda: next(calls) >= size
 
 
-def whats(report):
+def kinds(report):
     return [finding.what for finding in report.findings]
 
 
@@ -269,7 +269,7 @@ def test_another_line_in_the_second_run_is_named():
 
     found = difference(body)
     assert (found.rank, found.place.line) == (1, line_of("detour"))
-    assert whats(found) == ["event"]
+    assert kinds(found) == ["event"]
     assert str(line_of("usual")) in found.findings[0].first
     assert str(line_of("detour")) in found.findings[0].second
     assert str(line_of("before")) in found.agreed
@@ -305,7 +305,7 @@ def test_another_tag_is_an_event():
             dist.recv(torch.ones(1), 0, tag=tag)
 
     found = difference(body, size=2, profile="gloo")
-    assert (found.rank, found.place.line, whats(found)) == (0, line_of("tagged"), ["event"])
+    assert (found.rank, found.place.line, kinds(found)) == (0, line_of("tagged"), ["event"])
     assert "tag 4" in found.findings[0].first
     assert "tag 5" in found.findings[0].second
 
@@ -321,23 +321,40 @@ def test_a_call_that_only_the_second_run_makes_is_named():
             dist.barrier()  # surplus
 
     found = unfinished(2, body)
-    assert (found.rank, found.place.line, whats(found)) == (0, line_of("surplus"), ["event"])
+    assert (found.rank, found.place.line, kinds(found)) == (0, line_of("surplus"), ["event"])
     assert found.findings[0].first == "the rank made no more calls"
 
 
 @pytest.mark.parametrize("leave", [lambda: None, sys.exit])
-def test_a_call_that_the_second_run_leaves_out_is_named(leave):
+def test_a_rank_that_leaves_out_a_call_in_the_second_run_is_named_before_others_hang(leave):
+    second = second_run(2)
+
+    def body():
+        dist.init_process_group("nccl")
+        later = second()
+        dist.barrier()
+        if later and dist.get_rank() == 1:
+            leave()
+        else:
+            dist.barrier()  # skipped
+
+    found = unfinished(2, body)
+    assert (found.rank, found.place.line, kinds(found)) == (1, line_of("skipped"), ["event"])
+    assert found.findings[0].second == "the rank made no more calls"
+
+
+def test_a_rank_that_ends_its_process_early_in_the_second_run_is_named():
     second = second_run(1)
 
     def body():
         dist.init_process_group("nccl")
         dist.barrier()
         if second():
-            return leave()
-        return dist.barrier()  # omitted
+            os._exit(0)
+        dist.barrier()  # omitted
 
     found = unfinished(1, body)
-    assert (found.rank, found.place.line, whats(found)) == (0, line_of("omitted"), ["event"])
+    assert (found.rank, found.place.line, kinds(found)) == (0, line_of("omitted"), ["event"])
     assert found.findings[0].second == "the rank made no more calls"
 
 
@@ -351,7 +368,7 @@ def test_a_failure_of_the_second_run_only_is_named_and_kept_as_the_cause():
     with pytest.raises(NondeterminismError) as caught:
         passes(body, size=2)
     found = caught.value.report
-    assert (found.rank, found.place.line, whats(found)) == (1, line_of("raised"), ["outcome"])
+    assert (found.rank, found.place.line, kinds(found)) == (1, line_of("raised"), ["outcome"])
     assert "KeyError" in found.findings[0].second
     assert isinstance(caught.value.__cause__, RankFailedError)
 
@@ -391,7 +408,7 @@ def test_random_draws_that_differ_are_named_with_their_generator(draw, name, mon
 
     found = difference(body)
     assert (found.rank, found.place.line) == (1, line_of("after"))
-    assert whats(found) == [f"random draws of {name}"]
+    assert kinds(found) == [f"random draws of {name}"]
     assert found.findings[0].first != found.findings[0].second
     assert str(line_of("before")) in found.agreed
 
@@ -402,7 +419,7 @@ def test_numbers_from_the_operating_system_are_seen_in_the_seed():
             torch.manual_seed(uuid.uuid4().int % 2**62)
 
     found = difference(body)
-    assert (found.rank, whats(found)) == (2, ["random draws of torch"])
+    assert (found.rank, kinds(found)) == (2, ["random draws of torch"])
     assert found.findings[0].first.startswith("seed ")
 
 
@@ -417,7 +434,7 @@ def test_a_draw_after_the_last_call_is_seen():
         SimWorld(2, check_determinism=True).run(body)
     found = caught.value.report
     assert (found.rank, found.place.line, found.operation) == (0, line_of("last"), "the end of its function")
-    assert whats(found) == ["random draws of python"]
+    assert kinds(found) == ["random draws of python"]
 
 
 def test_the_spare_gaussian_of_numpy_counts():
@@ -427,7 +444,7 @@ def test_the_spare_gaussian_of_numpy_counts():
         if second():
             LEGACY.set_state((*LEGACY.get_state()[:3], 1, 0.5))
 
-    assert whats(difference(body, size=1)) == ["random draws of numpy"]
+    assert kinds(difference(body, size=1)) == ["random draws of numpy"]
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
@@ -445,7 +462,7 @@ def test_contents_that_differ_are_named_with_both_values():
 
     found = difference(body)
     assert (found.rank, found.place.line) == (2, line_of("reduced"))
-    assert whats(found) == ["contents of tensor 0, first at [1, 1]"]
+    assert kinds(found) == ["contents of tensor 0, first at [1, 1]"]
     assert (found.findings[0].first, found.findings[0].second) == ("0.25", "0.5")
 
 
@@ -457,7 +474,7 @@ def test_only_a_sender_contributes_to_a_message():
         (dist.send if rank == 0 else dist.recv)(x, 1 - rank)  # exchanged
 
     found = difference(body, size=2)
-    assert (found.rank, found.place.line, whats(found)) == (
+    assert (found.rank, found.place.line, kinds(found)) == (
         0,
         line_of("exchanged"),
         ["contents of tensor 0, first at [0]"],
@@ -516,7 +533,7 @@ def test_an_asynchronous_call_is_compared_by_what_it_was_given():
         work.wait()
 
     found = difference(body, size=2)
-    assert (found.place.line, whats(found)) == (line_of("issued"), ["contents of tensor 0, first at [0]"])
+    assert (found.place.line, kinds(found)) == (line_of("issued"), ["contents of tensor 0, first at [0]"])
 
 
 def test_split_sizes_that_differ_are_named():
@@ -528,7 +545,7 @@ def test_split_sizes_that_differ_are_named():
         dist.all_to_all_single(torch.empty(sum(received)), torch.ones(4), received, splits)
 
     found = difference(body, size=2)
-    assert whats(found)[0] == "argument 1"
+    assert kinds(found)[0] == "argument 1"
     assert (found.findings[0].first, found.findings[0].second) == ("(2, 2)", "(1, 3)")
 
 
@@ -566,7 +583,7 @@ def test_a_rank_that_is_late_in_the_second_run_is_named():
 
     found = difference(body)
     assert (found.rank, found.place.line) == (1, line_of("nap"))
-    assert whats(found) == ["order of the ranks"]
+    assert kinds(found) == ["order of the ranks"]
     assert "next came rank 1" in found.findings[0].first
     assert "next came rank 2" in found.findings[0].second
 
@@ -595,7 +612,7 @@ def test_results_that_differ_are_named():
         return {"id": [rank, uuid.uuid4().hex if rank == 1 else ""]}
 
     found = difference(body)
-    assert (found.rank, whats(found)) == (1, ["result['id'][1]"])
+    assert (found.rank, kinds(found)) == (1, ["result['id'][1]"])
     assert found.place.function == "run"
     assert found.place.source.startswith("def run()")
 

@@ -406,3 +406,25 @@ def test_exiting_the_process_ends_the_rank_alone():
     assert world.run(lambda: os._exit(0) if os.environ["RANK"] == "1" else "fine") == ["fine", None, "fine"]
     with pytest.raises(RankFailedError, match="SystemExit: 7"):
         world.run(lambda: os._exit(7) if os.environ["RANK"] == "1" else "fine")
+
+
+def report_environment(queue):
+    queue.put((os.environ.get("RANK"), len(os.sched_getaffinity(0))))
+
+
+def test_a_spawned_and_a_forked_process_inherit_the_rank():
+    import multiprocessing
+
+    def body(rank):
+        found = []
+        for method in ("spawn", "fork"):
+            context = multiprocessing.get_context(method)
+            answers = context.SimpleQueue()
+            process = context.Process(target=report_environment, args=(answers,))
+            process.start()
+            found.append(answers.get())
+            process.join()
+        return found, len(os.sched_getaffinity(0))
+
+    cores = len(os.sched_getaffinity(0))
+    assert SimWorld(2).run(with_group(body)) == [([(str(r), cores)] * 2, cores) for r in range(2)]
