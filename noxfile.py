@@ -70,9 +70,10 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS[0])
 def bench(session: nox.Session) -> None:
-    """Benchmarks."""
+    """Benchmarks, and the targets they have to meet; ``nox -s bench -- --write`` writes docs/benchmarks.md."""
     install(session, "-e", ".", "pytest", "pytest-benchmark")
-    session.run("pytest", "benchmarks", *session.posargs)
+    shown = ["--durations=10", "--benchmark-columns=median,min,max,rounds", "--benchmark-sort=name", "--benchmark-group-by=group"]
+    session.run("python", "-m", "pytest", "benchmarks", *shown, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(python=PYTHONS[0])

@@ -67,6 +67,7 @@ def threaded(ranks: int, body: Body) -> list[Any]:
             failures.append(error)
             pg.ProcessLocalGroup.exception_handle(error)
 
+    hook = sys.excepthook
     pg._install_threaded_pg()
     torch._C._distributed_c10d._set_thread_isolation_mode(True)
     try:
@@ -79,6 +80,7 @@ def threaded(ranks: int, body: Body) -> list[Any]:
         torch._C._distributed_c10d._set_thread_isolation_mode(False)
         pg._uninstall_threaded_pg()
         pg.ProcessLocalGroup.reset()
+        sys.excepthook = hook  # every init_process_group wraps it once more
     if failures:
         raise failures[0]
     return results
@@ -99,7 +101,8 @@ def gloo_processes(ranks: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = [str(ranks), f"{folder}/store"]
         children = [start_child("gloo_child", str(rank), *arguments) for rank in range(ranks)]
-        return [read_child(child) for child in children][0]
+        results: list[dict[str, Any]] = [read_child(child) for child in children]
+    return results[0]
 
 
 def start_child(module: str, *arguments: str) -> subprocess.Popen[str]:

@@ -24,6 +24,7 @@ from benchmarks.quiet import quietest
 from lightrft.errors import DeadlockError
 from lightrft.sim import SimWorld
 from lightrft.sim.current import current_task
+from lightrft.sim.host import one_core
 from lightrft.sim.places import caller_place
 
 __all__ = ["COMPARED", "compared", "deadlock", "gloo", "many_worlds", "parts", "start_and_end"]
@@ -171,8 +172,6 @@ def _yield() -> Callable[[], object]:
 
 def _hand_off(ranks: int, rounds: int = 1000) -> float:
     """What the same number of bare threads need to pass a baton round, each with a lock, placed as ranks are."""
-    from lightrft.sim.world import _one_core
-
     locks = [_thread.allocate_lock() for _ in range(ranks)]
     for lock in locks:
         lock.acquire()
@@ -188,7 +187,7 @@ def _hand_off(ranks: int, rounds: int = 1000) -> float:
         elapsed.append(now() - begin)
         following.release()
 
-    with _one_core():
+    with one_core():
         threads = [threading.Thread(target=pass_on, args=(member,)) for member in range(ranks)]
         for thread in threads:
             thread.start()

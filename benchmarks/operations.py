@@ -61,9 +61,7 @@ OPERATIONS = {
         make=make_all_reduce,
         iterations={8: 500, 64: 60, 256: 16, 1024: 4},
     ),
-    "barrier": Operation(
-        title="barrier", make=make_barrier, iterations={8: 500, 64: 60, 256: 16, 1024: 4}
-    ),
+    "barrier": Operation(title="barrier", make=make_barrier, iterations={8: 500, 64: 60, 256: 16, 1024: 4}),
     "all_gather": Operation(
         title="all_gather, 16 floats into a list",
         make=make_all_gather,

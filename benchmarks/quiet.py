@@ -21,7 +21,7 @@ REPETITIONS = 5
 QUIET = 0.1
 """Share of one processor that others may take during a measurement without disturbing it."""
 
-PATIENCE_S = 8.0
+PATIENCE_S = 6.0
 """How long one measurement may be repeated, at most, in the hope of quiet."""
 
 _IDLE = (3, 4)  # columns of /proc/stat: idle, waiting for a disk

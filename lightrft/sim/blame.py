@@ -1,23 +1,28 @@
 """Who is to blame when nobody can go on.
 
-Ranks are put into classes by what they wait in; whoever is outside the largest class is a candidate. Two rules then
-spare the victims: a rank that waits only for candidates is one, and so are the members of a meeting to which most came.
+First the histories of all ranks are compared, call by call: whoever parts from the largest class is odd. Where that
+tells nothing, ranks are put into classes by what they wait in, and whoever is outside the largest class is a suspect.
+Rules then spare the victims: a rank that waits only for suspects, the members of a meeting to which most came, and a
+rank that has ended and that nobody waits for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightrft.sim.calls import Call
 
 if TYPE_CHECKING:
-    from lightrft.sim.calls import Meeting
+    from lightrft.sim.calls import Group, Meeting
+    from lightrft.sim.places import Place
     from lightrft.sim.world import SimWorld
 
-__all__ = ["Standing", "cover", "deadlock_suspects", "outsiders"]
+__all__ = ["Standing", "cover", "deadlock_suspects", "odd_ranks", "outsiders"]
 
 POINT_TO_POINT = frozenset({"send", "recv"})
+_MOST_CALLS = 2_000_000
+"""Longest trace whose histories are compared."""
 
 
 class Standing(NamedTuple):
@@ -32,7 +37,7 @@ def outsiders(classes: Mapping[Any, list[int]]) -> set[int]:
     """The ranks outside the largest class; all ranks if no class is the largest, or if there is only one."""
     sizes = sorted((len(members) for members in classes.values()), reverse=True)
     everybody = {rank for members in classes.values() for rank in members}
-    if len(sizes) == 1 or sizes[0] == sizes[1]:
+    if len(sizes) < 2 or sizes[0] == sizes[1]:
         return everybody
     largest = next(members for members in classes.values() if len(members) == sizes[0])
     return everybody - set(largest)
@@ -57,6 +62,66 @@ def cover(pairs: Iterable[tuple[int, int]]) -> set[int]:
 def deadlock_suspects(world: SimWorld) -> set[int]:
     """The ranks to blame for a deadlock."""
     standings = {rank.index: _standing(world, rank.index) for rank in world.ranks}
+    awaited = {target for standing in standings.values() for target in standing.waits_for}
+    suspects = odd_ranks(world) & awaited
+    if suspects:
+        return suspects
+    suspects = _suspects_by_place(standings)
+    idle = {rank for rank in suspects if standings[rank].group_key == "finished" and rank not in awaited}
+    return (suspects - idle) or suspects
+
+
+def odd_ranks(world: SimWorld) -> set[int]:
+    """The ranks whose histories part from those of most others.
+
+    A history is the rank's collectives, each as its line, operation and size of group, with an end if it has returned.
+    The walk goes call by call and stays with the largest class; it stops where no class is the largest. A rank whose
+    history is over because it waits has not parted from anybody.
+    """
+    if len(world.calls) > _MOST_CALLS:
+        return set()
+    histories = _histories(world)
+    together, odd = set(histories), set()
+    position = 0
+    while True:
+        classes: dict[Hashable, list[int]] = {}
+        for rank in together:
+            if position < len(histories[rank]):
+                classes.setdefault(histories[rank][position], []).append(rank)
+        apart = outsiders(classes) if len(classes) > 1 else set()
+        here = {rank for members in classes.values() for rank in members}
+        if not here or apart == here:
+            return odd
+        odd |= apart
+        together = here - apart
+        position += 1
+
+
+def _histories(world: SimWorld) -> dict[int, list[Hashable]]:
+    calls = [call for call in world.calls if call.signature.operation not in POINT_TO_POINT]
+    roles = _role_places(calls, world.size)
+    histories: dict[int, list[Hashable]] = {rank.index: [] for rank in world.ranks}
+    for call in calls:
+        if call.place not in roles:
+            histories[call.rank].append((call.place, call.signature.operation, call.group.size))
+    for rank in world.ranks:
+        if rank.main is None or rank.main.finished:
+            histories[rank.index].append("end")
+    return histories
+
+
+def _role_places(calls: list[Call], size: int) -> set[Place]:
+    """Lines that one sub-group alone uses, and most of its members: a role, comparable to nobody outside it."""
+    groups: dict[Place, set[Group]] = {}
+    users: dict[Place, set[int]] = {}
+    for call in calls:
+        groups.setdefault(call.place, set()).add(call.group)
+        users.setdefault(call.place, set()).add(call.rank)
+    single = {place: next(iter(found)) for place, found in groups.items() if len(found) == 1}
+    return {place for place, group in single.items() if group.size < size and 2 * len(users[place]) > group.size}
+
+
+def _suspects_by_place(standings: Mapping[int, Standing]) -> set[int]:
     classes: dict[Any, list[int]] = {}
     for rank, standing in standings.items():
         classes.setdefault(standing.group_key, []).append(rank)

@@ -21,7 +21,7 @@ from lightrft.errors import (
     SimulationError,
     UnfinishedError,
 )
-from lightrft.sim.blame import POINT_TO_POINT, cover, deadlock_suspects, outsiders
+from lightrft.sim.blame import POINT_TO_POINT, cover, deadlock_suspects, odd_ranks, outsiders
 from lightrft.sim.calls import Call, Group, Meeting, Signature
 from lightrft.sim.places import UNKNOWN, Place, is_simulator_file, place_of_frame
 
@@ -307,6 +307,9 @@ def _mismatch_verdict(world: SimWorld, mismatch: Mismatch, states: list[tuple[in
     if mismatch.meeting is not None:
         calls = [call for call in mismatch.meeting.calls if call is not None]
         culprits = _outsiders((call.signature, call.rank, call.place) for call in calls)
+        if len(culprits) == len(calls):  # no majority in this group: the other ranks tell who is odd
+            odd = odd_ranks(world)
+            culprits = tuple(culprit for culprit in culprits if culprit.rank in odd) or culprits
         signatures = list(dict.fromkeys(call.signature for call in calls))
         differing = _differing(signatures[0], signatures[1]) if len(signatures) > 1 else "operation"
         title = f"the {differing} differs between ranks"

@@ -4,8 +4,8 @@ One pickle per rank, version 2.10 of the format, as torch 2.11 to 2.13 write and
 would tell them, and not as the simulator does:
 
 - an operation is ``completed`` when all members have come, whether or not a rank has already waited for it;
-- a pair of ranks that sends and receives has a group of its own for each direction and tag, as NCCL has a communicator
-  for each pair: the analyzer expects every member of a group in every entry;
+- a pair of ranks that sends and receives has a group of its own for each direction, as NCCL has a communicator for each
+  pair: the analyzer expects every member of a group in every entry;
 - a group that was destroyed and made again under its old name is another group.
 """
 
@@ -211,9 +211,7 @@ class _Messages:
         if not call.match and call.peer == -1:
             return _Channel(f"{group.name}:any->{call.rank}", f"{group.description}, any to {call.rank}", group.ranks)
         sender, receiver = _ends(pair)
-        tag = next((f", tag {one.tag}" for one in pair if one.signature.operation == "send" and one.tag), "")
-        if not call.match and call.tag:
-            tag = f", tag {call.tag}"
+        tag = f", tag {call.tag}" if call.tag and not call.match else ""  # it waits for a counterpart with this tag
         name = f"{group.name}:{sender}->{receiver}{tag}"
         ranks = tuple(sorted({sender, receiver}))
         return _Channel(name, f"{group.description}, {sender} to {receiver}{tag}", ranks)

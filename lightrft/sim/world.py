@@ -124,6 +124,11 @@ class SimWorld:
     # -- what a user calls --------------------------------------------------------------------------------------
 
     @property
+    def calls(self) -> list[Call]:
+        """The calls behind :attr:`trace`."""
+        return self._calls
+
+    @property
     def trace(self) -> list[Event]:
         """What the ranks of the latest run did, in the order in which it happened."""
         return [call.event() for call in self._calls]

@@ -635,10 +635,9 @@ def local_object():
 
 
 def test_equal_results_pass_and_unknown_ones_are_left_alone():
-    nan = float("nan")
     for make in (
-        lambda: [1, "a", None, nan, 2.5, b"x", 1j],
-        lambda: {"t": torch.tensor([nan, 1.0]), 3: np.arange(4), (): {1, 2}},
+        lambda: [1, "a", None, float("nan"), 2.5, b"x", 1j],
+        lambda: {"t": torch.tensor([float("nan"), 1.0]), 3: np.arange(4), (): {1, 2}},
         lambda: (Opaque(), {Opaque(): 1}, {Opaque()}, Pair(1, Opaque()), np.array([Opaque()])),
         lambda: torch.ones(2, dtype=torch.complex64).conj(),
         local_object,

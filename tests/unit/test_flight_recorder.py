@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import pickle
+import time
 
 import pytest
 import torch
@@ -140,6 +141,7 @@ def test_uneven_parts_are_read_as_matched(analyze):
     said, table = analyze(world)
     assert said == ""
     assert [c.collective_name for c in table.collectives] == ["nccl:_broadcast_oop", "nccl:_reduce_oop"]
+    assert [c.input_sizes for c in table.collectives] == [[[1], [2], [3]]] * 2
 
 
 def test_messages_in_a_ring_are_read_as_matched(analyze):
@@ -269,9 +271,72 @@ def test_an_operation_is_complete_when_everybody_has_come_and_not_when_somebody_
     assert [state for _, state, _ in states[1]] == ["completed"] * 4
 
 
+def states(world, folder):
+    return [[entry["state"] for entry in dump["entries"]] for dump in dumps(world, folder)]
+
+
+def test_an_operation_that_nobody_waits_for_is_complete_when_everybody_has_come(tmp_path):
+    world = SimWorld(2)
+    with pytest.warns(SimWarning):
+        world.run(session(lambda rank: dist.all_reduce(torch.ones(1), async_op=True)))
+    assert states(world, tmp_path) == [["completed"], ["completed"]]
+
+
+def exchange_other_sizes(rank):
+    sent = [1, 1] if rank == 0 else [1, 2]
+    dist.all_to_all_single(torch.empty(2), torch.ones(sum(sent)), [1, 1], sent, async_op=True)
+
+
+def reduce_other_shapes(rank):
+    dist.all_reduce(torch.ones(1 + rank), async_op=True)
+
+
+@pytest.mark.parametrize("call", [exchange_other_sizes, reduce_other_shapes])
+def test_an_operation_that_does_not_fit_is_not_complete_though_everybody_has_come(call, tmp_path):
+    world = SimWorld(2)
+    with pytest.raises(CollectiveMismatchError):
+        world.run(session(call))
+    assert states(world, tmp_path) == [["scheduled"], ["scheduled"]]
+
+
+def test_a_send_and_a_receive_with_different_tags_are_kept_apart(analyze):
+    def body(rank):
+        if rank == 0:
+            dist.send(torch.ones(2), 1, tag=4)
+        else:
+            dist.recv(torch.ones(2), 0, tag=5)
+
+    world = SimWorld(2, profile="gloo")
+    with pytest.raises(DeadlockError):
+        world.run(session(body, "gloo"))
+    said, _ = analyze(world)
+    assert "default_pg, 0 to 1, tag 4" in said
+    assert "default_pg, 0 to 1, tag 5" in said
+
+
+def test_lists_of_equal_tensors_are_recorded_as_one_tensor(tmp_path):
+    def body(rank):
+        root = rank == 1
+        dist.gather(torch.ones(3), [torch.empty(3) for _ in range(2)] if root else None, dst=1)
+        dist.scatter(torch.empty(3), [torch.ones(3) for _ in range(2)] if root else None, src=1)
+        dist.reduce_scatter(torch.empty(3), [torch.ones(3) for _ in range(2)])
+        dist.reduce_scatter_single(torch.empty(2), torch.ones(4))
+        dist.all_gather_single(torch.empty(2, 3), torch.ones(1, 3))
+        dist.all_to_all([torch.empty(rank + 1)] * 2, [torch.ones(1), torch.ones(2)])
+        dist.all_reduce(torch.tensor(1.0))
+
+    world = SimWorld(2)
+    world.run(session(body))
+    sizes = [[(e["input_sizes"], e["output_sizes"]) for e in dump["entries"]] for dump in dumps(world, tmp_path)]
+    both = [([[2, 3]], [[3]]), ([[4]], [[2]]), ([[1, 3]], [[2, 1, 3]])]
+    assert sizes[0] == [([[3]], []), ([], [[3]]), *both, ([[3]], [[2]]), ([[]], [[]])]
+    assert sizes[1] == [([[3]], [[2, 3]]), ([[2, 3]], [[3]]), *both, ([[3]], [[4]]), ([[]], [[]])]
+
+
 def test_entries_look_as_torch_writes_them(tmp_path):
     def body(rank):
         group = dist.new_group([1, 0], group_desc="tp")
+        time.sleep(0 if rank else 5)
         dist.all_gather(
             [torch.empty(3, 2, dtype=torch.float16) for _ in range(2)], torch.ones(3, 2).half(), group=group
         )
@@ -291,7 +356,8 @@ def test_entries_look_as_torch_writes_them(tmp_path):
     (frame,) = entry.pop("frames")
     assert (frame["name"], frame["filename"]) == ("body", __file__)
     created, completed = entry.pop("time_created_ns"), entry.pop("time_discovered_completed_ns")
-    assert entry.pop("time_discovered_started_ns") == completed >= created
+    assert entry.pop("time_discovered_started_ns") == completed
+    assert completed - created == pytest.approx(5e9, rel=0.01)
     assert entry == {
         "record_id": 0,
         "pg_id": 1,

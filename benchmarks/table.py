@@ -1,0 +1,162 @@
+"""Writes ``docs/benchmarks.md`` from what was measured in this session."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import platform
+import statistics
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import lightrft
+from benchmarks.groups import ROOT
+from benchmarks.measurements import Pair, compared, deadlock, gloo, many_worlds, parts, start_and_end
+from benchmarks.operations import COMPARED, GLOO_RANKS, OPERATIONS
+from benchmarks.quiet import QUIET, REPETITIONS, disturbance
+from benchmarks.targets import TARGETS
+
+FILE = ROOT / "docs" / "benchmarks.md"
+NONE = "-"
+
+Rows = list[list[str]]
+
+
+def write() -> None:
+    """Write the file; what this session has not measured yet is measured now."""
+    FILE.parent.mkdir(exist_ok=True)
+    FILE.write_text("\n\n".join(_sections()) + "\n")
+
+
+def _sections() -> Iterator[str]:
+    measured = [_targets(), _collectives(), _gloo(), _worlds(), _parts()]
+    yield "# Benchmarks"
+    yield _where()
+    yield from measured
+
+
+def _where() -> str:
+    median, most = disturbance()
+    today = dt.datetime.now(tz=dt.UTC).date().isoformat()
+    return f"""`nox -s bench -- --write` wrote this file on {today}; without `--write` it measures the same. A target
+that is missed fails the run.
+
+{platform.system()} {platform.release()}, {os.cpu_count()} cores of {_processor()}; Python {platform.python_version()},
+torch {torch.__version__}, lightrft {lightrft.__version__}, pytest-benchmark {version("pytest-benchmark")}.
+
+Shown are medians with minimum and maximum of {REPETITIONS} repetitions. Simulated ranks and PyTorch's threaded process
+group (`torch.testing._internal.distributed.multi_threaded_pg`) run in turns in one process, with the same tensors, the
+same number of calls and one thread for torch; a ratio is the median of the ratios of neighbours. Time is taken inside
+the ranks and is that of the slowest one. Simulated ranks run as `SimWorld` makes them, with all state switched and all
+checks on. Of repeated measurements those count that other processes disturbed least; they took {median:.0%} of one core
+(median; {most:.0%} at most, {QUIET:.0%} counts as quiet)."""
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    named = {key.strip(): value.strip() for key, value in fields.items()}
+    family = f" (family {named['cpu family']}, model {named['model']})" if "cpu family" in named else ""
+    return f"{named.get('model name', platform.machine())}{family}"
+
+
+def _targets() -> str:
+    rows = []
+    for target in TARGETS:
+        measured = target.measured()
+        verdict = "met" if measured <= target.limit else "**missed**"
+        rows.append([target.what, f"{target.limit:g}", f"{measured:.3g}", verdict, target.source])
+    return "## Targets\n\n" + _table(["", "at most", "measured", "", "asked for by"], rows)
+
+
+def _collectives() -> str:
+    rows = [
+        [OPERATIONS[name].title, str(ranks), *_pair(compared(name, ranks))]
+        for name, counts in COMPARED.items()
+        for ranks in counts
+    ]
+    rows += [
+        [
+            "all_reduce, 16 floats; threaded on one core",
+            str(ranks),
+            *_pair(compared("all_reduce", ranks, one_core=True)),
+        ]
+        for ranks in COMPARED["all_reduce"]
+    ]
+    return f"""## Collectives
+
+Microseconds of one call divided by the number of ranks. The threaded group runs as it comes, on all cores, except in
+the last rows, where it is pinned to one core, as simulated ranks always are.
+
+{_table(["", "ranks", "simulated", "threaded", "simulated / threaded"], rows)}"""
+
+
+def _pair(pair: Pair) -> list[str]:
+    return [_spread(pair.ours), _spread(pair.theirs), _spread(pair.ratios)]
+
+
+def _gloo() -> str:
+    keys = {name: operation.title for name, operation in OPERATIONS.items()}
+    keys["resident_mib"] = "resident memory of a process (MiB)"
+    rows = [[title, *(_spread(gloo(ranks)[key]) for ranks in GLOO_RANKS)] for key, title in keys.items()]
+    return f"""## Real gloo processes
+
+As above, one process a rank. {os.cpu_count()} cores serve them all: the more processes, the more they wait for a core.
+
+{_table(["", *(f"{ranks} processes" for ranks in GLOO_RANKS)], rows)}"""
+
+
+def _worlds() -> str:
+    ours, theirs, worlds = start_and_end("simulated"), start_and_end("threaded"), many_worlds()
+    rows = [
+        ["1024 ranks start, meet in a barrier and end (s), the first time in a process", *_both(ours, theirs, "first")],
+        ["the same, the second time (s)", *_both(ours, theirs, "later")],
+        ["memory of one of 1024 ranks, all alive (MiB)", *_both(ours, theirs, "mib_per_rank")],
+        ["last rank's last move to the report of a deadlock of 1024 ranks (s)", _spread(deadlock()), "never"],
+        ["one of 1,000 worlds of 4 ranks (ms)", f"{worlds['seconds'] * 1e3:.2f}", NONE],
+        ["left by the last 900 of them: threads", f"{worlds['threads']:.0f}", NONE],
+        ["... Python objects that the collector tracks", f"{worlds['objects']:.0f}", NONE],
+        ["... blocks of Python's allocator", f"{worlds['blocks']:.0f}", NONE],
+        ["... resident memory (MiB)", f"{worlds['mib']:.2f}", NONE],
+    ]
+    return f"""## Worlds
+
+{_table(["", "simulated", "threaded"], rows)}
+
+Memory is the growth of the resident memory of a fresh process that has run a world of 4 ranks before. Of what many
+worlds leave, about 146 bytes a rank are torch's: its registry of groups keeps an entry for every thread that ever had
+one, whether of simulated ranks or of the threaded group."""
+
+
+def _both(ours: dict[str, list[float]], theirs: dict[str, list[float]], key: str) -> list[str]:
+    return [_spread(ours[key]), _spread(theirs[key])]
+
+
+def _parts() -> str:
+    rows = [[name, _spread(values)] for name, values in parts().items()]
+    return f"""## One collective, part by part
+
+Microseconds a rank, 8 ranks; "the rest of" is a difference of two measurements.
+
+{_table(["", "us"], rows)}"""
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Median with minimum and maximum."""
+    if len(values) == 1:
+        return _number(values[0])
+    return f"{_number(statistics.median(values))} ({_number(min(values))}-{_number(max(values))})"
+
+
+def _number(value: float) -> str:
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
+
+
+def _table(head: Sequence[str], rows: Rows) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

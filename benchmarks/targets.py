@@ -1,0 +1,75 @@
+"""What the simulator has promised, as numbers; ``test_targets.py`` asserts them and the table shows them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.measurements import compared, deadlock, many_worlds, start_and_end
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """One promise: ``measured()`` is at most ``limit``.
+
+    Attributes:
+        what: what is measured, and in which unit.
+        limit: the most it may be.
+        measured: measures, or gives what was measured before.
+        source: who asked for it: the issue, or nobody but this suite, which guards what was once reached.
+    """
+
+    what: str
+    limit: float
+    measured: Callable[[], float]
+    source: str = "issue"
+
+    def __str__(self) -> str:
+        return f"{self.what} <= {self.limit:g}"
+
+
+def _ratio(title: str, name: str, ranks: int, limit: float, source: str = "issue") -> Target:
+    return Target(
+        what=f"{title}, {ranks} ranks, as a fraction of the threaded group",
+        limit=limit,
+        measured=lambda: compared(name, ranks).ratio,
+        source=source,
+    )
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+TARGETS = (
+    _ratio("all_reduce of 16 floats", "all_reduce", 8, 1.0),
+    _ratio("all_reduce of 16 floats", "all_reduce", 64, 1.0),
+    _ratio("all_reduce of 16 floats", "all_reduce", 256, 0.5),
+    _ratio("all_reduce of 16 floats", "all_reduce", 1024, 0.5),
+    _ratio("barrier", "barrier", 8, 1.0),
+    _ratio("barrier", "barrier", 64, 1.0),
+    _ratio("barrier", "barrier", 256, 0.5),
+    _ratio("barrier", "barrier", 1024, 0.5),
+    _ratio("all_gather_into_tensor of 16 floats", "all_gather_into_tensor", 1024, 1 / 20),
+    _ratio("all_gather of 16 floats into a list", "all_gather", 1024, 0.6, source="guard"),
+    _ratio("all_reduce of 1M floats", "all_reduce_big", 8, 0.6),
+    Target(
+        what="1024 ranks start, meet in a barrier and end (s)",
+        limit=2.0,
+        measured=lambda: _median(start_and_end("simulated")["first"]),
+    ),
+    Target(
+        what="memory of one of 1024 ranks (MiB)",
+        limit=0.3,
+        measured=lambda: _median(start_and_end("simulated")["mib_per_rank"]),
+    ),
+    Target(what="a deadlock of 1024 ranks is reported (s)", limit=0.2, measured=lambda: _median(deadlock())),
+    Target(what="threads left by 900 worlds of 4 ranks", limit=0, measured=lambda: many_worlds()["threads"]),
+    Target(what="Python objects left by 900 worlds of 4 ranks", limit=0, measured=lambda: many_worlds()["objects"]),
+    Target(
+        what="resident memory that 900 worlds of 4 ranks left (MiB)",
+        limit=2.0,
+        measured=lambda: many_worlds()["mib"],
+    ),
+)
