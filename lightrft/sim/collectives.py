@@ -32,8 +32,6 @@ ORDERS = ("rank", "ring", "tree", "permuted")
 _BLOCK = 1 << 15
 """Elements reduced at a time: a block of the accumulator stays in the processor's cache."""
 
-_WIDE_INTS = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
-
 Tensors = Sequence[Tensor]
 Inputs = Sequence[Tensors]
 
@@ -52,23 +50,25 @@ def _combine(name: str) -> Callable[[Tensor, Tensor], object]:
     }[name]
 
 
-def reduce(tensors: Tensors, op: str, order: str = "rank", seed: int = 0) -> Tensor:
-    """Combine tensors of one shape and dtype into a new tensor.
+def reduce(tensors: Tensors, op: str, order: str = "rank", seed: int = 0, factor: float = 1.0) -> Tensor:
+    """Combine tensors of one dtype and number of elements into a new tensor, which has the shape of the first.
 
     Args:
         tensors: one per member, in rank order.
-        op: name of the ``ReduceOp``: SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR or BXOR.
+        op: name of the ``ReduceOp``: SUM, AVG, PRODUCT, MIN, MAX, BAND, BOR, BXOR or PREMUL_SUM.
         order: one of :data:`ORDERS`.
         seed: draws the permutation of order ``permuted``.
+        factor: what every tensor is multiplied by first, for PREMUL_SUM.
     """
+    shape = tensors[0].shape
+    if any(tensor.shape != shape for tensor in tensors):
+        tensors = [tensor.detach().reshape(shape) for tensor in tensors]
     if order == "permuted":
         tensors = Random(seed).sample(list(tensors), len(tensors))
-    first = tensors[0].detach()
-    if first.is_floating_point() and first.element_size() == 1:
+    if op == "PREMUL_SUM":
+        tensors = [tensor.detach() * factor for tensor in tensors]
+    if tensors[0].is_floating_point() and tensors[0].element_size() == 1:
         return _reduce_fp8(tensors, op, order)
-    if first.dtype in _WIDE_INTS and op not in ("BAND", "BOR", "BXOR"):
-        wide = [t.to(_WIDE_INTS[first.dtype]) for t in tensors]
-        return reduce(wide, op, order).to(first.dtype)
     result = _ordered(tensors, _combine(op), order)
     if op == "AVG":
         _divide(result, len(tensors))
@@ -87,7 +87,7 @@ def _ordered(tensors: Tensors, combine: Callable[[Tensor, Tensor], object], orde
         return _tree(tensors, combine)
     if order == "ring":
         return _ring(tensors, combine)
-    result = tensors[0].detach().clone()
+    result = _copy(tensors[0])
     if result.numel() <= 2 * _BLOCK:
         for tensor in tensors[1:]:
             combine(result, tensor)
@@ -101,8 +101,12 @@ def _ordered(tensors: Tensors, combine: Callable[[Tensor, Tensor], object], orde
     return result
 
 
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
 def _tree(tensors: Tensors, combine: Callable[[Tensor, Tensor], object]) -> Tensor:
-    level = [t.detach().clone() for t in tensors]
+    level = [_copy(tensor) for tensor in tensors]
     while len(level) > 1:
         for left, right in zip(level[::2], level[1::2], strict=False):
             combine(left, right)
@@ -112,14 +116,14 @@ def _tree(tensors: Tensors, combine: Callable[[Tensor, Tensor], object]) -> Tens
 
 def _ring(tensors: Tensors, combine: Callable[[Tensor, Tensor], object]) -> Tensor:
     size = len(tensors)
-    flats = [t.detach().reshape(-1) for t in tensors]
-    result = torch.empty_like(flats[0])
-    for chunk, target in enumerate(result.tensor_split(size)):
-        start = sum(part.numel() for part in result.tensor_split(size)[:chunk])
-        for step in range(size):
-            piece = flats[(chunk + 1 + step) % size][start : start + target.numel()]
-            target.copy_(piece) if step == 0 else combine(target, piece)
-    return result.view(tensors[0].shape)
+    chunks = [tensor.detach().reshape(-1).tensor_split(size) for tensor in tensors]
+    result = []
+    for position in range(size):
+        target = chunks[(position + 1) % size][position].clone()
+        for step in range(2, size + 1):
+            combine(target, chunks[(position + step) % size][position])
+        result.append(target)
+    return torch.cat(result).view(tensors[0].shape)
 
 
 def _reduce_fp8(tensors: Tensors, op: str, order: str) -> Tensor:
@@ -139,8 +143,12 @@ def _reduce_fp8(tensors: Tensors, op: str, order: str) -> Tensor:
 Reduction = Callable[[Tensors], Tensor]
 
 
-def _copies(tensors: Tensors) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors]
+def _copies(tensors: Tensors) -> Tensors:
+    """Contiguous copies, parts of one new tensor if the shapes agree."""
+    shape = tensors[0].shape
+    if len(tensors) > 1 and all([tensor.shape == shape for tensor in tensors]):  # noqa: C419 - faster as a list
+        return torch.stack([tensor.detach() for tensor in tensors]).unbind(0)
+    return [_copy(tensor) for tensor in tensors]
 
 
 def all_reduce(inputs: Inputs, reduction: Reduction) -> list[Tensors]:
@@ -168,8 +176,8 @@ def all_gather(inputs: Inputs) -> list[Tensors]:
 
 
 def all_gather_lists(inputs: Inputs) -> list[Tensors]:
-    """As :func:`all_gather` for several tensors: all members' first, then all members' second, and so on."""
-    gathered = _copies([tensor for column in zip(*inputs, strict=True) for tensor in column])
+    """As :func:`all_gather` for several tensors: all of the first member, then all of the second, and so on."""
+    gathered = _copies([tensor for tensors in inputs for tensor in tensors])
     return [gathered] * len(inputs)
 
 
@@ -198,8 +206,8 @@ def reduce_scatter(inputs: Inputs, reduction: Reduction) -> list[Tensors]:
 def reduce_scatter_single(inputs: Inputs, reduction: Reduction) -> list[Tensors]:
     """Member ``m`` receives the ``m``-th equal part of the reduction, position by position."""
     size = len(inputs)
-    parts = [reduction(column).reshape(-1).chunk(size) for column in zip(*inputs, strict=True)]
-    return [[part[member] if part else torch.empty(0) for part in parts] for member in range(size)]
+    parts = [reduction(column).reshape(-1).tensor_split(size) for column in zip(*inputs, strict=True)]
+    return list(zip(*parts, strict=True))
 
 
 def all_to_all(inputs: Inputs) -> list[Tensors]:
@@ -210,8 +218,7 @@ def all_to_all(inputs: Inputs) -> list[Tensors]:
 def all_to_all_single(inputs: Inputs, splits: Sequence[Sequence[int]]) -> list[Tensors]:
     """Member ``m`` receives everybody's ``m``-th part, end to end.
 
-    Args:
-        splits: for each member, the sizes along dimension 0 of the parts it sends to members 0, 1, and so on.
+    ``splits`` holds, for each member, the sizes along dimension 0 of the parts it sends to members 0, 1, and so on.
     """
     parts = [tensors[0].detach().split(list(sizes)) for tensors, sizes in zip(inputs, splits, strict=True)]
     return [[torch.cat([part.reshape(-1) for part in column])] for column in zip(*parts, strict=True)]

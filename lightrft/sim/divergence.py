@@ -24,6 +24,7 @@ from lightrft.errors import (
 from lightrft.sim.blame import POINT_TO_POINT, cover, deadlock_suspects, odd_ranks, outsiders
 from lightrft.sim.calls import Call, Group, Meeting, Signature
 from lightrft.sim.places import UNKNOWN, Place, is_simulator_file, place_of_frame
+from lightrft.sim.scheduler import Killed
 
 if TYPE_CHECKING:
     from lightrft.sim.rank import SimRank
@@ -135,7 +136,7 @@ def _table(rows: Sequence[Row]) -> str:
 def _state_of(rank: SimRank) -> tuple[Place, str]:
     task = rank.blocked_task()
     if task is not None and task.waiting is not None:
-        return task.waiting.place, f"waits in {task.waiting.describe()}"
+        return task.waiting.place, f"waits in {task.waiting.describe()}{_exception_of(task)}"
     if rank.main is None or not rank.main.finished:
         frame = sys._current_frames().get(task.ident if task is not None else -1)
         return place_of_frame(frame), "runs"
@@ -144,6 +145,15 @@ def _state_of(rank: SimRank) -> tuple[Place, str]:
         call = rank.latest_call
         return call.place, f"has returned; its last call was {call.describe()}"
     return place, f"has returned; it {what}"
+
+
+def _exception_of(task: Task) -> str:
+    """What the task was handling when it came to wait, which may be why it is there."""
+    found: Any = sys._current_exceptions().get(task.ident)
+    error = found[1] if isinstance(found, tuple) else found  # Python 3.11 gives type, value, traceback
+    if error is None or isinstance(error, Killed):
+        return ""
+    return f", while handling {type(error).__name__}: {error}"
 
 
 def _rows(states: Iterable[tuple[int, Place, str]]) -> tuple[Row, ...]:

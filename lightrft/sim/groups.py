@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,7 +103,7 @@ def _make_group(
     if members and rank.index not in members:
         return c10d.GroupMember.NON_GROUP_MEMBER, None
     ranks = tuple(members) or tuple(range(size))
-    prefixed = dist.PrefixStore(f"{name}/", store)
+    prefixed = c10d.PrefixStore(f"{name}/", store)
     pg = build(rank, name, ranks, str(backend), timeout, description, prefixed)
     pg.bound_device_id = device
     rank.touched(f"made {pg._group.title}")
@@ -146,7 +147,7 @@ def register(pg: SimProcessGroup, rank: SimRank, backend: str, store: Any, tag: 
     tables.pg_map[pg] = (backend, store)
     tables.pg_names[pg] = name
     tables.pg_backend_config[pg] = str(c10d.BackendConfig(c10d.Backend(backend)))
-    c10d._register_process_group(name, pg)  # type: ignore[attr-defined]
+    c10d._register_process_group(name, pg)  # type: ignore[attr-defined,arg-type]
     if tag is None:
         tables.tags_to_pg.setdefault("", []).append(pg)
         tag = f"ptd:{name}"
@@ -170,7 +171,12 @@ def _split_group(original: Any) -> Any:
             return original(parent_pg, split_ranks, timeout, pg_options, group_desc, **rest)
         if not split_ranks:
             raise ValueError("split_ranks cannot be None or empty")
-        parent = parent_pg or c10d._get_default_group()
+        default: Any = c10d._get_default_group()
+        if default.bound_device_id is None:
+            raise RefusedError(
+                "split_group: the default group is bound to no device; call init_process_group(device_id=...)"
+            )
+        parent: Any = parent_pg or default
         return _split(task.rank, parent, split_ranks, timeout, group_desc)
 
     return split_group
@@ -192,6 +198,8 @@ def _split(
             raise ValueError(
                 "the split group's size should be less or equal to the world_size set by init_process_group"
             )
+        if not all(0 <= member < parent.size() for member in members):
+            raise ValueError(f"{members} holds a rank that the parent group, of size {parent.size()}, does not have")
     tables = rank.tables()
     to_global = parent._group.ranks
     mine = next((sorted(members) for members in split_ranks if parent.rank() in members), None)
@@ -202,7 +210,8 @@ def _split(
     # torch would hash in how many groups this rank has, which its fellow members need not have
     name = f"{parent.group_name}:split{number}:{'_'.join(map(str, ranks))}"
     backend, store = tables.pg_map[parent]
-    prefixed = dist.PrefixStore(f"{name}/", store)
+    timeout = timeout or c10d._get_default_timeout(backend)
+    prefixed = c10d.PrefixStore(f"{name}/", store)
     pg = build(rank, name, ranks, str(backend), timeout, description or f"{parent.group_desc}:split", prefixed)
     pg.bound_device_id = parent.bound_device_id
     register(pg, rank, str(backend), prefixed, None)
@@ -247,6 +256,34 @@ def _init(original: Any) -> Any:
     return init_process_group
 
 
+def _set_timeout(original: Any) -> Any:
+    def set_pg_timeout(timeout: timedelta, group: Any = None) -> None:
+        if current_task() is None:
+            original(timeout, group)
+            return
+        group = c10d._get_default_group() if group is None else group
+        if c10d._rank_not_in_group(group):
+            raise ValueError("Invalid process group specified")
+        group.set_timeout(timeout)
+
+    return set_pg_timeout
+
+
+class _NCCL:
+    """``ProcessGroupNCCL`` for builds of torch without it: no group is one, and its options have no effect."""
+
+    class Options:
+        """Takes every option."""
+
+        def __init__(self, **options: Any) -> None:
+            self.config = SimpleNamespace()
+            vars(self).update(options)
+
+
+def _or_placeholder(original: Any) -> Any:
+    return original or _NCCL
+
+
 def _true_in_rank(original: Any) -> Any:
     def available() -> bool:
         return True if current_task() is not None else bool(original())
@@ -270,6 +307,9 @@ def _patches() -> list[Patch]:
         Patch(c10d, "init_process_group", _init),
         Patch(c10d, "split_group", _split_group),
         Patch(c10d, "_get_default_timeout", _default_timeout),
+        Patch(c10d, "_set_pg_timeout", _set_timeout),
+        Patch(c10d, "ProcessGroupNCCL", _or_placeholder),
+        Patch(dist, "ProcessGroupNCCL", _or_placeholder),
         Patch(c10d, "is_nccl_available", _true_in_rank),
         Patch(c10d, "is_gloo_available", _true_in_rank),
     ]

@@ -1,7 +1,7 @@
 """Messages between two members of a group: posted, matched, delivered.
 
-A send completes when its receive is posted (``gloo``: at once, as small messages do). Messages between two ranks match
-in the order they were posted; under ``gloo`` they match by tag.
+A send completes when its receive is posted: no backend buffers it. Messages between two ranks match in the order they
+were posted; under ``gloo`` they match by tag.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightrft.sim.buffers import BelowAutograd, poison
 from lightrft.sim.calls import Call, Group, Message
-from lightrft.sim.works import MessageWork, poison
+from lightrft.sim.works import MessageWork
 
 if TYPE_CHECKING:
     from lightrft.sim.process_group import SimProcessGroup
@@ -24,36 +25,38 @@ __all__ = ["post_receive", "post_send"]
 
 def post_send(group: SimProcessGroup, call: Call, tensors: list[Tensor], peer: int, tag: int) -> MessageWork:
     """Post a send to member ``peer``; what is sent is what the tensors hold now."""
-    shared, profile = group._group, group._profile
-    with torch.no_grad():
+    shared, profile, me = group._group, group._profile, group._member
+    with BelowAutograd(True):
         copies = [tensor.detach().clone() for tensor in tensors]
     message = Message(call, copies)
-    message.source = group._member
-    work = MessageWork(group._rank, message, tensors, copies)
-    receive = _find(shared.receives.get((group._member, peer)), tag, profile)
-    if receive is None:
-        receive = _find(shared.any_receives.get(peer), tag, profile)
+    message.source = me
+    work = MessageWork(group._rank, message, tensors, copies, group._accept)
+    named, any_source = shared.receives.get((me, peer)), shared.any_receives.get(peer)
+    first, second = _find(named, tag, profile), _find(any_source, tag, profile)
+    if first is not None and second is not None:  # both were posted by the same rank: the earlier one it is
+        first, second = sorted((first, second), key=lambda receive: receive.call.sequence)
+    receive = first or second
     if receive is not None:
+        _take(shared.receives, (me, peer), receive)
+        _take(shared.any_receives, peer, receive)
         _match(group, message, receive, later=call)
-        return work
-    shared.sends.setdefault((group._member, peer), deque()).append(message)
-    if profile.buffered_sends:
-        message.matched = True
+    else:
+        shared.sends.setdefault((me, peer), deque()).append(message)
     return work
 
 
 def post_receive(group: SimProcessGroup, call: Call, tensors: list[Tensor], peer: int, tag: int) -> MessageWork:
     """Post a receive from member ``peer`` (-1: from anybody) into ``tensors``, which hold poison until ``wait()``."""
     shared, profile, me = group._group, group._profile, group._member
-    with torch.no_grad():
-        for tensor in tensors:
-            poison(tensor)
+    poison(tensors)
     message = Message(call, tensors)
-    work = MessageWork(group._rank, message, tensors, ())
-    sources = [peer] if peer >= 0 else range(shared.size)
-    for source in sources:
-        send = _find(shared.sends.get((source, me)), tag, profile)
+    work = MessageWork(group._rank, message, tensors, (), group._accept)
+    # The table holds the pairs in the order in which they came to have a message waiting.
+    pairs = [(peer, me)] if peer >= 0 else [pair for pair in shared.sends if pair[1] == me]
+    for pair in pairs:
+        send = _find(shared.sends.get(pair), tag, profile)
         if send is not None:
+            _take(shared.sends, pair, send)
             _match(group, send, message, later=call)
             return work
     if peer >= 0:
@@ -64,15 +67,20 @@ def post_receive(group: SimProcessGroup, call: Call, tensors: list[Tensor], peer
 
 
 def _find(queue: deque[Message] | None, tag: int, profile: Profile) -> Message | None:
-    if not queue:
-        return None
-    if profile.ordered_tags:
-        return queue.popleft()
-    for message in queue:
-        if message.call.tag == tag:
-            queue.remove(message)
+    """The message in ``queue`` that one with this tag meets."""
+    for message in queue or ():
+        if profile.ordered_tags or message.call.tag == tag:
             return message
     return None
+
+
+def _take(table: dict[Any, deque[Message]], key: Any, message: Message) -> None:
+    """Remove ``message`` from its queue if it is there, and a queue that is empty from the table."""
+    queue = table.get(key)
+    if queue is not None and message in queue:
+        queue.remove(message)
+        if not queue:
+            del table[key]
 
 
 def _match(group: SimProcessGroup, send: Message, receive: Message, later: Call) -> None:

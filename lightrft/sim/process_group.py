@@ -14,28 +14,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightrft.errors import RefusedError, SimulationError
+from lightrft.errors import CollectiveTimeoutError, RefusedError, SimulationError
 from lightrft.sim import collectives
+from lightrft.sim.acceptance import Acceptance, Reduction
+from lightrft.sim.buffers import BelowAutograd, below_modes, copy_results, poison, write_results
 from lightrft.sim.calls import Call, Group, Meeting, Signature
 from lightrft.sim.current import _local
+from lightrft.sim.group_handle import GroupHandle
 from lightrft.sim.places import caller_place
 from lightrft.sim.point_to_point import post_receive, post_send
 from lightrft.sim.scheduler import Killed
-from lightrft.sim.works import CoalescedWork, CollectiveWork, DoneWork, deliver, poison
+from lightrft.sim.works import CoalescedWork, CollectiveWork, DoneWork, SimWork, nanoseconds
 
 if TYPE_CHECKING:
     from lightrft.sim.profiles import Profile
     from lightrft.sim.rank import SimRank
 
 __all__ = ["SimProcessGroup"]
-
-_OP_NAMES = {
-    getattr(dist.ReduceOp, name).op
-    if hasattr(getattr(dist.ReduceOp, name), "op")
-    else getattr(dist.ReduceOp, name): name
-    for name in ("SUM", "AVG", "PRODUCT", "MIN", "MAX", "BAND", "BOR", "BXOR", "PREMUL_SUM")
-}
-_BITWISE = frozenset({"BAND", "BOR", "BXOR"})
 
 Compute = Callable[[Meeting], list[Sequence[Tensor]]]
 
@@ -47,108 +42,14 @@ def _shapes(tensors: Sequence[Tensor]) -> tuple[Any, Any]:
     return tuple(t.dtype for t in tensors), tuple(t.shape for t in tensors)
 
 
-class SimProcessGroup(dist.ProcessGroup):
-    """One rank's handle of a :class:`~lightrft.sim.calls.Group`."""
+class SimProcessGroup(GroupHandle):
+    """One rank's handle of a :class:`~lightrft.sim.calls.Group`, with all that can be done on it."""
 
     def __init__(self, rank: SimRank, group: Group, profile: Profile, store: Any) -> None:
-        self._member = group.ranks.index(rank.index)
-        super().__init__(self._member, group.size)
-        self._rank = rank
-        self._world = rank.world
-        self._group = group
-        self._profile = profile
-        self._store = store
-        self._sequence = 0
-        self._coalesced: list[Any] | None = None
-        self._bound_device: torch.device | None = None
-        self.closed = False
+        super().__init__(rank, group, profile, store)
+        self._accept = Acceptance(profile, group.backend, group.size)
+        self._coalesced: list[SimWork] | None = None
         self._splits_made = 0
-        self.made_at = caller_place(3)
-
-    # -- what torch asks a group about itself -------------------------------------------------------------------
-
-    @property
-    def group_name(self) -> str:
-        """The name torch gave the group."""
-        return self._group.name
-
-    @property
-    def group_desc(self) -> str:
-        """The description given when the group was made."""
-        return self._group.description
-
-    @property
-    def bound_device_id(self) -> torch.device | None:
-        """The device given to ``init_process_group(device_id=...)``."""
-        return self._bound_device
-
-    @bound_device_id.setter
-    def bound_device_id(self, device: torch.device | None) -> None:
-        self._bound_device = device
-
-    @property
-    def supports_splitting(self) -> bool:
-        """``split_group`` works on every simulated group."""
-        return True
-
-    @property
-    def supports_coalescing(self) -> bool:
-        """Batches are posted one by one, without blocking."""
-        return False
-
-    @property
-    def _device_types(self) -> list[torch.device]:
-        return [torch.device("cpu"), torch.device("cuda")]
-
-    @property
-    def options(self) -> Any:
-        """No backend options."""
-        return None
-
-    def getBackendName(self) -> str:  # noqa: N802 - torch's name
-        """A name of our own: for ``gloo`` C++ would ask the real backend for its devices."""
-        return "simulated"
-
-    def name(self) -> str:
-        """As :meth:`getBackendName`."""
-        return self._group.backend
-
-    def _get_backend_name(self) -> str:
-        return self._group.backend
-
-    def _get_backend(self, device: Any) -> SimProcessGroup:
-        return self
-
-    def _has_hooks(self) -> bool:
-        return False
-
-    def _set_sequence_number_for_group(self) -> None:
-        """Sequence numbers always agree at the start."""
-
-    def _get_sequence_number_for_group(self) -> int:
-        return self._sequence
-
-    def get_group_store(self) -> Any:
-        """The store of the group."""
-        return self._store
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        """Change how long a collective may wait for its members, in virtual time."""
-        self._group.timeout = round(timeout.total_seconds() * 1e9)
-
-    _set_default_timeout = set_timeout
-
-    def shutdown(self) -> None:
-        """The group takes no more calls."""
-        self.closed = True
-        self._rank.touched(f"destroyed {self._group.title}")
-
-    abort = shutdown
-
-    def __repr__(self) -> str:
-        return (
-            f"<simulated {self._group.backend} group {self._group.name!r}, rank {self._member} of {self._group.size}>"
-        )
 
     # -- meeting the other members ------------------------------------------------------------------------------
 
@@ -173,6 +74,18 @@ class SimProcessGroup(dist.ProcessGroup):
         self._world.record(call, inputs)
         return call
 
+    def _join(self, call: Call) -> Meeting:
+        """The meeting that ``call`` belongs to, entered."""
+        group = self._group
+        meeting = group.meetings.get(call.sequence)
+        if meeting is None:
+            meeting = group.meetings[call.sequence] = Meeting(call.sequence, group.size, call)
+        elif meeting.first.signature != call.signature:
+            self._world.disagree(meeting, call, self._member)
+        meeting.calls[self._member] = call
+        meeting.arrived += 1
+        return meeting
+
     def _meet(
         self,
         signature: Signature,
@@ -187,35 +100,41 @@ class SimProcessGroup(dist.ProcessGroup):
         Returns:
             None if the caller wants to wait (``opts.asyncOp`` is false) and has waited, else a work handle.
         """
+        if torch._C._len_torch_dispatch_stack():
+            return below_modes(self._meet, signature, inputs, outputs, opts, compute, sizes)
+        deliver = write_results
+        if signature.operation in self._profile.copying:
+            deliver = copy_results
+            if torch.is_grad_enabled():
+                self._accept.outputs(signature.operation, outputs)
         call = self._call(signature, inputs)
         call.sizes = sizes
-        group = self._group
-        meeting = group.meetings.get(call.sequence)
-        if meeting is None:
-            meeting = group.meetings[call.sequence] = Meeting(call.sequence, group.size, call)
-        elif meeting.first.signature != signature:
-            self._world.disagree(meeting, call, self._member)
-        asynchronous = getattr(opts, "asyncOp", True)
+        meeting = self._join(call)
         member = self._member
-        meeting.calls[member] = call
-        meeting.arrived += 1
         work = None
-        if asynchronous:
+        if getattr(opts, "asyncOp", True) or self._coalesced is not None:
             call.async_op = True
-            work = CollectiveWork(self._rank, call, meeting, member, inputs, outputs)
+            work = CollectiveWork(self._rank, call, meeting, member, inputs, outputs, deliver, self._accept)
             inputs = work.hold()
         meeting.inputs[member] = inputs
         meeting.outputs[member] = outputs
-        if meeting.arrived == group.size:
+        if meeting.arrived == self._group.size:
             self._complete(meeting, compute)
-        elif not asynchronous:
+        elif work is None:
             self._wait(meeting, call)
         if work is not None:
-            return work
+            return self._issued(work)
         assert meeting.results is not None
         call.done = True
         deliver(meeting.results[member], outputs)
         return None
+
+    def _issued(self, work: SimWork) -> SimWork:
+        """Hand out a work, unless it becomes part of a coalesced one."""
+        if self._coalesced is None:
+            return work
+        self._coalesced.append(work)
+        return DoneWork()
 
     def _wait(self, meeting: Meeting, call: Call) -> None:
         task = _local.task
@@ -228,16 +147,12 @@ class SimProcessGroup(dist.ProcessGroup):
 
     def _complete(self, meeting: Meeting, compute: Compute) -> None:
         world = self._world
-        grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
+        problem: _DisagreementError | None = None
         try:
-            problem: _Disagreement | None = None
-            try:
+            with BelowAutograd(True):
                 meeting.results = compute(meeting)
-            except _Disagreement as error:
-                problem = error
-        finally:
-            torch._C._set_grad_enabled(grad)
+        except _DisagreementError as error:
+            problem = error
         if problem is not None:
             world.disagree_among(meeting, str(problem), problem.pairs)
         meeting.complete = True
@@ -246,241 +161,202 @@ class SimProcessGroup(dist.ProcessGroup):
         meeting.waiters = []
         world.scheduler.interleave()
 
-    # -- checks -------------------------------------------------------------------------------------------------
+    # -- what the collectives share -----------------------------------------------------------------------------
 
-    def _check(self, operation: str, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            if not tensor.is_contiguous():
-                raise RefusedError(
-                    f"{operation}: the tensor of shape {list(tensor.shape)} is not contiguous; nccl refuses it and gloo "
-                    "gives wrong values: call .contiguous() first"
-                )
-            if tensor.device.type != "cpu":
-                raise RefusedError(
-                    f"{operation}: a tensor on {tensor.device}; simulated ranks keep all tensors on the CPU"
-                )
-            if self._profile.dtypes is not None and tensor.dtype not in self._profile.dtypes:
-                raise RefusedError(f"{operation}: {tensor.dtype} is not supported by {self._backend_shown()}")
+    def _shape(self, tensor: Tensor) -> Any:
+        return tensor.shape if self._profile.same_shape else (tensor.numel(),)
 
-    def _backend_shown(self) -> str:
-        return self._group.backend if self._profile.name == "strict" else self._profile.name
+    def _shape_of_list(self, tensors: Sequence[Tensor]) -> Any:
+        """The shape of all, or a tuple of shapes if they differ."""
+        shape = tensors[0].shape
+        if all([tensor.shape == shape for tensor in tensors]):  # noqa: C419 - a list is faster, and this is per tensor
+            return shape if self._profile.same_shape else (shape.numel(),)
+        return tuple(self._shape(tensor) for tensor in tensors)
 
-    def _op(self, opts: Any, tensors: Sequence[Tensor], operation: str) -> str:
-        reduce_op = getattr(opts, "reduceOp", opts)
-        name = _OP_NAMES.get(getattr(reduce_op, "op", reduce_op), "PREMUL_SUM")
-        if name in self._profile.refused_ops or name == "PREMUL_SUM":
-            raise RefusedError(f"{operation}: ReduceOp.{name} is not supported by {self._backend_shown()}")
-        if name in _BITWISE or name == "AVG":
-            for tensor in tensors:
-                inexact = tensor.is_floating_point() or tensor.is_complex()
-                if name in _BITWISE and inexact:
-                    raise RefusedError(f"{operation}: ReduceOp.{name} needs integers, not {tensor.dtype}")
-        return name
+    def _reducer(self, collective: Callable[..., list[Sequence[Tensor]]], reduction: Reduction, *args: Any) -> Compute:
+        """``collective`` with the reduction of this group and of the meeting's sequence number."""
+        order, world_seed = self._world.numerics, self._world.seed
 
-    def _reduction(self, op: str, sequence: int) -> Callable[[Sequence[Tensor]], Tensor]:
-        order = self._world.numerics
-        seed = 0 if order == "rank" else hash((self._world.seed, int(sequence)))
-        return lambda tensors: collectives.reduce(tensors, op, order, seed)
+        def compute(meeting: Meeting) -> list[Sequence[Tensor]]:
+            seed = 0 if order == "rank" else hash((world_seed, meeting.sequence))
+            name, factor = reduction.name, reduction.factor
+            return collective(meeting.inputs, lambda t: collectives.reduce(t, name, order, seed, factor), *args)
 
-    def _sizes(self, operation: str, what: str, expected: int, got: int) -> None:
-        if expected != got:
-            raise RefusedError(f"{operation}: {what} must have {expected} entries (the size of the group), got {got}")
-
-    def _shape(self, shape: torch.Size) -> Any:
-        return shape if self._profile.same_shape else (shape.numel(),)
+        return compute
 
     # -- collectives --------------------------------------------------------------------------------------------
 
-    def allreduce(self, tensors: Any, opts: Any = None) -> Any:
+    def allreduce(self, tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
         """``all_reduce``: tensors are reduced in place."""
-        tensors = _as_list(tensors)
-        self._check("all_reduce", tensors)
-        op = self._op(opts if opts is not None else dist.ReduceOp.SUM, tensors, "all_reduce")
-        tensor = tensors[0]
-        signature = Signature("all_reduce", tensor.dtype, self._shape(tensor.shape), op)
-        return self._meet(
-            signature,
-            tensors,
-            tensors,
-            opts,
-            lambda m: collectives.all_reduce(m.inputs, self._reduction(op, m.sequence)),
-        )
+        accept = self._accept
+        tensors = [accept.in_memory_order("all_reduce", tensor) for tensor in _as_list(tensors)]
+        accept.tensors("all_reduce", tensors)
+        reduction = accept.reduction(_reduce_op(opts), tensors, "all_reduce")
+        signature = Signature("all_reduce", tensors[0].dtype, self._shape(tensors[0]), reduction.label)
+        return self._meet(signature, tensors, tensors, opts, self._reducer(collectives.all_reduce, reduction))
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> Any:
         """``all_reduce`` of several tensors at once."""
-        self._check("all_reduce_coalesced", tensors)
-        op = self._op(opts if opts is not None else dist.ReduceOp.SUM, tensors, "all_reduce_coalesced")
-        signature = Signature("all_reduce_coalesced", *_shapes(tensors), op)
-        return self._meet(
-            signature,
-            tensors,
-            tensors,
-            opts,
-            lambda m: collectives.all_reduce(m.inputs, self._reduction(op, m.sequence)),
-        )
+        self._accept.tensors("all_reduce_coalesced", tensors)
+        reduction = self._accept.reduction(_reduce_op(opts), tensors, "all_reduce_coalesced")
+        signature = Signature("all_reduce_coalesced", *_shapes(tensors), reduction.label)
+        return self._meet(signature, tensors, tensors, opts, self._reducer(collectives.all_reduce, reduction))
 
-    def reduce(self, tensors: Any, opts: Any = None, *rest: Any) -> Any:
+    def reduce(self, tensors: Any, opts: Any = None, op: Any = None, *_rest: Any) -> Any:
         """``reduce``: ``opts.rootRank`` gets the result; what the others hold afterwards is undefined."""
-        tensors = _as_list(tensors)
-        self._check("reduce", tensors)
-        op, root = self._op(opts, tensors, "reduce"), opts.rootRank
-        signature = Signature("reduce", tensors[0].dtype, self._shape(tensors[0].shape), op, self._group.ranks[root])
-        work = self._meet(
-            signature,
-            tensors,
-            tensors,
-            opts,
-            lambda m: collectives.reduce_to(m.inputs, self._reduction(op, m.sequence), root),
-        )
-        if work is None and self._member != root and self._profile.name != "nccl":
-            with torch.no_grad():
-                poison(tensors[0])  # gloo uses it as scratch space
+        accept, root = self._accept, _root(opts)
+        tensors = [accept.in_memory_order("reduce", tensor) for tensor in _as_list(tensors)]
+        accept.root("reduce", root)
+        accept.tensors("reduce", tensors)
+        reduction = accept.reduction(op if op is not None else _reduce_op(opts), tensors, "reduce")
+        at_root = self._group.ranks[root]
+        signature = Signature("reduce", tensors[0].dtype, self._shape(tensors[0]), reduction.label, at_root)
+        scratch = self._member != root and self._profile.name != "nccl"  # gloo works in the tensors of all members
+        outputs = tensors if scratch or self._member == root else []
+        compute = self._reducer(collectives.reduce_to, reduction, root)
+        work = self._meet(signature, tensors, outputs, opts, compute)
+        if work is None and scratch:
+            below_modes(poison, tensors)
         return work
 
-    def broadcast(self, tensors: Any, opts: Any = None, *rest: Any) -> Any:
+    def broadcast(self, tensors: Any, opts: Any = None, *_rest: Any) -> Any:
         """``broadcast`` from ``opts.rootRank``."""
-        tensors = _as_list(tensors)
-        self._check("broadcast", tensors)
-        root = opts.rootRank
+        accept, root = self._accept, _root(opts)
+        tensors = [accept.in_memory_order("broadcast", tensor) for tensor in _as_list(tensors)]
+        accept.root("broadcast", root)
+        accept.tensors("broadcast", tensors)
         dtype, shape = _shapes(tensors)
-        signature = Signature(
-            "broadcast", dtype, shape if len(tensors) > 1 else self._shape(shape), None, self._group.ranks[root]
-        )
+        if len(tensors) == 1:
+            shape = self._shape(tensors[0])
+        signature = Signature("broadcast", dtype, shape, None, self._group.ranks[root])
         outputs = [] if self._member == root else tensors
         return self._meet(signature, tensors, outputs, opts, lambda m: collectives.broadcast(m.inputs, root))
 
     def allgather(self, output_lists: Any, inputs: Any, opts: Any = None) -> Any:
         """``all_gather`` into a list; the sizes may differ from rank to rank where the backend allows it."""
-        outputs = output_lists[0] if isinstance(output_lists[0], (list, tuple)) else output_lists
-        inputs = _as_list(inputs)
-        self._sizes("all_gather", "the output list", self._group.size, len(outputs))
-        self._check("all_gather", (*inputs, *outputs))
-        tensor = inputs[0]
-        mine = outputs[self._member]
-        if mine.numel() != tensor.numel() or mine.dtype != tensor.dtype:
-            raise RefusedError(
-                f"all_gather: output {self._member} is {mine.dtype}{list(mine.shape)} "
-                f"but this rank contributes {tensor.dtype}{list(tensor.shape)}"
-            )
-        shapes = {t.shape for t in outputs}
-        if len(shapes) > 1 and not self._profile.uneven:
-            raise RefusedError(f"all_gather: tensors of different sizes are not supported by {self._backend_shown()}")
-        shape: Any = tensor.shape if len(shapes) <= 1 else tuple(t.shape for t in outputs)
-        signature = Signature("all_gather", tensor.dtype, shape)
-        return self._meet(signature, inputs, outputs, opts, lambda m: collectives.all_gather(m.inputs))
+        accept, outputs, tensor = self._accept, _first_list(output_lists), _as_list(inputs)[0]
+        accept.count("all_gather", "the output list", len(outputs))
+        accept.tensors("all_gather", (tensor,))
+        accept.tensors("all_gather", outputs)
+        accept.same("all_gather", f"output {self._member}", outputs[self._member], tensor)
+        accept.one_dtype("all_gather", tensor, outputs)
+        accept.even("all_gather", outputs)
+        signature = Signature("all_gather", tensor.dtype, self._shape_of_list(outputs))
+        return self._meet(signature, [tensor], outputs, opts, lambda m: collectives.all_gather(m.inputs))
 
     def allgather_coalesced(self, output_lists: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Any:
-        """``all_gather`` of several tensors; ``output_lists[i]`` receives everybody's ``inputs[i]``."""
-        for outputs in output_lists:
-            self._sizes("all_gather_coalesced", "each output list", self._group.size, len(outputs))
+        """``all_gather`` of several tensors; ``output_lists[m][i]`` receives the ``i``-th of member ``m``."""
+        accept = self._accept
+        accept.feature("lists_of_ranks", "all_gather_coalesced")
+        accept.count("all_gather_coalesced", "the list of output lists", len(output_lists))
         flat = [tensor for outputs in output_lists for tensor in outputs]
-        self._check("all_gather_coalesced", (*inputs, *flat))
+        accept.tensors("all_gather_coalesced", (*inputs, *flat))
+        for outputs in output_lists:
+            accept.pairs("all_gather_coalesced", "output", outputs, inputs)
         signature = Signature("all_gather_coalesced", *_shapes(inputs))
         return self._meet(signature, inputs, flat, opts, lambda m: collectives.all_gather_lists(m.inputs))
 
     def all_gather_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> Any:
         """``all_gather_into_tensor``: everybody's tensor end to end."""
-        self._check("all_gather_single", (output, tensor))
-        self._fits("all_gather_single", "output", output, tensor.numel() * self._group.size)
-        signature = Signature("all_gather_single", tensor.dtype, self._shape(tensor.shape))
+        accept = self._accept
+        accept.tensors("all_gather_single", (output, tensor))
+        accept.parts("all_gather_single", output, tensor, "output")
+        accept.gathered_input("all_gather_single", tensor)
+        signature = Signature("all_gather_single", tensor.dtype, self._shape(tensor))
         return self._meet(signature, [tensor], [output], opts, lambda m: collectives.all_gather_single(m.inputs))
 
     def all_gather_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Any:
         """``all_gather_into_tensor`` of several tensors."""
-        self._check("all_gather_single_coalesced", (*inputs, *outputs))
+        accept, operation = self._accept, "all_gather_single_coalesced"
+        accept.tensors(operation, (*inputs, *outputs))
+        accept.lengths(operation, outputs, inputs)
         for output, tensor in zip(outputs, inputs, strict=True):
-            self._fits("all_gather_single_coalesced", "output", output, tensor.numel() * self._group.size)
-        signature = Signature("all_gather_single_coalesced", *_shapes(inputs))
+            accept.parts(operation, output, tensor, "output")
+        signature = Signature(operation, *_shapes(inputs))
         return self._meet(signature, inputs, outputs, opts, lambda m: collectives.all_gather_single(m.inputs))
 
-    def gather(self, output_lists: Any, inputs: Any, opts: Any = None, *rest: Any) -> Any:
+    def gather(self, output_lists: Any, inputs: Any, opts: Any = None, *_rest: Any) -> Any:
         """``gather`` to ``opts.rootRank``."""
-        inputs = _as_list(inputs)
-        root = opts.rootRank
-        outputs = (
-            list(output_lists[0]) if output_lists and isinstance(output_lists[0], (list, tuple)) else list(output_lists)
-        )
+        accept, root, tensor = self._accept, _root(opts), _as_list(inputs)[0]
+        outputs = _first_list(output_lists)
+        accept.root("gather", root)
+        accept.tensors("gather", (tensor, *outputs))
         if self._member == root:
-            self._sizes("gather", "the output list", self._group.size, len(outputs))
-        self._check("gather", (*inputs, *outputs))
-        signature = Signature("gather", inputs[0].dtype, self._shape(inputs[0].shape), None, self._group.ranks[root])
-        return self._meet(signature, inputs, outputs, opts, lambda m: collectives.gather(m.inputs, root))
+            accept.count("gather", "the output list", len(outputs))
+            for member, output in enumerate(outputs):
+                accept.exactly("gather", f"output {member}", output, tensor)
+        signature = Signature("gather", tensor.dtype, tensor.shape, None, self._group.ranks[root])
+        return self._meet(signature, [tensor], outputs, opts, lambda m: collectives.gather(m.inputs, root))
 
-    def scatter(self, outputs: Any, input_lists: Any, opts: Any = None, *rest: Any) -> Any:
+    def scatter(self, outputs: Any, input_lists: Any, opts: Any = None, *_rest: Any) -> Any:
         """``scatter`` from ``opts.rootRank``."""
-        outputs = _as_list(outputs)
-        root = opts.rootRank
-        inputs = (
-            list(input_lists[0]) if input_lists and isinstance(input_lists[0], (list, tuple)) else list(input_lists)
-        )
+        accept, root, output = self._accept, _root(opts), _as_list(outputs)[0]
+        inputs = _first_list(input_lists)
+        accept.root("scatter", root)
+        accept.tensors("scatter", (output, *inputs))
         if self._member == root:
-            self._sizes("scatter", "the input list", self._group.size, len(inputs))
-            for tensor in inputs:
-                self._same("scatter", tensor, outputs[0])
-        self._check("scatter", (*inputs, *outputs))
-        signature = Signature("scatter", outputs[0].dtype, self._shape(outputs[0].shape), None, self._group.ranks[root])
-        return self._meet(signature, inputs, outputs, opts, lambda m: collectives.scatter(m.inputs, root))
+            accept.count("scatter", "the input list", len(inputs))
+            for member, tensor in enumerate(inputs):
+                accept.exactly("scatter", f"input {member}", tensor, output)
+        signature = Signature("scatter", output.dtype, output.shape, None, self._group.ranks[root])
+        return self._meet(signature, inputs, [output], opts, lambda m: collectives.scatter(m.inputs, root))
 
-    def reduce_scatter(self, outputs: Any, input_lists: Any, opts: Any = None, *rest: Any) -> Any:
+    def reduce_scatter(self, outputs: Any, input_lists: Any, opts: Any = None) -> Any:  # type: ignore[override]
         """``reduce_scatter`` of a list: member ``m`` gets the reduction of everybody's ``m``-th tensor."""
-        outputs = _as_list(outputs)
-        inputs = list(input_lists[0]) if isinstance(input_lists[0], (list, tuple)) else list(input_lists)
-        self._sizes("reduce_scatter", "the input list", self._group.size, len(inputs))
-        self._check("reduce_scatter", (*inputs, *outputs))
-        op = self._op(opts, inputs, "reduce_scatter")
-        self._fits("reduce_scatter", "output", outputs[0], inputs[self._member].numel())
-        signature = Signature("reduce_scatter", *_shapes(inputs), op)
-        return self._meet(
-            signature,
-            inputs,
-            outputs,
-            opts,
-            lambda m: collectives.reduce_scatter(m.inputs, self._reduction(op, m.sequence)),
-        )
+        accept, output, inputs = self._accept, _as_list(outputs)[0], _first_list(input_lists)
+        accept.count("reduce_scatter", "the input list", len(inputs))
+        accept.tensors("reduce_scatter", (output, *inputs))
+        accept.one_dtype("reduce_scatter", output, inputs)
+        accept.same("reduce_scatter", "the output", output, inputs[self._member])
+        accept.even("reduce_scatter", inputs)
+        reduction = accept.reduction(_reduce_op(opts), inputs, "reduce_scatter")
+        signature = Signature("reduce_scatter", output.dtype, self._shape_of_list(inputs), reduction.label)
+        return self._meet(signature, inputs, [output], opts, self._reducer(collectives.reduce_scatter, reduction))
 
     def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> Any:
         """``reduce_scatter_tensor``: member ``m`` gets the ``m``-th equal part of the reduction."""
-        self._check("reduce_scatter_single", (output, tensor))
-        op = self._op(opts, (tensor,), "reduce_scatter_single")
-        self._fits("reduce_scatter_single", "input", tensor, output.numel() * self._group.size)
-        signature = Signature("reduce_scatter_single", tensor.dtype, self._shape(tensor.shape), op)
-        return self._meet(
-            signature,
-            [tensor],
-            [output],
-            opts,
-            lambda m: collectives.reduce_scatter_single(m.inputs, self._reduction(op, m.sequence)),
-        )
+        accept, operation = self._accept, "reduce_scatter_single"
+        accept.tensors(operation, (output, tensor))
+        accept.parts(operation, tensor, output, "input")
+        reduction = accept.reduction(_reduce_op(opts), (tensor,), operation)
+        signature = Signature(operation, tensor.dtype, self._shape(tensor), reduction.label)
+        compute = self._reducer(collectives.reduce_scatter_single, reduction)
+        return self._meet(signature, [tensor], [output], opts, compute)
 
     def reduce_scatter_single_coalesced(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Any:
         """``reduce_scatter_tensor`` of several tensors."""
-        self._check("reduce_scatter_single_coalesced", (*inputs, *outputs))
-        op = self._op(opts, inputs, "reduce_scatter_single_coalesced")
+        accept, operation = self._accept, "reduce_scatter_single_coalesced"
+        accept.tensors(operation, (*inputs, *outputs))
+        accept.lengths(operation, outputs, inputs)
         for output, tensor in zip(outputs, inputs, strict=True):
-            self._fits("reduce_scatter_single_coalesced", "input", tensor, output.numel() * self._group.size)
-        signature = Signature("reduce_scatter_single_coalesced", *_shapes(inputs), op)
-        return self._meet(
-            signature,
-            inputs,
-            outputs,
-            opts,
-            lambda m: collectives.reduce_scatter_single(m.inputs, self._reduction(op, m.sequence)),
-        )
+            accept.parts(operation, tensor, output, "input")
+        reduction = accept.reduction(_reduce_op(opts), inputs, operation)
+        signature = Signature(operation, *_shapes(inputs), reduction.label)
+        compute = self._reducer(collectives.reduce_scatter_single, reduction)
+        return self._meet(signature, inputs, outputs, opts, compute)
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> Any:
         """``all_to_all`` of lists."""
-        self._sizes("all_to_all", "the output list", self._group.size, len(outputs))
-        self._sizes("all_to_all", "the input list", self._group.size, len(inputs))
-        self._check("all_to_all", (*inputs, *outputs))
+        accept = self._accept
+        accept.count("all_to_all", "the output list", len(outputs))
+        accept.count("all_to_all", "the input list", len(inputs))
+        accept.tensors("all_to_all", (*inputs, *outputs))
+        accept.one_dtype("all_to_all", inputs[0], outputs)
+        accept.one_dtype("all_to_all", inputs[0], inputs)
+        accept.even("all_to_all", (*inputs, *outputs))
+        shape = None if "all_to_all" in self._profile.uneven else self._shape(inputs[0])
         sizes = sum(t.numel() for t in inputs), sum(t.numel() for t in outputs)
-        return self._meet(Signature("all_to_all", inputs[0].dtype), inputs, outputs, opts, self._all_to_all, sizes)
+        return self._meet(Signature("all_to_all", inputs[0].dtype, shape), inputs, outputs, opts, self._exchange, sizes)
 
-    def _all_to_all(self, meeting: Meeting) -> list[Sequence[Tensor]]:
+    def _exchange(self, meeting: Meeting) -> list[Sequence[Tensor]]:
+        if meeting.first.signature.shape is not None:  # all sizes are equal
+            return collectives.all_to_all(meeting.inputs)
         problems = []
         for sender, tensors in enumerate(meeting.inputs):
             for receiver, tensor in enumerate(tensors):
                 expected = meeting.outputs[receiver][sender]
-                if expected.numel() != tensor.numel() or expected.dtype != tensor.dtype:
+                agree = tensor.shape == expected.shape or not self._profile.same_shape
+                if not agree or expected.numel() != tensor.numel():
                     sent, wanted = f"{tensor.dtype}{list(tensor.shape)}", f"{expected.dtype}{list(expected.shape)}"
                     problems.append((sender, receiver, sent, wanted))
         self._refuse_pairs("sizes", problems)
@@ -490,23 +366,26 @@ class SimProcessGroup(dist.ProcessGroup):
         self, output: Tensor, tensor: Tensor, output_splits: Any = None, input_splits: Any = None, opts: Any = None
     ) -> Any:
         """``all_to_all_single``; splits count along dimension 0, empty means equal parts."""
-        self._check("all_to_all_single", (output, tensor))
-        sending = self._splits("input", tensor, input_splits)
-        receiving = self._splits("output", output, output_splits)
+        accept = self._accept
+        accept.tensors("all_to_all_single", (output, tensor))
+        sending = accept.splits("input", tensor, input_splits)
+        receiving = accept.splits("output", output, output_splits)
+        accept.rows("all_to_all_single", output, tensor)
         even = not input_splits and not output_splits
-        signature = Signature("all_to_all_single", tensor.dtype, tensor.shape if even else None)
+        signature = Signature("all_to_all_single", tensor.dtype, tensor.shape if even else (-1, *tensor.shape[1:]))
         contributed: Any = [tensor, sending, receiving]
         sizes = tensor.numel(), output.numel()
-        return self._meet(signature, contributed, [output], opts, self._all_to_all_single, sizes)
+        return self._meet(signature, contributed, [output], opts, self._exchange_parts, sizes)
 
-    def _all_to_all_single(self, meeting: Meeting) -> list[Sequence[Tensor]]:
-        sending = [entry[1] for entry in meeting.inputs]
-        receiving = [entry[2] for entry in meeting.inputs]
+    def _exchange_parts(self, meeting: Meeting) -> list[Sequence[Tensor]]:
+        sending = [tuple(entry[1]) for entry in meeting.inputs]
+        expected = list(zip(*(entry[2] for entry in meeting.inputs), strict=True))
         problems = [
-            (sender, receiver, str(size), str(receiving[receiver][sender]))
-            for sender, sizes in enumerate(sending)
-            for receiver, size in enumerate(sizes)
-            if receiving[receiver][sender] != size
+            (sender, receiver, str(size), str(wanted))
+            for sender in range(self._group.size)
+            if sending[sender] != expected[sender]
+            for receiver, (size, wanted) in enumerate(zip(sending[sender], expected[sender], strict=True))
+            if size != wanted
         ]
         self._refuse_pairs("split sizes", problems)
         return collectives.all_to_all_single([entry[:1] for entry in meeting.inputs], sending)
@@ -516,30 +395,26 @@ class SimProcessGroup(dist.ProcessGroup):
         if problems:
             ranks = self._group.ranks
             sender, receiver, sent, expected = problems[0]
-            raise _Disagreement(
+            raise _DisagreementError(
                 f"{what} differ: rank {ranks[sender]} sends {sent} to rank {ranks[receiver]}, which expects {expected}",
                 [(ranks[problem[0]], ranks[problem[1]]) for problem in problems],
             )
 
-    def _splits(self, what: str, tensor: Tensor, splits: Any) -> list[int]:
-        size = self._group.size
-        length = tensor.shape[0] if tensor.dim() else 0
-        if not splits:
-            if length % size:
-                raise RefusedError(
-                    f"all_to_all_single: dimension 0 of the {what} ({length}) is not divisible by the group size {size}"
-                )
-            return [length // size] * size
-        self._sizes("all_to_all_single", f"{what}_split_sizes", size, len(splits))
-        if sum(splits) != length:
-            raise RefusedError(
-                f"all_to_all_single: {what}_split_sizes add up to {sum(splits)}, dimension 0 of the {what} is {length}"
-            )
-        return list(splits)
+    # -- barriers -----------------------------------------------------------------------------------------------
 
-    def barrier(self, opts: Any = None, *rest: Any) -> Any:
-        """``barrier``."""
-        return self._meet(_BARRIER, (), (), opts, _nothing)
+    def barrier(self, opts: Any = None, *_rest: Any) -> Any:
+        """``barrier``; a timeout given for this barrier alone runs in virtual time."""
+        limit = nanoseconds(getattr(opts, "timeout", None))
+        if limit is None or getattr(opts, "asyncOp", True) or self._coalesced is not None:
+            return self._meet(_BARRIER, (), (), opts, _nothing)
+        call = self._call(_BARRIER)
+        missing = self._gather_members(call, limit)
+        if missing:
+            raise CollectiveTimeoutError(
+                f"{call.describe()} waited {limit // 1_000_000} ms of virtual time, the timeout given for it; these "
+                f"ranks did not come, or have given up: {', '.join(map(str, missing))}"
+            )
+        return None
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
         """``monitored_barrier``: after ``timeout`` (virtual) the ranks that did not come are named.
@@ -548,37 +423,42 @@ class SimProcessGroup(dist.ProcessGroup):
             RuntimeError: some rank did not come in time.
         """
         call = self._call(Signature("monitored_barrier"))
-        group = self._group
-        meeting = group.meetings.get(call.sequence)
-        if meeting is None:
-            meeting = group.meetings[call.sequence] = Meeting(call.sequence, group.size, call)
-        elif meeting.first.signature != call.signature:
-            self._world.disagree(meeting, call, self._member)
-        meeting.calls[self._member] = call
-        meeting.arrived += 1
-        if meeting.arrived == group.size:
-            self._complete(meeting, _nothing)
-            call.done = True
+        limit = nanoseconds(timeout) or self._group.timeout
+        # the first member monitors the others: it gives up first, and names them
+        missing = self._gather_members(call, limit if self._member == 0 else 2 * limit)
+        if not missing:
             return
+        if self._member:
+            raise RuntimeError(
+                f"[Rank {self._rank.index}]: came to monitoredBarrier, but rank {self._group.ranks[0]}, which monitors "
+                "it, has failed or never came"
+            )
+        named = missing if wait_all_ranks else missing[:1]
+        raise RuntimeError(
+            f"[Rank {self._rank.index}]: Rank{'s' if len(named) > 1 else ''} {', '.join(map(str, named))} failed to "
+            f"pass monitoredBarrier in {limit // 1_000_000} ms"
+        )
+
+    def _gather_members(self, call: Call, limit: int) -> list[int]:
+        """Wait for everybody; the ranks that had not come after ``limit`` ns of virtual time, or have given up."""
+        meeting = self._join(call)
+        gone = [other.rank for other in meeting.calls if other is not None and other.done]
+        call.done = True
+        if gone:
+            return gone
+        if meeting.arrived == self._group.size:
+            self._complete(meeting, _nothing)
+            return []
+        call.done = False
         task = _local.task
         assert task is not None
         meeting.waiters.append(task)
-        limit = group.timeout if timeout is None else round(timeout.total_seconds() * 1e9)
-        # the first member monitors the others: it gives up first, and names them
-        if task.scheduler.block(call, task.scheduler.now + limit + (0 if self._member == 0 else limit)):
-            call.done = True
-            return
-        missing = [rank for rank, other in zip(group.ranks, meeting.calls, strict=True) if other is None]
-        if self._member:
-            raise RuntimeError(
-                f"[Rank {self._rank.index}]: came to monitoredBarrier, but rank {group.ranks[0]}, which monitors it, has "
-                "failed or never came"
-            )
-        shown = ", ".join(map(str, missing if wait_all_ranks else missing[:1]))
-        plural = "s" if wait_all_ranks and len(missing) > 1 else ""
-        raise RuntimeError(
-            f"[Rank {self._rank.index}]: Rank{plural} {shown} failed to pass monitoredBarrier in {limit // 1_000_000} ms"
-        )
+        came = task.scheduler.block(call, task.scheduler.now + limit)
+        call.done = True
+        if came:
+            return []
+        meeting.waiters.remove(task)
+        return [rank for rank, other in zip(self._group.ranks, meeting.calls, strict=True) if other is None]
 
     def meet_split(self, split: tuple[tuple[int, ...], ...]) -> int:
         """All members of the parent come together to split it; they must ask for the same split.
@@ -586,6 +466,7 @@ class SimProcessGroup(dist.ProcessGroup):
         Returns:
             how many splits the group has seen, this one included.
         """
+        self._accept.feature("split", "split_group")
         self._splits_made += 1
         self._meet(Signature("split_group", sizes=split), (), (), _SYNCHRONOUS, _nothing)
         return self._splits_made
@@ -602,60 +483,44 @@ class SimProcessGroup(dist.ProcessGroup):
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Any:
         """``recv`` from whoever sends first."""
-        if not self._profile.any_source:
-            raise RefusedError(f"recv without a source is not supported by {self._backend_shown()}: name the source")
+        self._accept.feature("any_source", "recv without a source")
         return self._post(post_receive, "recv", tensors, -1, tag)
 
     def _post(self, post: Any, operation: str, tensors: list[Tensor], peer: int, tag: int) -> Any:
-        for tensor in tensors:
-            if not tensor.is_contiguous():
-                raise RefusedError(
-                    f"{operation}: the tensor of shape {list(tensor.shape)} is not contiguous: call .contiguous() first"
-                )
-        call = self._call_point_to_point(operation, tensors, peer, tag)
-        work = post(self, call, tensors, peer, tag)
-        if self._coalesced is not None:
-            self._coalesced.append(work)
-        return work
-
-    def _call_point_to_point(self, operation: str, tensors: list[Tensor], peer: int, tag: int) -> Call:
+        self._accept.messages(operation, tensors)
+        if peer >= 0:
+            self._accept.root(operation, peer)
+        if peer == self._member:
+            self._accept.feature("self_send", f"a {operation} from a rank to itself")
         sent = tensors if operation == "send" else ()
         other = self._group.ranks[peer] if peer >= 0 else -1
-        return self._call(Signature(operation, *_shapes(tensors)), sent, other, tag)
+        call = self._call(Signature(operation, *_shapes(tensors)), sent, other, tag)
+        return self._issued(below_modes(post, self, call, tensors, peer, tag))
 
     # -- coalescing ---------------------------------------------------------------------------------------------
 
-    def _start_coalescing(self, device: Any = None) -> None:
+    def _start_coalescing(self, device: Any = None) -> None:  # noqa: ARG002
+        self._accept.feature("coalescing", "the coalescing manager with a device")
         self._coalesced = []
 
-    def _end_coalescing(self, device: Any = None) -> Any:
+    def _end_coalescing(self, device: Any = None) -> Any:  # noqa: ARG002
         works, self._coalesced = self._coalesced or [], None
         return CoalescedWork(works) if works else DoneWork()
 
-    # -- small checks -------------------------------------------------------------------------------------------
 
-    def _fits(self, operation: str, what: str, tensor: Tensor, expected: int) -> None:
-        if tensor.numel() != expected:
-            raise RefusedError(
-                f"{operation}: the {what} has {tensor.numel()} elements, expected {expected} for a group of {self._group.size}"
-            )
-
-    def _same(self, operation: str, left: Tensor, right: Tensor) -> None:
-        if left.dtype != right.dtype or left.numel() != right.numel():
-            raise RefusedError(
-                f"{operation}: {left.dtype}{list(left.shape)} where {right.dtype}{list(right.shape)} is expected"
-            )
-
-    # -- names of other torch releases --------------------------------------------------------------------------
-
-    _allgather_base = all_gather_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
-    _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
-    alltoall_base = all_to_all_single
+_OLDER_NAMES = {
+    # torch 2.11 and 2.12, and C++ in 2.13     torch 2.13
+    "_allgather_base": "all_gather_single",
+    "allgather_into_tensor_coalesced": "all_gather_single_coalesced",
+    "_reduce_scatter_base": "reduce_scatter_single",
+    "reduce_scatter_tensor_coalesced": "reduce_scatter_single_coalesced",
+    "alltoall_base": "all_to_all_single",
+}
+for _older, _newer in _OLDER_NAMES.items():
+    setattr(SimProcessGroup, _older, getattr(SimProcessGroup, _newer))
 
 
-class _Disagreement(Exception):
+class _DisagreementError(Exception):
     """Members agree on the operation but not on the sizes of what they exchange: the pairs of global ranks."""
 
     def __init__(self, message: str, pairs: list[tuple[int, int]]) -> None:
@@ -677,3 +542,18 @@ def _nothing(meeting: Meeting) -> list[Sequence[Tensor]]:
 
 def _as_list(tensors: Any) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _first_list(lists: Any) -> list[Tensor]:
+    """The tensors of ``[[a, b]]`` or of ``[a, b]``."""
+    return list(lists[0]) if lists and isinstance(lists[0], (list, tuple)) else list(lists)
+
+
+def _reduce_op(opts: Any) -> Any:
+    """From the options, or given in their place; a sum if nothing is said."""
+    return dist.ReduceOp.SUM if opts is None else getattr(opts, "reduceOp", opts)
+
+
+def _root(opts: Any) -> int:
+    """From the options, or given in their place."""
+    return int(getattr(opts, "rootRank", opts))

@@ -1,13 +1,13 @@
 """Handles of operations under way, and what keeps an asynchronous one honest.
 
 The outputs of an asynchronous operation hold poison until ``wait()`` (NaN, or the most negative integer), so that
-reading them early shows. Its inputs are copied when it is issued and compared at ``wait()``: changing them in between is
-an error, as it would corrupt the data on a cluster.
+reading them early shows. Its inputs are copied when it is issued and compared at ``wait()``: changing them in between
+is an error, as it would corrupt the data on a cluster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -15,80 +15,52 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightrft.errors import RefusedError
+from lightrft.errors import CollectiveTimeoutError, RefusedError, SimulationError
+from lightrft.sim.buffers import BelowAutograd, below_modes, is_poisoned, poison, same_bits, span, write_results
 from lightrft.sim.current import _local
+from lightrft.sim.futures import SimFuture, done_future
 
 if TYPE_CHECKING:
+    from lightrft.sim.acceptance import Acceptance
     from lightrft.sim.calls import Call, Meeting, Message
     from lightrft.sim.rank import SimRank
 
-__all__ = ["CoalescedWork", "CollectiveWork", "DoneWork", "MessageWork", "deliver", "poison"]
+__all__ = ["CoalescedWork", "CollectiveWork", "DoneWork", "MessageWork", "SimWork", "nanoseconds"]
+
+_WITHOUT_FUTURE = frozenset({"reduce_scatter", "reduce_scatter_single", "reduce_scatter_single_coalesced"})
 
 
-def poison(tensor: Tensor) -> None:
-    """Overwrite ``tensor`` with values that nobody mistakes for a result."""
-    target = tensor.data
-    if target.numel():
-        _fill(target)
-
-
-def _fill(target: Tensor) -> None:
-    dtype = target.dtype
-    if dtype.is_floating_point and dtype.itemsize == 1:
-        target.view(torch.uint8).fill_(0x7F)
-    elif dtype.is_floating_point or dtype.is_complex:
-        target.fill_(float("nan"))
-    elif dtype == torch.bool:
-        target.fill_(True)
-    else:
-        info = torch.iinfo(dtype)
-        target.fill_(info.min if info.min < 0 else info.max)
-
-
-def _is_poisoned(tensor: Tensor) -> bool:
-    expected = torch.empty_like(tensor)
-    if expected.numel():
-        _fill(expected)
-    return _same_bits(tensor, expected)
-
-
-def _same_bits(left: Tensor, right: Tensor) -> bool:
-    return torch.equal(left.detach().reshape(-1).view(torch.uint8), right.detach().reshape(-1).view(torch.uint8))
-
-
-def deliver(results: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    """Copy results into the caller's tensors without a trace in autograd: real backends leave none either."""
-    if not results:
-        return
-    grad = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(False)
-    try:
-        if len(outputs) == 1:
-            output, result = outputs[0].data, results[0]
-            output.copy_(result if result.shape == output.shape else result.view(output.shape))
-        else:
-            targets = [output.data for output in outputs]
-            sources = [r if r.shape == t.shape else r.view(t.shape) for r, t in zip(results, targets, strict=True)]
-            torch._foreach_copy_(targets, sources)
-    finally:
-        torch._C._set_grad_enabled(grad)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def nanoseconds(timeout: timedelta | None) -> int | None:
+    """How long a caller is ready to wait; None (also for zero and less) for as long as the group allows."""
+    return round(timeout.total_seconds() * 1e9) if timeout is not None and timeout > timedelta(0) else None
 
 
 class SimWork(dist.Work):
-    """What all handles share; ``wait`` is all that a subclass has to say."""
+    """What all handles share; a subclass says how to wait (:meth:`_finish`) and whether that would block."""
 
     call: Call
+    _future: SimFuture | None = None
 
-    def wait(self, timeout: timedelta | None = None) -> bool:  # type: ignore[override]
-        """Block until the operation is complete and its results have arrived."""
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Block until the operation is complete and its results have arrived.
+
+        Raises:
+            CollectiveTimeoutError: it was not complete after ``timeout``, in virtual time.
+            RefusedError: an input or output was written to since the operation was issued.
+        """
+        if not self.call.done:
+            below_modes(self._finish, nanoseconds(timeout))
+            self._tell_future()
+        return True
+
+    def _finish(self, limit: int | None) -> None:
         raise NotImplementedError
 
     def _done(self) -> bool:
         raise NotImplementedError
+
+    def _outputs(self) -> Sequence[Tensor]:
+        return ()
 
     def is_completed(self) -> bool:
         """Whether the operation is complete; if it is, its results have arrived. Lets other ranks go on first."""
@@ -121,31 +93,79 @@ class SimWork(dist.Work):
         self.wait()
         return list(self._outputs())
 
-    def _outputs(self) -> Sequence[Tensor]:
-        return ()
-
     def get_future(self) -> torch.futures.Future[Any]:
-        """A future that is already complete: asking for it waits."""
-        self.wait()
-        future: torch.futures.Future[Any] = torch.futures.Future()
-        future.set_result(list(self._outputs()))
-        return future
+        """A future of the output tensors.
+
+        During a backward pass it is complete when it is returned, because C++ (the gradient buckets of
+        ``DistributedDataParallel``) waits for it there.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            self.wait()
+        if self.call.done:
+            return done_future(list(self._outputs()))
+        if self._future is None:
+            self._future = SimFuture(self.wait, self.is_completed)
+        return self._future
 
     getFuture = get_future  # noqa: N815 - the name under which C++ looks for it
+
+    def _tell_future(self) -> None:
+        if self._future is not None:
+            self._future.set_result(list(self._outputs()))
 
 
 class DoneWork(SimWork):
     """An operation with nothing left to wait for."""
 
-    def wait(self, timeout: timedelta | None = None) -> bool:  # type: ignore[override]
+    def wait(self, timeout: timedelta | None = None) -> bool:  # noqa: ARG002
         """Return at once."""
         return True
+
+    def get_future(self) -> torch.futures.Future[Any]:
+        """A future of nothing."""
+        return done_future([])
 
     def _done(self) -> bool:
         return True
 
 
-class CollectiveWork(SimWork):
+class _RankWork(SimWork):
+    """A handle that belongs to a rank, which must wait for it."""
+
+    def __init__(self, rank: SimRank, call: Call) -> None:
+        super().__init__()
+        self.call = call
+        self._rank = rank
+        rank.outstanding[self] = None
+
+    def _settled(self) -> None:
+        self.call.done = True
+        self._rank.outstanding.pop(self, None)
+
+    def _block(self, register: Callable[[Any], None], forget: Callable[[Any], None], limit: int) -> None:
+        """Block for at most ``limit`` ns of virtual time."""
+        task = _local.task
+        assert task is not None
+        deadline = task.scheduler.now + limit
+        while not self._done():
+            register(task)
+            if not task.scheduler.block(self.call, deadline):
+                forget(task)
+                raise CollectiveTimeoutError(
+                    f"wait() on {self.call.describe()} (issued at {self.call.place}) gave up after "
+                    f"{limit // 1_000_000} ms of virtual time"
+                )
+
+    def _check_owner(self) -> None:
+        task = _local.task
+        if task is None or task.rank is not self._rank:
+            raise SimulationError(
+                f"wait() on {self.call.describe()}, issued by rank {self._rank.index} at {self.call.place}, from a "
+                "thread that is not this rank's"
+            )
+
+
+class CollectiveWork(_RankWork):
     """An asynchronous collective."""
 
     def __init__(
@@ -156,24 +176,33 @@ class CollectiveWork(SimWork):
         member: int,
         inputs: Sequence[Any],
         outputs: Sequence[Tensor],
+        deliver: Callable[[Sequence[Tensor], Sequence[Tensor]], None],
+        accept: Acceptance,
     ) -> None:
-        super().__init__()
-        self.call = call
-        self._rank = rank
+        super().__init__(rank, call)
         self._meeting = meeting
         self._member = member
         self._inputs = inputs
         self._targets = outputs
+        self._deliver = deliver
+        self._accept = accept
         self._copies: list[Any] = []
-        rank.outstanding[self] = None
 
     def hold(self) -> list[Any]:
         """Copy the inputs and poison the outputs; returns the copies, which take part in the collective."""
-        with torch.no_grad():
+        with BelowAutograd(True):
             self._copies = [t.detach().clone() if isinstance(t, Tensor) else t for t in self._inputs]
-            for output in self._targets:
-                poison(output)
+        poison(self._targets)
         return self._copies
+
+    def get_future(self) -> torch.futures.Future[Any]:
+        """As for every handle; gloo has none for a reduce_scatter."""
+        operation = self.call.signature.operation
+        if operation in _WITHOUT_FUTURE:
+            self._accept.feature("futures", f"get_future() of a {operation}")
+        return super().get_future()
+
+    getFuture = get_future  # noqa: N815
 
     def _outputs(self) -> Sequence[Tensor]:
         return self._targets
@@ -181,35 +210,33 @@ class CollectiveWork(SimWork):
     def _done(self) -> bool:
         return self._meeting.complete
 
-    def wait(self, timeout: timedelta | None = None) -> bool:  # type: ignore[override]
-        """Block until every member has come, then let the results arrive.
-
-        Raises:
-            RefusedError: an input or output was written to since the operation was issued.
-        """
-        if self.call.done:
-            return True
-        if not self._meeting.complete:
-            self._rank.world.wait_for_meeting(self._meeting, self.call)
-        self.call.done = True
-        self._rank.outstanding.pop(self, None)
-        with torch.no_grad():
+    def _finish(self, limit: int | None) -> None:
+        self._check_owner()
+        meeting = self._meeting
+        if not meeting.complete:
+            if limit is None:
+                self._rank.world.wait_for_meeting(meeting, self.call)
+            else:
+                self._block(meeting.waiters.append, meeting.waiters.remove, limit)
+        self._settled()
+        with BelowAutograd(True):
             self._check_untouched()
-        assert self._meeting.results is not None
-        results = self._meeting.results[self._member]
-        deliver(results, self._targets)
+        assert meeting.results is not None
+        self._deliver(meeting.results[self._member], self._targets)
         self._copies = []
-        return True
 
     def _check_untouched(self) -> None:
-        overwritten = {_storage(t) for t in self._targets if t.numel()}
+        overwritten = [span(t) for t in self._targets]
         for copy, tensor in zip(self._copies, self._inputs, strict=True):
-            if not isinstance(tensor, Tensor) or _storage(tensor) in overwritten:
+            if not isinstance(tensor, Tensor):
                 continue
-            if not _same_bits(copy, tensor):
+            start, end = span(tensor)
+            if any(low < end and start < high for low, high in overwritten):
+                continue  # an input that is (in) an output: the outputs are looked at below
+            if not same_bits(copy, tensor):
                 raise RefusedError(self._complaint("an input"))
         for output in self._targets:
-            if not _is_poisoned(output):
+            if not is_poisoned(output):
                 raise RefusedError(self._complaint("the output"))
 
     def _complaint(self, what: str) -> str:
@@ -220,17 +247,17 @@ class CollectiveWork(SimWork):
         )
 
 
-class MessageWork(SimWork):
+class MessageWork(_RankWork):
     """A send or receive that was posted."""
 
-    def __init__(self, rank: SimRank, message: Message, target: Sequence[Tensor], copy: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.call = message.call
-        self._rank = rank
+    def __init__(
+        self, rank: SimRank, message: Message, target: Sequence[Tensor], copy: Sequence[Tensor], accept: Acceptance
+    ) -> None:
+        super().__init__(rank, message.call)
         self._message = message
         self._target = target
         self._copy = copy
-        rank.outstanding[self] = None
+        self._accept = accept
 
     def _done(self) -> bool:
         return self._message.matched
@@ -238,32 +265,36 @@ class MessageWork(SimWork):
     def _outputs(self) -> Sequence[Tensor]:
         return self._target
 
-    def wait(self, timeout: timedelta | None = None) -> bool:  # type: ignore[override]
-        """Block until the counterpart was posted.
+    def get_future(self) -> torch.futures.Future[Any]:
+        """As for every handle; gloo has none for a message."""
+        self._accept.feature("futures", f"get_future() of a {self.call.signature.operation}")
+        return super().get_future()
 
-        Raises:
-            RefusedError: the tensor was written to since the operation was posted.
-        """
-        if self.call.done:
-            return True
-        self._rank.world.wait_for_message(self._message)
-        self.call.done = True
-        self._rank.outstanding.pop(self, None)
-        with torch.no_grad():
-            self._finish()
-        return True
+    getFuture = get_future  # noqa: N815
 
-    def _finish(self) -> None:
-        message = self._message
-        if message.call.signature.operation == "send":
-            for copy, tensor in zip(self._copy, self._target, strict=True):
-                if not _same_bits(copy, tensor):
-                    raise RefusedError(
-                        f"the tensor of the {message.call.describe()} (posted at {message.call.place}) was written to "
-                        "before wait(): the receiver would get undefined data"
-                    )
+    def _finish(self, limit: int | None) -> None:
+        self._check_owner()
+        if limit is None:
+            self._rank.world.wait_for_message(self._message)
         else:
-            deliver(message.tensors, self._target)
+            self._block(self._expect, self._give_up, limit)
+        self._settled()
+        call, receives = self.call, self.call.signature.operation == "recv"
+        with BelowAutograd(True):
+            untouched = all(map(is_poisoned, self._target) if receives else map(same_bits, self._copy, self._target))
+        if not untouched:
+            raise RefusedError(
+                f"the tensor of the {call.describe()} (posted at {call.place}) was written to before wait(): "
+                f"{'what arrives in it' if receives else 'what the receiver gets'} would be undefined"
+            )
+        if receives:
+            write_results(self._message.tensors, self._target)
+
+    def _expect(self, task: Any) -> None:
+        self._message.waiter = task
+
+    def _give_up(self, _task: Any) -> None:
+        self._message.waiter = None
 
     def source_rank(self) -> int:
         """Rank in the group that the message came from."""
@@ -280,11 +311,21 @@ class CoalescedWork(SimWork):
         super().__init__()
         self._works = works
 
-    def wait(self, timeout: timedelta | None = None) -> bool:  # type: ignore[override]
+    def wait(self, timeout: timedelta | None = None) -> bool:
         """Wait for all of them."""
         for work in self._works:
-            work.wait()
+            work.wait(timeout)
         return True
+
+    def get_future(self) -> torch.futures.Future[Any]:
+        """A future of all outputs; asking for it waits."""
+        self.wait()
+        return done_future(list(self._outputs()))
+
+    getFuture = get_future  # noqa: N815
+
+    def _outputs(self) -> Sequence[Tensor]:
+        return [tensor for work in self._works for tensor in work._outputs()]
 
     def _done(self) -> bool:
         return all(work._done() for work in self._works)

@@ -167,3 +167,17 @@ def test_a_thousand_ranks_fit_on_a_screen():
     text = str(caught.value)
     assert "ranks 0-699, 701-1023" in text
     assert len(text.splitlines()) < 20
+
+
+def test_a_rank_that_meets_the_others_on_its_way_out_shows_its_exception():
+    def run():
+        dist.init_process_group("nccl")
+        try:
+            if dist.get_rank() == 2:
+                raise ValueError("no boxed answer")
+            dist.all_reduce(torch.ones(2))
+        finally:
+            dist.barrier()
+
+    with pytest.raises(CollectiveMismatchError, match="barrier.* while handling ValueError: no boxed answer"):
+        SimWorld(4).run(run)
