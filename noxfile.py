@@ -72,7 +72,12 @@ def gpu(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Benchmarks, and the targets they have to meet; ``nox -s bench -- --write`` writes docs/benchmarks.md."""
     install(session, "-e", ".", "pytest", "pytest-benchmark")
-    shown = ["--durations=10", "--benchmark-columns=median,min,max,rounds", "--benchmark-sort=name", "--benchmark-group-by=group"]
+    shown = [
+        "--durations=10",
+        "--benchmark-columns=median,min,max,rounds",
+        "--benchmark-sort=name",
+        "--benchmark-group-by=group",
+    ]
     session.run("python", "-m", "pytest", "benchmarks", *shown, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -55,41 +56,48 @@ class Operation:
     warm: bool = True
 
 
-OPERATIONS = {
-    "all_reduce": Operation(
-        title="all_reduce, 16 floats",
-        make=make_all_reduce,
-        iterations={8: 500, 64: 60, 256: 16, 1024: 4},
-    ),
-    "barrier": Operation(title="barrier", make=make_barrier, iterations={8: 500, 64: 60, 256: 16, 1024: 4}),
-    "all_gather": Operation(
-        title="all_gather, 16 floats into a list",
-        make=make_all_gather,
-        iterations={8: 200, 64: 10, 256: 1, 1024: 1},
-        warm=False,
-    ),
-    "all_gather_into_tensor": Operation(
-        title="all_gather_into_tensor, 16 floats",
-        make=make_all_gather_into_tensor,
-        iterations={8: 200, 64: 20, 256: 4, 1024: 1},
-        warm=False,
-    ),
-    "all_reduce_big": Operation(
-        title="all_reduce, 1M floats",
-        make=functools.partial(make_all_reduce, size=BIG),
-        iterations={8: 10},
-    ),
-}
+OPERATIONS: Mapping[str, Operation] = MappingProxyType(
+    {
+        "all_reduce": Operation(
+            title="all_reduce, 16 floats",
+            make=make_all_reduce,
+            iterations={8: 500, 64: 60, 256: 16, 1024: 4},
+        ),
+        "barrier": Operation(title="barrier", make=make_barrier, iterations={8: 500, 64: 60, 256: 16, 1024: 4}),
+        "all_gather": Operation(
+            title="all_gather, 16 floats into a list",
+            make=make_all_gather,
+            iterations={8: 200, 64: 10, 256: 1, 1024: 1},
+            warm=False,
+        ),
+        "all_gather_into_tensor": Operation(
+            title="all_gather_into_tensor, 16 floats",
+            make=make_all_gather_into_tensor,
+            iterations={8: 200, 64: 20, 256: 4, 1024: 1},
+            warm=False,
+        ),
+        "all_reduce_big": Operation(
+            title="all_reduce, 1M floats",
+            make=functools.partial(make_all_reduce, size=BIG),
+            iterations={8: 10},
+        ),
+    }
+)
 
 
-COMPARED = {
-    "all_reduce": (8, 64, 256, 1024),
-    "barrier": (8, 64, 256, 1024),
-    "all_gather": (64, 256, 1024),
-    "all_gather_into_tensor": (64, 256, 1024),
-    "all_reduce_big": (8,),
-}
+COMPARED: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {
+        "all_reduce": (8, 64, 256, 1024),
+        "barrier": (8, 64, 256, 1024),
+        "all_gather": (64, 256, 1024),
+        "all_gather_into_tensor": (64, 256, 1024),
+        "all_reduce_big": (8,),
+    }
+)
 """Numbers of ranks at which each operation is measured on simulated ranks and on the threaded group."""
+
+ONE_CORE_RANKS = (8, 64, 256)
+"""Numbers of ranks at which the threaded group is measured on one core too."""
 
 GLOO_RANKS = (2, 4, 8)
 """Numbers of real processes."""

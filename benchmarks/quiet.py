@@ -10,6 +10,7 @@ import os
 import resource
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,30 +22,44 @@ REPETITIONS = 5
 QUIET = 0.1
 """Share of one processor that others may take during a measurement without disturbing it."""
 
-PATIENCE_S = 6.0
-"""How long one measurement may be repeated, at most, in the hope of quiet."""
+PATIENCE_S = 5.0
+"""How long one measurement is taken again and again, in the hope of quiet."""
+
+PATIENCE_IN_ALL_S = 50.0
+"""The same, for all measurements of a session."""
 
 _IDLE = (3, 4)  # columns of /proc/stat: idle, waiting for a disk
 _GUEST = 8  # from here on, time that is counted elsewhere as well
-_kept: list[float] = []
+
+
+@dataclass
+class _Session:
+    kept: list[float] = field(default_factory=list)
+    patience: float = PATIENCE_IN_ALL_S
+
+
+_session = _Session()
 
 
 def quietest(measure: Callable[[], T], repetitions: int = REPETITIONS) -> list[T]:
     """Results of ``measure``, at least ``repetitions`` times taken; of more, those that others disturbed least."""
     taken: list[tuple[float, int, T]] = []
     begin = now()
-    while len(taken) < repetitions or (_disturbed(taken, repetitions) and now() - begin < PATIENCE_S):
+    patience = min(PATIENCE_S, _session.patience)
+    while len(taken) < repetitions or (_disturbed(taken, repetitions) and now() - begin < patience):
         started, others = now(), _others_seconds()
         result = measure()
         taken.append(((_others_seconds() - others) / (now() - started), len(taken), result))
+        if len(taken) > repetitions:
+            _session.patience -= now() - started
     kept = sorted(sorted(taken)[:repetitions], key=lambda entry: entry[1])
-    _kept.extend(disturbance for disturbance, _, _ in kept)
+    _session.kept.extend(disturbance for disturbance, _, _ in kept)
     return [result for _, _, result in kept]
 
 
 def disturbance() -> tuple[float, float]:
     """Median and maximum of the share of one processor that others took during what was kept."""
-    return statistics.median(_kept), max(_kept)
+    return statistics.median(_session.kept), max(_session.kept)
 
 
 def _disturbed(taken: list[tuple[float, int, T]], repetitions: int) -> bool:

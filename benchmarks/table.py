@@ -15,7 +15,7 @@ import torch
 import lightrft
 from benchmarks.groups import ROOT
 from benchmarks.measurements import Pair, compared, deadlock, gloo, many_worlds, parts, start_and_end
-from benchmarks.operations import COMPARED, GLOO_RANKS, OPERATIONS
+from benchmarks.operations import COMPARED, GLOO_RANKS, ONE_CORE_RANKS, OPERATIONS
 from benchmarks.quiet import QUIET, REPETITIONS, disturbance
 from benchmarks.targets import TARGETS
 
@@ -69,7 +69,14 @@ def _targets() -> str:
         measured = target.measured()
         verdict = "met" if measured <= target.limit else "**missed**"
         rows.append([target.what, f"{target.limit:g}", f"{measured:.3g}", verdict, target.source])
-    return "## Targets\n\n" + _table(["", "at most", "measured", "", "asked for by"], rows)
+    return f"""## Targets
+
+{_table(["", "at most", "measured", "", "asked for by"], rows)}
+
+The issue asks for an all_gather at 1024 ranks that is 20 times as fast as the threaded group's.
+`all_gather_into_tensor` is; `all_gather` into a list is not and cannot be: every rank fills 1024 tensors of its own, a
+million in all, and torch's own wrapper alone spends a tenth of the threaded group's time on them. "guard" marks what
+nobody asked for, but should not get worse."""
 
 
 def _collectives() -> str:
@@ -84,7 +91,7 @@ def _collectives() -> str:
             str(ranks),
             *_pair(compared("all_reduce", ranks, one_core=True)),
         ]
-        for ranks in COMPARED["all_reduce"]
+        for ranks in ONE_CORE_RANKS
     ]
     return f"""## Collectives
 

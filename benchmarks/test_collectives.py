@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.measurements import compared, gloo
-from benchmarks.operations import COMPARED, GLOO_RANKS, OPERATIONS
+from benchmarks.operations import COMPARED, GLOO_RANKS, ONE_CORE_RANKS, OPERATIONS
 
 CASES = [(name, ranks) for name, counts in COMPARED.items() for ranks in counts]
 
@@ -22,7 +22,7 @@ def test_collective(report, name, ranks, kind):
     report(f"{OPERATIONS[name].title}, {ranks} ranks", seconds(values), ratios=pair.ratios)
 
 
-@pytest.mark.parametrize("ranks", COMPARED["all_reduce"])
+@pytest.mark.parametrize("ranks", ONE_CORE_RANKS)
 def test_all_reduce_with_the_threaded_group_on_one_core(report, ranks):
     pair = compared("all_reduce", ranks, one_core=True)
     report(f"{OPERATIONS['all_reduce'].title}, {ranks} ranks", seconds(pair.theirs), ratios=pair.ratios)

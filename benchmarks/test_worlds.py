@@ -20,7 +20,7 @@ def test_a_deadlock_of_1024_ranks_is_reported(report):
 
 def test_a_thousand_worlds(report):
     measured = many_worlds()
-    report("one of 1,000 worlds of 4 ranks", [measured["seconds"]], **measured)
+    report("one of 1,000 worlds of 4 ranks", [measured["seconds"]], left=measured)
 
 
 @pytest.mark.parametrize("part", ["**one switch of ranks**", "**one all_reduce of 16 floats**"])

@@ -15,7 +15,7 @@ import socket
 import time
 from asyncio import selector_events
 from collections.abc import Callable
-from multiprocessing import connection, popen_fork
+from multiprocessing import connection, popen_fork, synchronize
 from typing import TYPE_CHECKING, Any
 
 from lightrft.sim.current import current_task
@@ -94,6 +94,29 @@ def _popen_wait(original: Any) -> Any:
         return original(self, timeout)
 
     return wait
+
+
+def _semaphore_enter(original: Any) -> Any:
+    def enter(self: Any) -> Any:
+        return self.acquire() if current_task() is not None else original(self)
+
+    return enter
+
+
+def _semaphore_methods(original: Any) -> Any:
+    def make_methods(self: Any) -> None:
+        original(self)
+        real = self._semlock.acquire
+
+        def acquire(block: bool = True, timeout: float | None = None) -> Any:
+            task = current_task()
+            if task is None or not block:
+                return real(block, timeout)
+            return wait_outside(task, lambda seconds: real(seconds > 0, seconds), timeout)
+
+        self.acquire = acquire
+
+    return make_methods
 
 
 def _select(original: Any) -> Any:
@@ -208,6 +231,8 @@ def _patches() -> list[Patch]:
         Patch(connection.Connection, "_recv", _receive),
         Patch(popen_fork.Popen, "wait", _popen_wait),
         Patch(select, "select", _select),
+        Patch(synchronize.SemLock, "__enter__", _semaphore_enter),
+        Patch(synchronize.SemLock, "_make_methods", _semaphore_methods),
         Patch(selector_events.BaseSelectorEventLoop, "_write_to_self", _write_to_self),
     ]
     reads = ("recv", "recv_into", "recvfrom", "recvfrom_into", "recvmsg", "_accept")

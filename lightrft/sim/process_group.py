@@ -61,7 +61,7 @@ class SimProcessGroup(GroupHandle):
                 "start the thread inside the rank, and use the group only there"
             )
         if task.killed:
-            raise Killed
+            task.scheduler.end_of(task)
         if self.closed:
             raise RefusedError(f"{signature.operation}: the process group has been destroyed")
         if peer is None:

@@ -29,6 +29,16 @@ __all__ = ["Killed", "Scheduler", "Task", "Waiting"]
 _new_lock = _thread.allocate_lock  # the real one: inside a run the name gives locks of the simulation
 
 
+_MOST_FRUITLESS = 20_000
+"""Questions asked in vain, with nothing else happening, after which nobody expects an answer."""
+
+_MOST_LONELY = 2_000
+"""Jumps of time that woke nobody but daemon threads, after which the others are seen as waiting for ever."""
+
+MOST_REVIVALS = 50
+"""How often a task that was told to end may catch that and go on, before it is left standing."""
+
+
 class Killed(BaseException):
     """Unwinds a task after the run has failed or ended. Not an ``Exception``: user code should not catch it."""
 
@@ -61,6 +71,7 @@ class Task:
         "polled",
         "queued",
         "rank",
+        "revivals",
         "scheduler",
         "thread",
         "waiting",
@@ -80,6 +91,7 @@ class Task:
         self.by_deadline = False
         self.queued = False
         self.polled = -1
+        self.revivals = 0
         self.wakes = 0
         self.ident = 0
         self.thread: threading.Thread | None = None
@@ -104,6 +116,8 @@ class Scheduler:
         self.running: Task | None = None
         self.switches = 0
         self.closing = False
+        self.stranded = 0
+        self.clock_reads = 0
         self._random = random
         self._switch = switch
         self._stuck = stuck
@@ -115,6 +129,7 @@ class Scheduler:
         """Once set: the run has failed; ready tasks go on until they block, or until this many switches."""
         self._fruitless = 0
         self._progress = 0
+        self._lonely = 0
         self._timers: list[tuple[int, int, Task, int]] = []
         self._order = itertools.count()
         self._loaded: SimRank | None = None
@@ -141,7 +156,7 @@ class Scheduler:
         task = _local.task
         assert task is not None
         if task.killed:
-            raise Killed
+            self.end_of(task)
         task.waiting = waiting
         task.by_deadline = False
         task.wakes += 1
@@ -187,6 +202,20 @@ class Scheduler:
         """A point at which a random schedule may run another task first; nothing under ``fifo``."""
         if self._random is not None and self.ready:
             self.yield_now()
+
+    def end_of(self, task: Task) -> None:
+        """A task that was told to end calls again: tell it again, and leave it standing if it will not hear.
+
+        Raises:
+            Killed: always, unless the task is left standing.
+        """
+        task.revivals += 1
+        if task.revivals > MOST_REVIVALS and self.running is task:
+            self.finish(task)
+            self.stranded += 1
+            while True:
+                task.lock.acquire()
+        raise Killed
 
     def finish(self, task: Task) -> None:
         """The running task ends: hand the baton on for the last time."""
@@ -260,13 +289,30 @@ class Scheduler:
         self.yield_now()
         return True
 
-    def poll(self) -> None:
-        """As :meth:`give_turn`; where that does not help, let virtual time move on."""
+    def poll(self, waiting: Waiting) -> None:
+        """As :meth:`give_turn`; where that does not help, let virtual time move on.
+
+        Raises:
+            Killed: nothing but asking in vain has happened for very long, or the run has failed meanwhile.
+        """
+        task = _local.task
+        assert task is not None
+        task.waiting = waiting
+        if self.drain_until is not None and not self.ready:
+            self._give_up()
         if not self.give_turn():
             if not self.expire_next():
-                self._fruitless = min(self._fruitless + 1, 24)
-                self.advance(1000 << self._fruitless)
+                self._fruitless += 1
+                if self._fruitless > _MOST_FRUITLESS:
+                    self._give_up()
+                self.advance(1000 << min(self._fruitless, 24))
             self.yield_now()
+        task.waiting = None
+
+    def _give_up(self) -> None:
+        """The running task waits for something that cannot come."""
+        self._stuck()
+        raise Killed
 
     def advance(self, nanoseconds: int) -> None:
         """Let virtual time pass while the running task works."""
@@ -289,7 +335,7 @@ class Scheduler:
         if self.drain_until is not None and self.switches > self.drain_until:
             self._stuck()
         while not ready:
-            if self.closing or (self.drain_until is None and not self._hopeless() and self.expire_next()):
+            if self.closing or (self.drain_until is None and not self._hopeless() and self._expire_for_somebody()):
                 if self.closing and not ready:
                     return None
                 continue
@@ -304,6 +350,11 @@ class Scheduler:
             task = ready.popleft()
         task.queued = False
         return task
+
+    def _expire_for_somebody(self) -> bool:
+        """As :meth:`expire_next`, unless time has long served nobody but daemon threads."""
+        self._lonely += 1
+        return self._lonely <= _MOST_LONELY and self.expire_next()
 
     def _hopeless(self) -> bool:
         """Whether only daemon threads still wait for time, while everybody else waits for one another.
@@ -340,5 +391,7 @@ class Scheduler:
             self._switch(self._loaded, rank)
             self._loaded = rank
         self.switches += 1
+        if self._lonely and not task.daemon:
+            self._lonely = 0
         self.running = task
         task.lock.release()

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["StallWatcher"]
 
+_LAST_SECONDS = 2.0
+"""How long ranks may go on without the simulator after the run has failed."""
+
 
 class StallWatcher:
     """Looks from outside whether the rank that holds the baton is blocked in something real."""
@@ -24,11 +27,16 @@ class StallWatcher:
         self._since = time.monotonic()
         self._cpu = 0.0
         self._said = False
+        self._failed_since: float | None = None
 
     def look(self) -> None:
         """Called every ``interval`` seconds from the thread that waits for the run."""
         scheduler = self._world.scheduler
         task = scheduler.running
+        if scheduler.drain_until is not None and not scheduler.closing:
+            self._failed_since = self._failed_since or time.monotonic()
+            if time.monotonic() - self._failed_since > _LAST_SECONDS:
+                self._world.interrupt_failed_run()
         cpu = _cpu_seconds(task.ident) if task is not None else 0.0
         now = time.monotonic()
         if task is None or _is_debugged(task.ident) or scheduler.switches != self._switches or cpu - self._cpu > 0.1 * (now - self._since):

@@ -135,7 +135,7 @@ class SimStore(Store):
         found = all(map(self._keys.holds, keys))
         task = current_task()
         if not found and task is not None:
-            task.scheduler.poll()
+            task.scheduler.poll(StoreWait(f"store.check({', '.join(keys)!r})", caller_place(2)))
             found = all(map(self._keys.holds, keys))
         return found
 

@@ -282,6 +282,21 @@ def _signal(original: Any) -> Any:
     return set_handler
 
 
+def _kill(original: Any) -> Any:
+    def kill(pid: int, signalnum: int) -> None:
+        task = current_task()
+        if task is None or pid != os.getpid() or signalnum == 0:
+            original(pid, signalnum)
+            return
+        handler = task.rank.state.signals.get(signalnum, signal.SIG_DFL)
+        if callable(handler):
+            handler(signalnum, None)
+        elif handler != signal.SIG_IGN:
+            raise ProcessExit(-signalnum)
+
+    return kill
+
+
 def _atexit_register(original: Any) -> Any:
     def register(function: Any, *args: Any, **kwargs: Any) -> Any:
         task = current_task()
@@ -378,6 +393,7 @@ def _patches() -> list[Patch]:
         Patch(threading.Thread, "join", _join),
         Patch(_thread, "start_new_thread", _start),
         Patch(signal, "signal", _signal),
+        Patch(os, "kill", _kill),
         Patch(atexit, "register", _atexit_register),
         Patch(atexit, "unregister", _atexit_unregister),
         Patch(os, "chdir", _chdir),

@@ -67,7 +67,7 @@ class SimWork(dist.Work):
         if not self._done():
             task = _local.task
             if task is not None:
-                task.scheduler.poll()
+                task.scheduler.poll(self.call)
         if self._done():
             self.wait()
             return True

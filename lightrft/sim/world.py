@@ -24,7 +24,7 @@ from lightrft.sim.point_to_point import unmatched
 from lightrft.sim.profiles import check_profile
 from lightrft.sim.rank import SimRank
 from lightrft.sim.rank_state import StateSwitcher
-from lightrft.sim.scheduler import Killed, Scheduler, Task
+from lightrft.sim.scheduler import MOST_REVIVALS, Killed, Scheduler, Task
 from lightrft.sim.shared_globals import SharedGlobals
 from lightrft.sim.stall import StallWatcher
 
@@ -295,21 +295,23 @@ class SimWorld:
             self._interrupt()
             raise
         for rank in self.ranks:
-            if rank.main is not None and rank.main.thread is not None:
-                rank.main.thread.join()
-            for task in rank.threads:
-                if task.thread is not None:
+            for task in (rank.main, *rank.threads):
+                if task is not None and task.thread is not None and task.revivals <= MOST_REVIVALS:
                     task.thread.join()
+
+    def interrupt_failed_run(self) -> None:
+        """The run has failed, and a rank goes on without ever coming to the simulator: stop that rank."""
+        task = self.scheduler.running
+        if task is not None and not task.finished:
+            task.killed = True
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(task.ident), ctypes.py_object(Killed))
 
     def _interrupt(self) -> None:
         """Stop all ranks from outside: the running one is interrupted, the others end where they wait."""
         self._interrupted = True
         deadline = time.monotonic() + 1.5
         while time.monotonic() < deadline:
-            task = self.scheduler.running
-            if task is not None and not task.finished:
-                task.killed = True
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(task.ident), ctypes.py_object(Killed))
+            self.interrupt_failed_run()
             if self.scheduler.all_done.acquire(timeout=0.2):
                 return
         self.scheduler.abandon()

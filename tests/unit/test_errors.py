@@ -15,6 +15,7 @@ TREE = {
     "CollectiveTimeoutError": ("SimulationError", TimeoutError),
     "RankFailedError": ("SimulationError", RuntimeError),
     "NondeterminismError": ("SimulationError", RuntimeError),
+    "RefusedError": ("SimulationError", RuntimeError),
     "UnfinishedError": ("SimulationError", RuntimeError),
     "BlockedOutsideError": ("SimulationError", RuntimeError),
     "EngineStateError": ("LightRFTError", RuntimeError),

@@ -37,7 +37,7 @@ def analyze(tmp_path, caplog):
 
 def session(body, backend="nccl"):
     def run():
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, device_id=torch.device("cuda", 0) if backend == "nccl" else None)
         body(dist.get_rank())
         dist.destroy_process_group()
 

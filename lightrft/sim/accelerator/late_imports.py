@@ -60,6 +60,7 @@ class LateImports(importlib.abc.MetaPathFinder):
         self._undo: list[tuple[Any, str, Any, Any]] = []
         self._filled: set[str] = set()
         self._finding = ""
+        self._stance: Any = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         changed = name == "active" and value != self.active
@@ -73,10 +74,21 @@ class LateImports(importlib.abc.MetaPathFinder):
         sys.meta_path.insert(0, self)
         for module in MAKERS.keys() & sys.modules.keys():
             self._patch(module)
+        self._run_eagerly()
         self._filled = {name for name, cache in _caches() if cache.cache_info().currsize}
+
+    def _run_eagerly(self) -> None:
+        """Have compiled functions run as written: what is compiled on one rank would be used, rank and all, by others."""
+        compiler = sys.modules.get(_COMPILER)
+        if compiler is not None and self._stance is None:
+            self._stance = compiler.decorators.set_stance("force_eager")
+            self._stance.__enter__()
 
     def _end(self) -> None:
         sys.meta_path.remove(self)
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
         while self._undo:
             owner, name, original, value = self._undo.pop()
             setattr(owner, name, original)
@@ -120,6 +132,7 @@ class LateImports(importlib.abc.MetaPathFinder):
         if module.__name__ == _COMPILER:
             with self.without_patches():
                 loader.exec_module(module)
+            self._run_eagerly()
         else:
             loader.exec_module(module)
             self._patch(module.__name__)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from lightrft.errors import CollectiveMismatchError
 
 EXPECTED = CollectiveMismatchError
+SAYS = "while handling ValueError: no boxed answer"
 RANKS = (2,)
 SIZE = 4
 

@@ -1,4 +1,4 @@
-"""Under DistributedDataParallel the rank with fewer batches leaves the others in their backward pass."""
+"""Under DistributedDataParallel the rank with fewer batches leaves the others in their next forward pass."""
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,8 @@ def broken():
     dist.init_process_group("gloo")
     critic = DistributedDataParallel(torch.nn.Linear(4, 1))
     for _ in range(1 if dist.get_rank() == 3 else 2):
-        loss = critic(torch.ones(2, 4)).sum()
-        loss.backward()  # <- waits
+        loss = critic(torch.ones(2, 4)).sum()  # <- waits
+        loss.backward()
     dist.destroy_process_group()  # <- blamed
 
 
