@@ -349,10 +349,17 @@ def _failure_verdict(
     report = _report(world, states, tuple(sorted(culprits, key=lambda c: c.rank)))
     first = failures[0][1]
     raised = "\n\n".join(f"{show_ranks(ranks)}:\n{text}" for text, ranks in by_text.items())
-    head = f"{show_ranks(rank.index for rank, _ in failures)} failed: {type(first).__name__}: {first}"
+    head = f"{show_ranks(rank.index for rank, _ in failures)} failed: {type(first).__name__}: {_message(first)}"
     error = RankFailedError(f"{head}\n\n{raised}\n\n{report}", report=report)
     error.__cause__ = first
     return error
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - a user's exception may fail to describe itself, with any error
+        return "(its message cannot be shown)"
 
 
 def _without_simulator(error: BaseException) -> BaseException:
@@ -378,21 +385,10 @@ def _place_of(error: BaseException) -> Place:
     return place or fallback
 
 
-def timeout_verdict(world: SimWorld, task: Task) -> SimulationError:
-    """A collective has waited for longer than the timeout of its group."""
-    call = task.waiting
-    assert isinstance(call, Call)
+def timeout_verdict(world: SimWorld, call: Call) -> SimulationError:
+    """An operation has waited for longer than the timeout of its group."""
     states = _whereabouts(world)
-    arrived = {
-        rank.index
-        for rank in world.ranks
-        if (blocked := rank.blocked_task()) is not None
-        and isinstance(blocked.waiting, Call)
-        and blocked.waiting.group is call.group
-        and blocked.waiting.sequence == call.sequence
-    }
-    late = [(rank, place) for rank, place, _ in states if rank in call.group.ranks and rank not in arrived]
-    culprits = tuple(Culprit(rank, place) for rank, place in late)
+    culprits = _culprits(_missing_from(call), states)
     waited = (world.scheduler.now - call.since) // 1_000_000
     limit = call.group.timeout // 1_000_000
     report = _report(world, states, culprits)
@@ -401,6 +397,15 @@ def timeout_verdict(world: SimWorld, task: Task) -> SimulationError:
         f"on a cluster the watchdog would end all ranks. Look at {_blame_line(culprits)}."
     )
     return CollectiveTimeoutError(f"{head}\n\n{report}", report=report)
+
+
+def _missing_from(call: Call) -> set[int]:
+    """The ranks that an operation waits for."""
+    if call.signature.operation in POINT_TO_POINT:
+        return {call.peer} if call.peer is not None and call.peer >= 0 else set(call.group.ranks) - {call.rank}
+    meeting = call.group.meetings.get(call.sequence)
+    come = {other.rank for other in meeting.calls if other is not None} if meeting is not None else {call.rank}
+    return set(call.group.ranks) - come
 
 
 def leftovers(world: SimWorld, found: Sequence[tuple[int, Place, str]]) -> UnfinishedError:

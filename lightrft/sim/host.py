@@ -8,10 +8,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from lightrft.sim import accelerator, clock, groups, outside, store, threads
 from lightrft.sim.patching import Patch, Patcher
 
-__all__ = ["frozen_heap", "one_core", "patched", "stack_size"]
+__all__ = ["frozen_heap", "one_core", "patched", "same_parallelism", "stack_size"]
 
 
 def _all_patches() -> list[Patch]:
@@ -42,6 +44,16 @@ def frozen_heap() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+@contextmanager
+def same_parallelism() -> Iterator[None]:
+    """The number of threads that torch's operations use is afterwards what it was."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

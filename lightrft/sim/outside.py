@@ -7,6 +7,7 @@ nothing but itself sleeps in virtual time.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import select
@@ -30,7 +31,7 @@ __all__ = ["patches", "wait_outside"]
 _SLICE = 0.02
 """Seconds of real waiting after which other tasks are looked after again."""
 
-_real_time = time.monotonic
+_real_time, _real_sleep = time.monotonic, time.sleep
 
 
 class LoopWait:
@@ -77,10 +78,10 @@ def _connection_wait(original: Any) -> Any:
 
 
 def _receive(original: Any) -> Any:
-    def receive(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if current_task() is not None:
+    def receive(self: Any, size: int, *args: Any, **kwargs: Any) -> Any:
+        if size and current_task() is not None:
             connection.wait([self])
-        return original(self, *args, **kwargs)
+        return original(self, size, *args, **kwargs)
 
     return receive
 
@@ -94,6 +95,26 @@ def _popen_wait(original: Any) -> Any:
         return original(self, timeout)
 
     return wait
+
+
+def _flock(original: Any) -> Any:
+    def flock(file: Any, operation: int) -> None:
+        task = current_task()
+        if task is None or operation & (fcntl.LOCK_NB | fcntl.LOCK_UN):
+            original(file, operation)
+            return
+
+        def look(seconds: float) -> bool:
+            try:
+                original(file, operation | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _real_sleep(seconds)
+                return False
+            return True
+
+        wait_outside(task, look, None)
+
+    return flock
 
 
 def _semaphore_enter(original: Any) -> Any:
@@ -231,6 +252,7 @@ def _patches() -> list[Patch]:
         Patch(connection.Connection, "_recv", _receive),
         Patch(popen_fork.Popen, "wait", _popen_wait),
         Patch(select, "select", _select),
+        Patch(fcntl, "flock", _flock),
         Patch(synchronize.SemLock, "__enter__", _semaphore_enter),
         Patch(synchronize.SemLock, "_make_methods", _semaphore_methods),
         Patch(selector_events.BaseSelectorEventLoop, "_write_to_self", _write_to_self),

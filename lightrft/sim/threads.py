@@ -15,6 +15,7 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
 from collections import deque
 from typing import Any
@@ -156,8 +157,13 @@ def _in_rank(simulated: Any) -> Any:
 
 
 def prepare_thread() -> None:
-    """What every thread of a rank needs from torch: hooks of autograd run on the thread that called backward."""
+    """What every thread of a rank needs from torch.
+
+    Hooks of autograd run on the thread that called backward; operations use as many threads as ``OMP_NUM_THREADS`` says.
+    """
     torch._C._set_multithreading_enabled(False)
+    wanted = os.environ.get("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(wanted) if wanted.isdigit() and int(wanted) > 0 else 1)
 
 
 def _spawn(function: Any, args: Any, kwargs: Any) -> tuple[Any, Task]:
@@ -267,6 +273,14 @@ def _excepthook(original: Any) -> Any:
 
 
 # -- signals, end of process ------------------------------------------------------------------------------------------
+
+
+def _unraisablehook(original: Any) -> Any:
+    def unraisablehook(unraisable: Any, /) -> None:
+        if not isinstance(unraisable.exc_value, Killed):
+            original(unraisable)
+
+    return unraisablehook
 
 
 def _signal(original: Any) -> Any:
@@ -392,6 +406,7 @@ def _patches() -> list[Patch]:
         Patch(threading, "excepthook", _excepthook),
         Patch(threading.Thread, "join", _join),
         Patch(_thread, "start_new_thread", _start),
+        Patch(sys, "unraisablehook", _unraisablehook),
         Patch(signal, "signal", _signal),
         Patch(os, "kill", _kill),
         Patch(atexit, "register", _atexit_register),

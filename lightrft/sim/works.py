@@ -187,6 +187,7 @@ class CollectiveWork(_RankWork):
         self._deliver = deliver
         self._accept = accept
         self._copies: list[Any] = []
+        rank.world.watch(call)
 
     def hold(self) -> list[Any]:
         """Copy the inputs and poison the outputs; returns the copies, which take part in the collective."""

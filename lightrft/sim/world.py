@@ -19,7 +19,7 @@ from lightrft.sim import current, divergence, places, store, threads
 from lightrft.sim.adoption import LockAdoption
 from lightrft.sim.calls import Call, Event, Group, Meeting, Message
 from lightrft.sim.collectives import ORDERS
-from lightrft.sim.host import frozen_heap, one_core, patched, stack_size
+from lightrft.sim.host import frozen_heap, one_core, patched, same_parallelism, stack_size
 from lightrft.sim.point_to_point import unmatched
 from lightrft.sim.profiles import check_profile
 from lightrft.sim.rank import SimRank
@@ -182,6 +182,7 @@ class SimWorld:
         with ExitStack() as stack:
             self.switcher = StateSwitcher(self.rank_local)
             stack.enter_context(frozen_heap())
+            stack.enter_context(same_parallelism())
             stack.enter_context(patched())  # before the switcher reads modules: what it writes back is patched too
             stack.enter_context(self.switcher.around_run())
             self.scheduler = Scheduler(
@@ -386,6 +387,10 @@ class SimWorld:
         while True:
             self.scheduler.block(waiting)
 
+    def watch(self, call: Call) -> None:
+        """See to it that ``call`` is looked at when the timeout of its group is over."""
+        self.scheduler.watch_at = min(self.scheduler.watch_at, call.since + call.group.timeout)
+
     def wait_for_meeting(self, meeting: Meeting, call: Call) -> None:
         """Block the running task until ``meeting`` is complete."""
         task = current.current_task()
@@ -434,15 +439,15 @@ class SimWorld:
     def _watch(self) -> None:
         """Virtual time has come to a point where a collective may have waited for too long."""
         now, earliest = self.scheduler.now, 1 << 62
-        for task in self.scheduler.tasks:
-            waiting = task.waiting
-            if isinstance(waiting, Call) and not task.finished:
-                limit = waiting.since + waiting.group.timeout
-                if limit <= now and self._verdict is None:
-                    self._verdict = divergence.timeout_verdict(self, task)
-                    self.scheduler.kill_all()
-                    return
-                earliest = min(earliest, limit)
+        waiting = [t.waiting for t in self.scheduler.tasks if isinstance(t.waiting, Call) and not t.finished]
+        issued = [work.call for rank in self.ranks for work in rank.outstanding if not work._done()]
+        for call in (*waiting, *issued):
+            limit = call.since + call.group.timeout
+            if limit <= now and self._verdict is None:
+                self._verdict = divergence.timeout_verdict(self, call)
+                self.scheduler.kill_all()
+                return
+            earliest = min(earliest, limit)
         self.scheduler.watch_at = earliest
 
     def _collect_leftovers(self) -> None:

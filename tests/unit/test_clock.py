@@ -141,6 +141,34 @@ def test_the_default_timeout_is_that_of_the_backend(backend, limit):
         SimWorld(2).run(run, limit + 1)
 
 
+def test_an_asynchronous_collective_that_nobody_waits_for_yet_is_watched_too():
+    def run():
+        dist.init_process_group("nccl", timeout=timedelta(seconds=60))
+        if dist.get_rank() == 1:
+            time.sleep(100)  # late
+        work = dist.all_reduce(torch.ones(2), async_op=True)
+        time.sleep(100)
+        work.wait()
+
+    with pytest.raises(CollectiveTimeoutError) as caught:
+        SimWorld(3).run(run)
+    assert [culprit.place.source for culprit in caught.value.report.culprits] == ["time.sleep(100)  # late"]
+
+
+def test_a_receive_that_waits_for_too_long_names_the_sender():
+    def run():
+        dist.init_process_group("nccl", timeout=timedelta(seconds=60))
+        if dist.get_rank() == 2:
+            dist.recv(torch.ones(2), 0)
+        elif dist.get_rank() == 0:
+            time.sleep(100)
+            dist.send(torch.ones(2), 2)
+
+    with pytest.raises(CollectiveTimeoutError) as caught:
+        SimWorld(3).run(run)
+    assert [culprit.rank for culprit in caught.value.report.culprits] == [0]
+
+
 def test_a_poll_that_never_succeeds_meets_the_watchdog_of_those_who_wait():
     def run():
         dist.init_process_group("nccl")

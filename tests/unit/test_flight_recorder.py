@@ -175,8 +175,9 @@ def test_messages_by_tag_and_from_anybody_are_read_as_matched(analyze):
             dist.recv(torch.empty(4), 1, tag=7)
         elif rank == 1:
             dist.send(torch.ones(2), 0)
-            dist.send(torch.ones(4), 0, tag=7)
-            dist.send(torch.ones(3), 0, tag=8)
+            messages = [dist.isend(torch.ones(4), 0, tag=7), dist.isend(torch.ones(3), 0, tag=8)]
+            for message in messages:
+                message.wait()
         else:
             dist.send(torch.ones(2), 0)
 

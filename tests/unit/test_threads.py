@@ -396,6 +396,39 @@ def test_a_server_thread_and_its_client_work_in_one_rank():
     assert SimWorld(2).run(with_group(body))[0] == b"reward 1.0"
 
 
+def test_file_locks_between_ranks_are_waited_for(tmp_path):
+    import fcntl
+
+    order = []
+
+    def body(rank):
+        with (tmp_path / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            time.sleep(1)
+            order.append(rank)
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+    SimWorld(3).run(with_group(body))
+    assert sorted(order) == [0, 1, 2]
+
+
+def test_operations_use_one_thread_in_a_rank():
+    before = torch.get_num_threads()
+    assert SimWorld(2).run(torch.get_num_threads) == [1, 1]
+    assert torch.get_num_threads() == before
+
+
+def test_a_pool_of_processes_works_in_a_rank():
+    def body(rank):
+        import multiprocessing
+
+        context = multiprocessing.get_context("fork")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(double, rank + 1).result()
+
+    assert SimWorld(2).run(with_group(body)) == [2, 4]
+
+
 def test_exiting_the_process_ends_the_rank_alone():
     def body(rank):
         if rank == 1:

@@ -28,7 +28,8 @@ from lightrft.sim.divergence import Report
 ZOO = Path(__file__).parent / "zoo"
 NAMES = sorted(path.stem for path in ZOO.glob("*.py"))
 FIFO = {"schedule": "fifo"}
-SCHEDULES = [FIFO, *({"schedule": "random", "seed": seed} for seed in range(1, 4))]
+SCHEDULES = [FIFO, *({"schedule": "random", "seed": seed} for seed in range(1, 3))]
+MORE_SCHEDULES = [*SCHEDULES, *({"schedule": "random", "seed": seed} for seed in range(3, 6))]
 MARK = re.compile(r"# <- (blamed|waits)(?: \(ranks? ([\d, ]+)\))?$")
 
 every_pair = pytest.mark.parametrize("name", NAMES)
@@ -160,8 +161,8 @@ def check_mended(name: str, schedule: dict = FIFO) -> None:
     assert found.error is None, f"{schedule}: {found.message}"
 
 
-def check_pair(name: str) -> None:
-    for schedule in SCHEDULES:
+def check_pair(name: str, schedules: list[dict]) -> None:
+    for schedule in schedules:
         check_broken(name, schedule)
         check_mended(name, schedule)
 
@@ -177,30 +178,23 @@ def test_a_mended_program_runs_clean(name):
 
 
 @every_pair
-def test_a_broken_program_is_caught_for_every_seed(name):
-    for schedule in SCHEDULES:
-        check_broken(name, schedule)
-
-
-@every_pair
-def test_a_mended_program_runs_clean_for_every_seed(name):
-    for schedule in SCHEDULES:
-        check_mended(name, schedule)
+def test_a_pair_does_the_same_for_every_seed(name):
+    check_pair(name, SCHEDULES)
 
 
 @pytest.mark.parametrize("name", in_row("F09"))
 def test_f09_collectives_of_trainers_interleaved_with_sends_of_rank_0_are_named(name):
-    check_pair(name)
+    check_pair(name, SCHEDULES)
 
 
 @pytest.mark.parametrize("name", in_row("F10"))
 def test_f10_a_handshake_out_of_order_is_named(name):
-    check_pair(name)
+    check_pair(name, MORE_SCHEDULES)
 
 
 @pytest.mark.parametrize("name", in_row("F11"))
 def test_f11_ranks_with_different_numbers_of_micro_batches_are_named(name):
-    check_pair(name)
+    check_pair(name, SCHEDULES)
 
 
 @every_pair
