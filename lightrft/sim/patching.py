@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lightrft.sim import places
 
 __all__ = ["Patch", "Patcher"]
 
 _MISSING = object()
-_aliases: dict[frozenset[int], dict[int, tuple[ModuleType, list[str]]]] = {}
+_aliases: dict[frozenset[int], WeakKeyDictionary[ModuleType, tuple[int, list[str]]]] = {}
+"""By the originals looked for: for each module its number of names when it was looked through, and what was found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +58,15 @@ class Patcher:
     def replace_aliases(self) -> None:
         """Replace, in modules that hold one of the originals under a name of their own, that name too.
 
-        What a module holds is looked up once, when it is first seen: later calls cost a step a module.
+        What a module holds is looked up when it is first seen, and again when it has more or fewer names.
         """
-        known = _aliases.setdefault(frozenset(self._replaced), {})
+        known = _aliases.setdefault(frozenset(self._replaced), WeakKeyDictionary())
         for name, module in list(sys.modules.items()):
-            entry = known.get(id(module))
-            if entry is None or entry[0] is not module:
-                entry = known[id(module)] = (module, self._find_aliases(name, module))
+            if not isinstance(module, ModuleType):
+                continue
+            entry = known.get(module)
+            if entry is None or entry[0] != len(vars(module)):
+                entry = known[module] = (len(vars(module)), self._find_aliases(name, module))
             for key in entry[1]:
                 self._replace(vars(module), key)
 

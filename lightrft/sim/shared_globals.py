@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from lightrft.sim.places import is_user_file
 
@@ -69,13 +70,10 @@ class SharedGlobals:
         self._modules = len(sys.modules)
         found: list[tuple[str, ModuleType]] = []
         for name, module in list(sys.modules.items()):
-            if name in self._known or module is None:
-                continue
-            self._known.add(name)
-            file = getattr(module, "__file__", None)
-            if name == "__main__" or not is_user_file(file) or self._is_local(name):
-                continue
-            found.append((name, module))
+            if _is_of_user(module) and name not in self._known:
+                self._known.add(name)
+                if name != "__main__" and not self._is_local(name):
+                    found.append((name, module))
         codes = {name: [_names_in(code) for code in _codes(module)] for name, module in found}
         for names in codes.values():
             for each in names:
@@ -114,6 +112,19 @@ class SharedGlobals:
                     f"it; on a cluster each rank has its own. If that matters, run with "
                     f"SimWorld(rank_local=[{watched.module!r}]) or --rank-local {watched.module}"
                 )
+
+
+_of_user: WeakKeyDictionary[ModuleType, bool] = WeakKeyDictionary()
+
+
+def _is_of_user(module: Any) -> bool:
+    """Whether a module is the user's own; found out once for each."""
+    if not isinstance(module, ModuleType):
+        return False
+    known = _of_user.get(module)
+    if known is None:
+        known = _of_user[module] = is_user_file(vars(module).get("__file__"))
+    return known
 
 
 def _codes(module: ModuleType) -> Iterator[CodeType]:
