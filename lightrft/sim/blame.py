@@ -81,7 +81,7 @@ def odd_ranks(world: SimWorld) -> set[int]:
     if len(world.calls) > _MOST_CALLS:
         return set()
     histories = _histories(world)
-    together, odd = set(histories), set()
+    together, odd = set(histories), set[int]()
     position = 0
     while True:
         classes: dict[Hashable, list[int]] = {}

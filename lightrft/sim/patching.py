@@ -62,7 +62,7 @@ class Patcher:
         """
         known = _aliases.setdefault(frozenset(self._replaced), WeakKeyDictionary())
         for name, module in list(sys.modules.items()):
-            if not isinstance(module, ModuleType):
+            if type(module) is not ModuleType and not issubclass(type(module), ModuleType):
                 continue
             entry = known.get(module)
             if entry is None or entry[0] != len(vars(module)):

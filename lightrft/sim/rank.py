@@ -83,4 +83,4 @@ class SimRank:
         """Make the rank's groups known to C++ on the calling thread."""
         for pg in self.handles:
             if not pg.closed:
-                torch._C._distributed_c10d._register_process_group(pg.group_name, pg)
+                torch._C._distributed_c10d._register_process_group(pg.group_name, pg)  # type: ignore[arg-type]

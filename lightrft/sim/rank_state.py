@@ -7,22 +7,19 @@ Python and NumPy are read in full only after somebody has drawn from them: a loo
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import logging
 import os
-import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed import distributed_c10d as c10d
 from torch.utils import _device
 
+from lightrft.sim.random_state import fresh_states, generators
 from lightrft.sim.rank_local import RankLocalModules
 
 __all__ = ["ProcessState", "StateSwitcher"]
@@ -94,102 +91,6 @@ def _write_flags(current: tuple[Any, ...], wanted: tuple[Any, ...]) -> None:
             put(new)
 
 
-# -- generators -------------------------------------------------------------------------------------------------------
-
-
-class _PythonRandom:
-    """Python's module-level generator: 625 words behind the object header, plus the spare Gaussian."""
-
-    _SIZE = 4 * 625
-
-    def __init__(self) -> None:
-        self._generator: Any = random.random.__self__  # type: ignore[attr-defined]
-        address = id(self._generator) + object.__basicsize__
-        self._address = address
-        self._head = ctypes.c_uint64.from_address(address)
-        if not self._layout_is_known():
-            raise RuntimeError("the memory of this interpreter's random generator is not laid out as expected")
-
-    def _layout_is_known(self) -> bool:
-        words = (ctypes.c_uint32 * 625).from_address(self._address)
-        state = self._generator.getstate()[1]
-        return bool(state[624] == words[0] and state[:624] == tuple(words[1:]))
-
-    def peek(self) -> int:
-        return self._head.value
-
-    def read(self) -> tuple[bytes, Any]:
-        return ctypes.string_at(self._address, self._SIZE), self._generator.gauss_next
-
-    def write(self, state: tuple[bytes, Any]) -> None:
-        ctypes.memmove(self._address, state[0], self._SIZE)
-        self._generator.gauss_next = state[1]
-
-    def spare(self, state: tuple[bytes, Any]) -> bool:
-        return state[1] is not None
-
-
-class _NumpyRandom:
-    """NumPy's legacy global generator: 625 words at a known address; its spare Gaussian only in the full state.
-
-    A state is ``(words, full)``, where ``full`` is the state as NumPy gives it, kept only while there is a spare.
-    """
-
-    _SIZE = 4 * 625
-
-    def __init__(self) -> None:
-        self._get, self._set = np.random.get_state, np.random.set_state
-        generator = np.random.mtrand._rand._bit_generator
-        self._address = generator.ctypes.state_address
-        self._first = ctypes.c_uint64.from_address(self._address)
-        self._position = ctypes.c_uint32.from_address(self._address + 4 * 624)
-        self._spare_loaded = False
-
-    def peek(self) -> int:
-        return self._first.value << 32 | self._position.value
-
-    def read(self) -> tuple[bytes, Any]:
-        full: Any = self._get(legacy=False)
-        self._spare_loaded = bool(full["has_gauss"])
-        return ctypes.string_at(self._address, self._SIZE), full if self._spare_loaded else None
-
-    def write(self, state: tuple[bytes, Any]) -> None:
-        words, full = state
-        if full is None and self._spare_loaded:
-            self._set({**self._get(legacy=False), "has_gauss": 0, "gauss": 0.0})
-        if full is not None:
-            self._set(full)
-        else:
-            ctypes.memmove(self._address, words, self._SIZE)
-        self._spare_loaded = full is not None
-
-    def spare(self, state: tuple[bytes, Any]) -> bool:
-        return state[1] is not None
-
-
-class _Generator:
-    """Switches one generator lazily: nothing is copied for ranks that never drew from it."""
-
-    def __init__(self, memory: Any, slot: int) -> None:
-        self.memory = memory
-        self.slot = slot
-        self.loaded: Any = None
-        self.head = 0
-
-    def save(self, state: ProcessState) -> None:
-        memory = self.memory
-        if memory.peek() != self.head or memory.spare(self.loaded):
-            self.loaded = state.generators[self.slot] = memory.read()
-            self.head = memory.peek()
-
-    def load(self, state: ProcessState) -> None:
-        wanted = state.generators[self.slot]
-        if wanted is not self.loaded:
-            self.memory.write(wanted)
-            self.loaded = wanted
-            self.head = self.memory.peek()
-
-
 # -- one rank's state -------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +118,6 @@ class ProcessState:
         "signals",
         "stderr",
         "stdout",
-        "torch_rng",
         "warning_default",
         "warning_filters",
         "warning_once",
@@ -239,7 +139,6 @@ class ProcessState:
         self.cwd: str | None = None
         self.default_device = _device.CURRENT_DEVICE
         self.flags = _read_flags()
-        self.torch_rng: torch.Tensor = torch.default_generator.get_state()
         self.generators: list[Any] = []
         self.warning_filters: Any = list(warnings.filters)
         self.warning_show = warnings.showwarning
@@ -264,11 +163,11 @@ class StateSwitcher:
     def __init__(self, rank_local: list[str]) -> None:
         self._os_environ: Any = os.environ
         self._os_environb: Any = getattr(os, "environb", None)
-        self._generators = [_Generator(_PythonRandom(), 0), _Generator(_NumpyRandom(), 1)]
+        self._generators = generators()
+        self._flags = _read_flags()
         self.modules = RankLocalModules(rank_local)
         self.any_chdir = False
         self._cwd = os.getcwd()
-        self._torch = torch.default_generator
         self._environs: list[dict[bytes, bytes]] = []
 
     @contextmanager
@@ -282,10 +181,7 @@ class StateSwitcher:
         original.cwd = self._cwd
         environ = dict(self._os_environ._data)
         path, argv, filters = list(sys.path), list(sys.argv), list(warnings.filters)
-        for generator in self._generators:
-            generator.loaded = generator.memory.read()
-            generator.head = generator.memory.peek()
-            original.generators.append(generator.loaded)
+        original.generators = [generator.begin() for generator in self._generators]
         self.modules.begin()
         original.modules = self.modules.pristine()
         isolation = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
@@ -296,6 +192,7 @@ class StateSwitcher:
             isolation(False)
             for generator in self._generators:
                 generator.loaded = None
+            self._flags = _read_flags()
             self.load(original)
             _restore_c_environ(environ, self._environs)
             sys.path[:], sys.argv[:] = path, argv
@@ -318,8 +215,7 @@ class StateSwitcher:
             data[encode_key(key)] = encode_value(value)
         state = ProcessState(data)
         self._environs.append(data)
-        state.torch_rng = _fresh_torch(seed)
-        state.generators = [_fresh_python(seed), _fresh_numpy(seed)]
+        state.generators = fresh_states(seed)
         state.modules = self.modules.pristine()
         return state
 
@@ -334,8 +230,7 @@ class StateSwitcher:
         state.stderr = sys.stderr
         state.excepthook = sys.excepthook
         state.default_device = _device.CURRENT_DEVICE
-        state.flags = _read_flags()
-        state.torch_rng = self._torch.get_state()
+        state.flags = self._flags = _read_flags()
         state.log_handlers = logging.root.handlers
         state.log_level = logging.root.level
         state.log_disable = logging.root.manager.disable
@@ -345,7 +240,7 @@ class StateSwitcher:
         state.warning_once = warnings.onceregistry  # type: ignore[attr-defined]
         state.warning_default = warnings.defaultaction  # type: ignore[attr-defined]
         for generator in self._generators:
-            generator.save(state)
+            generator.save(state.generators)
         if self.modules.active:
             self.modules.save(state.modules)
 
@@ -364,10 +259,9 @@ class StateSwitcher:
         sys.excepthook = state.excepthook
         _device.CURRENT_DEVICE = state.default_device
         sys.modules["__main__"] = state.main
-        flags = _read_flags()
-        if flags != state.flags:
-            _write_flags(flags, state.flags)
-        self._torch.set_state(state.torch_rng)
+        if self._flags != state.flags:
+            _write_flags(self._flags, state.flags)
+            self._flags = state.flags
         if warnings.filters != state.warning_filters:
             warnings.filters = state.warning_filters
             warnings._filters_mutated()  # type: ignore[attr-defined]
@@ -383,7 +277,7 @@ class StateSwitcher:
         warnings.onceregistry = state.warning_once  # type: ignore[attr-defined]
         warnings.defaultaction = state.warning_default  # type: ignore[attr-defined]
         for generator in self._generators:
-            generator.load(state)
+            generator.load(state.generators)
         if self.any_chdir:
             wanted = state.cwd or self._cwd
             if wanted != _real_getcwd():
@@ -394,25 +288,6 @@ class StateSwitcher:
 
 _real_chdir = os.chdir
 _real_getcwd = os.getcwd
-
-
-@functools.lru_cache(maxsize=2048)
-def _fresh_torch(seed: int) -> torch.Tensor:
-    return torch.Generator().manual_seed(seed).get_state()
-
-
-@functools.lru_cache(maxsize=2048)
-def _fresh_python(seed: int) -> tuple[bytes, Any]:
-    _, words, gauss = random.Random(seed).getstate()
-    layout = (ctypes.c_uint32 * 625)(words[624], *words[:624])
-    return bytes(layout), gauss
-
-
-@functools.lru_cache(maxsize=2048)
-def _fresh_numpy(seed: int) -> tuple[bytes, Any]:
-    generator = np.random.MT19937()
-    generator._legacy_seeding(seed % 2**32)
-    return ctypes.string_at(generator.ctypes.state_address, 4 * 625), None
 
 
 def _restore_c_environ(environ: dict[bytes, bytes], others: list[dict[bytes, bytes]]) -> None:

@@ -132,7 +132,7 @@ class SimLock:
         self.release()
 
 
-class SimRLock(threading._RLock):
+class SimRLock(threading._RLock):  # type: ignore[misc] # final in the stubs only
     """A reentrant lock built on :class:`SimLock`."""
 
     def __init__(self) -> None:

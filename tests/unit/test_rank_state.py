@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from lightrft.errors import SimWarning
-from lightrft.sim import SimWorld
+from lightrft.sim import SimWorld, random_state
 
 
 def interleaved(*steps, ranks=3, **options):
@@ -89,6 +89,26 @@ def test_the_spare_gaussian_of_numpy_belongs_to_the_rank():
     for rank in range(3):
         generator = np.random.RandomState(rank)
         values = [generator.randn() for _ in range(3)]
+        expected.append(values[2] if rank != 1 else values[1])
+    assert drawn == expected
+
+
+@pytest.mark.parametrize("by_calls", [False, True])
+def test_the_spare_gaussian_of_torch_belongs_to_the_rank(by_calls, monkeypatch):
+    if by_calls:  # as for a release whose generator is laid out in another way
+        monkeypatch.setattr(random_state, "torch_random", random_state.TorchRandomByCalls)
+        random_state._fresh_torch.cache_clear()
+    drawn = interleaved(
+        torch.manual_seed,
+        lambda rank: torch.randn(1) if rank != 1 else None,
+        lambda _: torch.randn(1),
+        lambda _: torch.randn(1).item(),
+    )
+    random_state._fresh_torch.cache_clear()
+    expected = []
+    for rank in range(3):
+        generator = torch.Generator().manual_seed(rank)
+        values = [torch.randn(1, generator=generator).item() for _ in range(3)]
         expected.append(values[2] if rank != 1 else values[1])
     assert drawn == expected
 
