@@ -89,6 +89,9 @@ def _ordered(tensors: Tensors, combine: Callable[[Tensor, Tensor], object], orde
         return _ring(tensors, combine)
     result = _copy(tensors[0])
     if result.numel() <= 2 * _BLOCK:
+        if combine is torch.Tensor.add_ and len(tensors) > 1:
+            torch._foreach_add_([result] * (len(tensors) - 1), list(tensors[1:]))  # one after the other, in one call
+            return result
         for tensor in tensors[1:]:
             combine(result, tensor)
         return result

@@ -23,7 +23,6 @@ from lightrft.sim.current import _local
 from lightrft.sim.group_handle import GroupHandle
 from lightrft.sim.places import caller_place
 from lightrft.sim.point_to_point import post_receive, post_send
-from lightrft.sim.scheduler import Killed
 from lightrft.sim.works import CoalescedWork, CollectiveWork, DoneWork, SimWork, nanoseconds
 
 if TYPE_CHECKING:

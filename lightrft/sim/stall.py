@@ -39,7 +39,12 @@ class StallWatcher:
                 self._world.interrupt_failed_run()
         cpu = _cpu_seconds(task.ident) if task is not None else 0.0
         now = time.monotonic()
-        if task is None or _is_debugged(task.ident) or scheduler.switches != self._switches or cpu - self._cpu > 0.1 * (now - self._since):
+        if (
+            task is None
+            or _is_debugged(task.ident)
+            or scheduler.switches != self._switches
+            or cpu - self._cpu > 0.1 * (now - self._since)
+        ):
             self._switches, self._since, self._cpu, self._said = scheduler.switches, now, cpu, False
             return
         stalled = now - self._since

@@ -159,7 +159,8 @@ def _in_rank(simulated: Any) -> Any:
 def prepare_thread() -> None:
     """What every thread of a rank needs from torch.
 
-    Hooks of autograd run on the thread that called backward; operations use as many threads as ``OMP_NUM_THREADS`` says.
+    Hooks of autograd run on the thread that called backward; operations use as many threads as ``OMP_NUM_THREADS``
+    says.
     """
     torch._C._set_multithreading_enabled(False)
     wanted = os.environ.get("OMP_NUM_THREADS", "1")

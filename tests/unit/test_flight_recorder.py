@@ -47,7 +47,7 @@ def session(body, backend="nccl"):
 def dumps(world, folder):
     found = []
     for name in world.dump_flight_record(folder / "x"):
-        with open(name, "rb") as file:  # noqa: PTH123 - the name is a string
+        with open(name, "rb") as file:
             found.append(pickle.load(file))
     return found
 

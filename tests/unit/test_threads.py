@@ -222,7 +222,7 @@ def test_a_group_cannot_be_used_from_another_rank():
 def test_an_executor_that_nobody_shut_down_does_not_keep_the_run():
     def body(rank):
         pool = concurrent.futures.ThreadPoolExecutor(2)
-        return pool.submit(lambda: dist.get_rank()).result()
+        return pool.submit(dist.get_rank).result()
 
     assert SimWorld(2).run(with_group(body)) == [0, 1]
 

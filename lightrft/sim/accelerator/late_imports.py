@@ -78,7 +78,7 @@ class LateImports(importlib.abc.MetaPathFinder):
         self._filled = {name for name, cache in _caches() if cache.cache_info().currsize}
 
     def _run_eagerly(self) -> None:
-        """Have compiled functions run as written: what is compiled on one rank would be used, rank and all, by others."""
+        """Have compiled functions run as written: what one rank compiled, its number in it, would serve all."""
         compiler = sys.modules.get(_COMPILER)
         if compiler is not None and self._stance is None:
             self._stance = compiler.decorators.set_stance("force_eager")
