@@ -12,14 +12,19 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import random
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
+import torch
+
 from lightrft.errors import ConfigError
 from lightrft.sim.current import current_task
+from lightrft.sim.threads import RAW_LOCK, RAW_RLOCK, SimLock, SimRLock
 
 __all__ = ["RankLocalModules"]
 
@@ -168,9 +173,11 @@ class _Local:
         """Deep copies, in which every cell and everything that is no plain data still is itself."""
         memo = {id(cell.target): cell.target for cell in self.cells}
         for value in self.namespace.values():
-            if not isinstance(value, (tuple, *(kind for kind, _, _ in _CONTAINERS))):
+            if not isinstance(value, _COPIED):
                 memo[id(value)] = value
-        return [_copy(values, memo) for values in contents]
+        copied = [_copy(values, memo) for values in contents]
+        copied[0].update({name: _fresh_lock(value) for name, value in contents[0].items() if type(value) in _LOCKS})
+        return copied
 
     def fresh(self) -> list[Any]:
         return self._copied(self.pristine)
@@ -217,6 +224,16 @@ def _is_data(value: Any) -> bool:
 
 
 _DATA = frozenset({type(None), bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, deque})
+
+
+_COPIED = (tuple, *(kind for kind, _, _ in _CONTAINERS), torch.Tensor, torch.Generator, np.ndarray, random.Random)
+"""What each rank gets a copy of; everything else that a module's names are bound to is shared."""
+
+_LOCKS = (RAW_LOCK, RAW_RLOCK, SimLock, SimRLock)
+
+
+def _fresh_lock(lock: Any) -> Any:
+    return SimRLock() if type(lock) in (RAW_RLOCK, SimRLock) else SimLock()
 
 
 def _copy(values: Any, memo: dict[int, Any]) -> Any:

@@ -72,7 +72,7 @@ class SharedGlobals:
         for name, module in list(sys.modules.items()):
             if _is_of_user(module) and name not in self._known:
                 self._known.add(name)
-                if name != "__main__" and not self._is_local(name):
+                if name not in ("__main__", "__mp_main__") and not self._is_local(name):
                     found.append((name, module))
         codes = {name: [_names_in(code) for code in _codes(module)] for name, module in found}
         for names in codes.values():

@@ -7,11 +7,16 @@ import time
 from typing import TYPE_CHECKING
 
 from lightrft.sim import divergence
+from lightrft.sim.places import place_of_frame
 
 if TYPE_CHECKING:
+    from lightrft.sim.scheduler import Task
     from lightrft.sim.world import SimWorld
 
 __all__ = ["StallWatcher"]
+
+_LONG = 12
+"""How many times ``stall_after`` a rank may compute before it is mentioned."""
 
 _LAST_SECONDS = 2.0
 """How long ranks may go on without the simulator after the run has failed."""
@@ -28,6 +33,7 @@ class StallWatcher:
         self._cpu = 0.0
         self._said = False
         self._failed_since: float | None = None
+        self._switched = time.monotonic()
 
     def look(self) -> None:
         """Called every ``interval`` seconds from the thread that waits for the run."""
@@ -45,6 +51,7 @@ class StallWatcher:
             or scheduler.switches != self._switches
             or cpu - self._cpu > 0.1 * (now - self._since)
         ):
+            self._note_long_computation(task, scheduler.switches, now)
             self._switches, self._since, self._cpu, self._said = scheduler.switches, now, cpu, False
             return
         stalled = now - self._since
@@ -56,6 +63,19 @@ class StallWatcher:
             verdict = divergence.stall_verdict(self._world, task, stalled)
             task.killed = True
             raise verdict
+
+    def _note_long_computation(self, task: Task | None, switches: int, now: float) -> None:
+        """Say once in a while which rank computes without ever coming to the simulator: it may be a loop."""
+        if switches != self._switches or task is None or _is_debugged(task.ident):
+            self._switched = now
+        elif now - self._switched > _LONG * self._world.stall_after:
+            place = place_of_frame(sys._current_frames().get(task.ident))
+            sys.stderr.write(
+                f"rank {task.rank.index} has been computing for {now - self._switched:.0f} s at {place}; no other rank "
+                "can run until it comes to a collective, a store, a lock, a sleep or a clock\n"
+            )
+            sys.stderr.flush()
+            self._switched = now
 
 
 def _is_debugged(ident: int) -> bool:

@@ -278,7 +278,8 @@ def _excepthook(original: Any) -> Any:
 
 def _unraisablehook(original: Any) -> Any:
     def unraisablehook(unraisable: Any, /) -> None:
-        if not isinstance(unraisable.exc_value, Killed):
+        task = current_task()
+        if not isinstance(unraisable.exc_value, Killed) and not (task is not None and task.killed):
             original(unraisable)
 
     return unraisablehook

@@ -119,6 +119,8 @@ class SimWorld:
         self._mismatch: divergence.Mismatch | None = None
         self._verdict: SimulationError | None = None
         self._interrupted = False
+        self.profiled: int | None = None
+        """The rank that uses torch's profiler."""
         self._leftovers: list[tuple[int, places.Place, str]] = []
 
     # -- what a user calls --------------------------------------------------------------------------------------

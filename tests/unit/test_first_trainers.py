@@ -70,6 +70,20 @@ def test_fsdp2_trains_as_one_process_would(device):
         torch.testing.assert_close(parameters, reference())
 
 
+def test_synchronizing_the_device_completes_what_nccl_was_asked_for():
+    def run(backend):
+        dist.init_process_group(backend)
+        total = torch.ones(2, device="cuda")
+        dist.all_reduce(total, async_op=True)
+        torch.cuda.synchronize()
+        dist.destroy_process_group()
+        return total.tolist()
+
+    assert SimWorld(3, strict=True).run(run, "nccl") == [[3.0, 3.0]] * 3
+    with pytest.raises(SimulationError, match="never waited for"):
+        SimWorld(3, strict=True).run(run, "gloo")
+
+
 def test_ddp_with_an_uneven_loader_is_named():
     def run():
         dist.init_process_group("gloo")

@@ -114,6 +114,23 @@ def test_a_signal_to_oneself_ends_the_rank_or_calls_its_handler():
     assert caught_signals == [signal.SIGUSR1]
 
 
+def test_the_profiler_works_on_one_rank_and_is_refused_on_a_second():
+    def run(ranks):
+        dist.init_process_group("gloo")
+        if dist.get_rank() in ranks:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                dist.barrier()
+                torch.ones(2).add(1)
+            assert any(event.name == "aten::add" for event in profile.events())
+        else:
+            dist.barrier()
+        dist.destroy_process_group()
+
+    SimWorld(2).run(run, [1])
+    with pytest.raises(RankFailedError, match="torch.profiler keeps one profile per process, and rank"):
+        SimWorld(2).run(run, [0, 1])
+
+
 def test_a_compiled_function_runs_as_written_on_every_rank():
     @torch.compile(backend="eager")
     def shifted(tensor):

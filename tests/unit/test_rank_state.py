@@ -356,6 +356,16 @@ def test_a_rank_local_module_may_be_imported_during_the_run():
     assert interleaved(load, read, rank_local=[PACKAGE]) == [[0], [1], [2]]
 
 
+def test_tensors_and_locks_of_a_rank_local_module_are_the_rank_s_own():
+    def read(rank):
+        state.guarded(dist.barrier)
+        return state.LOSSES.tolist()
+
+    assert interleaved(state.add_loss, read, rank_local=[PACKAGE]) == [[float(r)] * 2 for r in range(3)]
+    assert state.LOSSES.tolist() == [0.0, 0.0]
+    assert not state.LOCK.locked()
+
+
 def test_a_rank_local_module_sleeps_in_virtual_time_too():
     original = state.sleep
     assert interleaved(lambda _: state.nap(), lambda _: time.time() > 1000, rank_local=[PACKAGE]) == [True] * 3

@@ -19,6 +19,7 @@ from lightrft.sim.accelerator import memory, streams
 from lightrft.sim.accelerator.generators import DefaultGenerators
 from lightrft.sim.accelerator.replace import answer, once, wherever_bound
 from lightrft.sim.accelerator.state import DeviceState, device_state
+from lightrft.sim.current import current_task
 from lightrft.sim.patching import Patch
 
 __all__ = ["DeviceProperties", "patches"]
@@ -104,8 +105,13 @@ def _can_device_access_peer(state: DeviceState, device: Any, peer_device: Any) -
 
 
 def _synchronize(state: DeviceState, device: Any = None) -> None:
-    """All work is done; the device has to exist."""
+    """All work is done, collectives of nccl groups included; the device has to exist."""
     state.index_of(device)
+    task = current_task()
+    assert task is not None
+    for work in list(task.rank.outstanding):
+        if work.call.group.backend != "gloo" and not work.call.done:
+            work.wait()
 
 
 def _set_sync_debug_mode(state: DeviceState, debug_mode: int | str) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import threading
 from time import sleep
+
+import torch
 
 GROUP = None
 SIZES = {"tensor": 1}
@@ -44,3 +47,16 @@ def cached_group():
 
 def nap():
     sleep(1000)
+
+
+LOSSES = torch.zeros(2)
+LOCK = threading.Lock()
+
+
+def add_loss(value):
+    LOSSES.add_(value)
+
+
+def guarded(body):
+    with LOCK:
+        body()
