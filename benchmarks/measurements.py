@@ -10,8 +10,9 @@ import _thread
 import functools
 import statistics
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from lightrft.sim.current import current_task
 from lightrft.sim.host import one_core
 from lightrft.sim.places import caller_place
 
-__all__ = ["COMPARED", "compared", "deadlock", "gloo", "many_worlds", "parts", "start_and_end"]
+__all__ = ["COMPARED", "DEADLOCKS", "compared", "deadlock", "gloo", "many_worlds", "parts", "start_and_end"]
 
 Run = Callable[[int, Body], list[Any]]
 
@@ -91,27 +92,63 @@ def many_worlds() -> dict[str, float]:
 
 
 @functools.cache
-def deadlock(ranks: int = 1024) -> list[float]:
-    """Seconds from the last move of a rank to the exception in the caller: the last rank skips an all_reduce."""
-    tensors = [torch.ones(16) for _ in range(ranks)]
-    moves = [0.0] * ranks
+def deadlock(kind: str) -> list[float]:
+    """Seconds from the last move of any of 1024 ranks to the exception in the caller."""
+    prepare, move = DEADLOCKS[kind]
+    moves = [0.0] * DEADLOCKED
 
     def main() -> None:
         dist.init_process_group("gloo")
-        dist.barrier()
         rank = dist.get_rank()
+        prepared = prepare(rank)
+        dist.barrier()
         moves[rank] = now()
-        if rank != ranks - 1:
-            dist.all_reduce(tensors[rank])
+        move(rank, prepared)
 
     def report() -> float:
         try:
-            SimWorld(ranks).run(main)
+            SimWorld(DEADLOCKED).run(main)
         except DeadlockError:
             return now() - max(moves)
-        raise AssertionError("a rank skipped a collective, and nobody noticed")
+        raise AssertionError("the ranks are in a deadlock, and nobody noticed")
 
     return quietest(report)
+
+
+DEADLOCKED = 1024
+
+
+def _tensor(_: int) -> torch.Tensor:
+    return torch.ones(16)
+
+
+def _tensor_and_two_groups(rank: int) -> Any:
+    return _tensor(rank), [dist.new_group(list(range(DEADLOCKED))) for _ in range(2)]
+
+
+def _skip(rank: int, tensor: torch.Tensor) -> None:
+    if rank != DEADLOCKED - 1:
+        dist.all_reduce(tensor)
+
+
+def _cross(rank: int, prepared: Any) -> None:
+    tensor, both = prepared
+    for group in both if rank % 2 else reversed(both):
+        dist.all_reduce(tensor, group=group)
+
+
+def _receive(rank: int, tensor: torch.Tensor) -> None:
+    dist.recv(tensor, (rank + 1) % DEADLOCKED)
+
+
+DEADLOCKS: Mapping[str, tuple[Callable[[int], Any], Callable[[int, Any], None]]] = MappingProxyType(
+    {
+        "the last rank skips an all_reduce": (_tensor, _skip),
+        "two groups are entered in opposite order": (_tensor_and_two_groups, _cross),
+        "everybody receives from the next, nobody sends": (_tensor, _receive),
+    }
+)
+"""What each rank prepares, and its last move."""
 
 
 # -- the parts of one collective --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 
 import lightrft
 from benchmarks.groups import ROOT
-from benchmarks.measurements import Pair, compared, deadlock, gloo, many_worlds, parts, start_and_end
+from benchmarks.measurements import DEADLOCKS, Pair, compared, deadlock, gloo, many_worlds, parts, start_and_end
 from benchmarks.operations import COMPARED, GLOO_RANKS, ONE_CORE_RANKS, OPERATIONS
 from benchmarks.quiet import QUIET, REPETITIONS, disturbance
 from benchmarks.targets import TARGETS
@@ -122,7 +122,7 @@ def _worlds() -> str:
         ["1024 ranks start, meet in a barrier and end (s), the first time in a process", *_both(ours, theirs, "first")],
         ["the same, the second time (s)", *_both(ours, theirs, "later")],
         ["memory of one of 1024 ranks, all alive (MiB)", *_both(ours, theirs, "mib_per_rank")],
-        ["last rank's last move to the report of a deadlock of 1024 ranks (s)", _spread(deadlock()), "never"],
+        *([f"1024 ranks, last move to report: {kind} (s)", _spread(deadlock(kind)), "never"] for kind in DEADLOCKS),
         ["one of 1,000 worlds of 4 ranks (ms)", f"{worlds['seconds'] * 1e3:.2f}", NONE],
         ["left by the last 900 of them: threads", f"{worlds['threads']:.0f}", NONE],
         ["... Python objects that the collector tracks", f"{worlds['objects']:.0f}", NONE],

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.measurements import compared, deadlock, many_worlds, start_and_end
+from benchmarks.measurements import DEADLOCKS, compared, deadlock, many_worlds, start_and_end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +38,14 @@ def _ratio(title: str, name: str, ranks: int, limit: float, source: str = "issue
     )
 
 
+def _reported(kind: str) -> Target:
+    return Target(
+        what=f"a deadlock of 1024 ranks is reported: {kind} (s)",
+        limit=0.2,
+        measured=lambda: _median(deadlock(kind)),
+    )
+
+
 def _median(values: list[float]) -> float:
     return statistics.median(values)
 
@@ -64,7 +72,7 @@ TARGETS = (
         limit=0.3,
         measured=lambda: _median(start_and_end("simulated")["mib_per_rank"]),
     ),
-    Target(what="a deadlock of 1024 ranks is reported (s)", limit=0.2, measured=lambda: _median(deadlock())),
+    *(_reported(kind) for kind in DEADLOCKS),
     Target(what="threads left by 900 worlds of 4 ranks", limit=0, measured=lambda: many_worlds()["threads"]),
     Target(
         what="objects left by 900 worlds of 4 ranks, for 100 worlds",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.measurements import deadlock, many_worlds, parts, start_and_end
+from benchmarks.measurements import DEADLOCKS, deadlock, many_worlds, parts, start_and_end
 
 
 @pytest.mark.parametrize("world", ["first", "later"])
@@ -14,8 +14,9 @@ def test_1024_ranks_start_meet_and_end(report, kind, world):
     report("1024 ranks start, meet and end", measured[world], mib_per_rank=measured["mib_per_rank"])
 
 
-def test_a_deadlock_of_1024_ranks_is_reported(report):
-    report("a deadlock of 1024 ranks is reported", deadlock())
+@pytest.mark.parametrize("kind", DEADLOCKS)
+def test_a_deadlock_of_1024_ranks_is_reported(report, kind):
+    report("a deadlock of 1024 ranks is reported", deadlock(kind))
 
 
 def test_a_thousand_worlds(report):

@@ -18,6 +18,7 @@ __all__ = [
     "below_modes",
     "copy_results",
     "is_poisoned",
+    "plain",
     "poison",
     "same_bits",
     "span",
@@ -28,6 +29,18 @@ BelowAutograd = torch._C._InferenceMode
 """``with BelowAutograd(True)``: writing works on every tensor (parameters, inference tensors), and leaves no trace."""
 
 _Result = TypeVar("_Result")
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def plain(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """``tensors``, with what stands for the result of a functional collective replaced by that result.
+
+    Waiting for it is up to the rank that owns it; whoever completes the next collective could not.
+    """
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return [tensor.trigger_wait() if hasattr(tensor, "trigger_wait") else tensor for tensor in tensors]
+    return tensors
 
 
 def below_modes(function: Callable[..., _Result], *args: object) -> _Result:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightrft.errors import CollectiveTimeoutError, RefusedError, SimulationError
 from lightrft.sim import collectives
 from lightrft.sim.acceptance import Acceptance, Reduction
-from lightrft.sim.buffers import BelowAutograd, below_modes, copy_results, poison, write_results
+from lightrft.sim.buffers import BelowAutograd, below_modes, copy_results, plain, poison, write_results
 from lightrft.sim.calls import Call, Group, Meeting, Signature
 from lightrft.sim.current import _local
 from lightrft.sim.group_handle import GroupHandle
@@ -101,6 +101,8 @@ class SimProcessGroup(GroupHandle):
         """
         if torch._C._len_torch_dispatch_stack():
             return below_modes(self._meet, signature, inputs, outputs, opts, compute, sizes)
+        inputs = plain(inputs)
+        outputs = plain(outputs) if len(outputs) == 1 else outputs
         deliver = write_results
         if signature.operation in self._profile.copying:
             deliver = copy_results
@@ -494,7 +496,7 @@ class SimProcessGroup(GroupHandle):
         sent = tensors if operation == "send" else ()
         other = self._group.ranks[peer] if peer >= 0 else -1
         call = self._call(Signature(operation, *_shapes(tensors)), sent, other, tag)
-        return self._issued(below_modes(post, self, call, tensors, peer, tag))
+        return self._issued(below_modes(post, self, call, plain(tensors), peer, tag))
 
     # -- coalescing ---------------------------------------------------------------------------------------------
 
