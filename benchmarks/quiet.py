@@ -28,6 +28,9 @@ PATIENCE_S = 5.0
 PATIENCE_IN_ALL_S = 50.0
 """The same, for all measurements of a session."""
 
+LIMIT_S = 75.0
+"""After this time a measurement is not taken again, even if it was taken fewer times than asked for."""
+
 _IDLE = (3, 4)  # columns of /proc/stat: idle, waiting for a disk
 _GUEST = 8  # from here on, time that is counted elsewhere as well
 
@@ -42,11 +45,13 @@ _session = _Session()
 
 
 def quietest(measure: Callable[[], T], repetitions: int = REPETITIONS) -> list[T]:
-    """Results of ``measure``, at least ``repetitions`` times taken; of more, those that others disturbed least."""
+    """Results of ``measure``, taken ``repetitions`` times; of more, those that others disturbed least."""
     taken: list[tuple[float, int, T]] = []
     begin = now()
     patience = min(PATIENCE_S, _session.patience)
-    while len(taken) < repetitions or (_disturbed(taken, repetitions) and now() - begin < patience):
+    while (len(taken) < repetitions and now() - begin < LIMIT_S) or (
+        _disturbed(taken, repetitions) and now() - begin < patience
+    ):
         started, others = now(), _others_seconds()
         result = measure()
         taken.append(((_others_seconds() - others) / (now() - started), len(taken), result))

@@ -71,9 +71,9 @@ def _targets() -> str:
         rows.append([target.what, f"{target.limit:g}", f"{measured:.3g}", verdict, target.source])
     return f"""## Targets
 
-{_table(["", "at most", "measured", "", "asked for by"], rows)}
+{_table(["", "at most", "measured", "", "kind"], rows)}
 
-The issue asks for an all_gather at 1024 ranks that is 20 times as fast as the threaded group's.
+The target is an all_gather at 1024 ranks that is 20 times as fast as the threaded group's.
 `all_gather_into_tensor` is; `all_gather` into a list is not and cannot be: every rank fills 1024 tensors of its own, a
 million in all, and torch's own wrapper alone spends a tenth of the threaded group's time on them. "guard" marks what
 nobody asked for, but should not get worse."""

@@ -17,19 +17,19 @@ class Target:
         what: what is measured, and in which unit.
         limit: the most it may be.
         measured: measures, or gives what was measured before.
-        source: who asked for it: the issue, or nobody but this suite, which guards what was once reached.
+        source: a target, or a guard of what was once reached.
     """
 
     what: str
     limit: float
     measured: Callable[[], float]
-    source: str = "issue"
+    source: str = "target"
 
     def __str__(self) -> str:
         return f"{self.what} <= {self.limit:g}"
 
 
-def _ratio(title: str, name: str, ranks: int, limit: float, source: str = "issue") -> Target:
+def _ratio(title: str, name: str, ranks: int, limit: float, source: str = "target") -> Target:
     return Target(
         what=f"{title}, {ranks} ranks, as a fraction of the threaded group",
         limit=limit,
