@@ -50,6 +50,27 @@ class Acceptance:
             if tensor.dtype not in COMMON_DTYPES or not tensor.is_contiguous() or not tensor.is_cpu:
                 self._doubtful(operation, tensor)
 
+    def parts_of_list(self, operation: str, tensors: Sequence[Tensor], whole: Tensor) -> Any:
+        """As :meth:`tensors`, for a list with one entry per member, all of the dtype of ``whole``.
+
+        Returns:
+            the shape of all, or, where they may differ, a tuple of shapes. It is a pass over a list that grows with the
+            group, on every member, and so does all in one go.
+        """
+        dtype, shape, even = whole.dtype, tensors[0].shape, True
+        for tensor in tensors:
+            if tensor.dtype is not dtype or not tensor.is_contiguous() or not tensor.is_cpu:
+                if tensor.dtype is not dtype:
+                    _refuse(f"{operation}: {tensor.dtype} in a list that goes with {dtype}")
+                self._doubtful(operation, tensor)
+            if tensor.shape != shape:
+                even = False
+        if even:
+            return shape if self.profile.same_shape else (shape.numel(),)
+        if operation not in self.profile.uneven:
+            _refuse(f"{operation}: tensors of different sizes are not supported by {self._backend}")
+        return tuple(t.shape if self.profile.same_shape else (t.numel(),) for t in tensors)
+
     def messages(self, operation: str, tensors: Sequence[Tensor]) -> None:
         """As :meth:`tensors`, for send and recv."""
         for tensor in tensors:

@@ -97,21 +97,23 @@ def span(tensor: Tensor) -> tuple[int, int]:
 def write_results(results: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     """Write as raw memory: autograd sees nothing, and version counters stay."""
     with BelowAutograd(True):
-        if len(results) == 1:
-            output, result = outputs[0].data, results[0]
-            output.copy_(result if result.shape == output.shape else result.view(output.shape))
-        elif results:
-            _copy([output.data for output in outputs], results)
+        _copy([output.data for output in outputs] if results else (), results)
 
 
 def copy_results(results: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
     """Write as gloo does where it goes through a buffer of its own: version counters advance."""
     with torch.no_grad():
-        if results:
-            _copy(outputs, results)
+        _copy(outputs if results else (), results)
 
 
 def _copy(outputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-    if any(result.shape != output.shape for result, output in zip(results, outputs, strict=True)):
-        results = [result.view(output.shape) for result, output in zip(results, outputs, strict=True)]
-    torch._foreach_copy_(list(outputs), list(results))
+    """Copy tensors of equal numbers of elements; in most calls their shapes agree too."""
+    if len(outputs) == 1:
+        output, result = outputs[0], results[0]
+        output.copy_(result if result.shape == output.shape else result.view(output.shape))
+    elif outputs:
+        try:
+            torch._foreach_copy_(list(outputs), list(results))
+        except RuntimeError:
+            pairs = zip(results, outputs, strict=True)
+            torch._foreach_copy_(list(outputs), [result.view(output.shape) for result, output in pairs])

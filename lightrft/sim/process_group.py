@@ -167,13 +167,6 @@ class SimProcessGroup(GroupHandle):
     def _shape(self, tensor: Tensor) -> Any:
         return tensor.shape if self._profile.same_shape else (tensor.numel(),)
 
-    def _shape_of_list(self, tensors: Sequence[Tensor]) -> Any:
-        """The shape of all, or a tuple of shapes if they differ."""
-        shape = tensors[0].shape
-        if all([tensor.shape == shape for tensor in tensors]):  # noqa: C419 - a list is faster, and this is per tensor
-            return shape if self._profile.same_shape else (shape.numel(),)
-        return tuple(self._shape(tensor) for tensor in tensors)
-
     def _reducer(self, collective: Callable[..., list[Sequence[Tensor]]], reduction: Reduction, *args: Any) -> Compute:
         """``collective`` with the reduction of this group and of the meeting's sequence number."""
         order, world_seed = self._world.numerics, self._world.seed
@@ -238,11 +231,9 @@ class SimProcessGroup(GroupHandle):
         accept, outputs, tensor = self._accept, _first_list(output_lists), _as_list(inputs)[0]
         accept.count("all_gather", "the output list", len(outputs))
         accept.tensors("all_gather", (tensor,))
-        accept.tensors("all_gather", outputs)
+        shape = accept.parts_of_list("all_gather", outputs, tensor)
         accept.same("all_gather", f"output {self._member}", outputs[self._member], tensor)
-        accept.one_dtype("all_gather", tensor, outputs)
-        accept.even("all_gather", outputs)
-        signature = Signature("all_gather", tensor.dtype, self._shape_of_list(outputs))
+        signature = Signature("all_gather", tensor.dtype, shape)
         return self._meet(signature, [tensor], outputs, opts, lambda m: collectives.all_gather(m.inputs))
 
     def allgather_coalesced(self, output_lists: list[list[Tensor]], inputs: list[Tensor], opts: Any = None) -> Any:
@@ -306,12 +297,11 @@ class SimProcessGroup(GroupHandle):
         """``reduce_scatter`` of a list: member ``m`` gets the reduction of everybody's ``m``-th tensor."""
         accept, output, inputs = self._accept, _as_list(outputs)[0], _first_list(input_lists)
         accept.count("reduce_scatter", "the input list", len(inputs))
-        accept.tensors("reduce_scatter", (output, *inputs))
-        accept.one_dtype("reduce_scatter", output, inputs)
+        accept.tensors("reduce_scatter", (output,))
+        shape = accept.parts_of_list("reduce_scatter", inputs, output)
         accept.same("reduce_scatter", "the output", output, inputs[self._member])
-        accept.even("reduce_scatter", inputs)
         reduction = accept.reduction(_reduce_op(opts), inputs, "reduce_scatter")
-        signature = Signature("reduce_scatter", output.dtype, self._shape_of_list(inputs), reduction.label)
+        signature = Signature("reduce_scatter", output.dtype, shape, reduction.label)
         return self._meet(signature, inputs, [output], opts, self._reducer(collectives.reduce_scatter, reduction))
 
     def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> Any:
