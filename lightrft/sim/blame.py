@@ -61,7 +61,8 @@ def cover(pairs: Iterable[tuple[int, int]]) -> set[int]:
 
 def deadlock_suspects(world: SimWorld) -> set[int]:
     """The ranks to blame for a deadlock."""
-    standings = {rank.index: _standing(world, rank.index) for rank in world.ranks}
+    missing: dict[Meeting, frozenset[int]] = {}
+    standings = {rank.index: _standing(world, rank.index, missing) for rank in world.ranks}
     awaited = {target for standing in standings.values() for target in standing.waits_for}
     suspects = odd_ranks(world) & awaited
     if suspects:
@@ -130,7 +131,8 @@ def _suspects_by_place(standings: Mapping[int, Standing]) -> set[int]:
     return _spare_those_who_wait_for_suspects(suspects, standings)
 
 
-def _standing(world: SimWorld, index: int) -> Standing:
+def _standing(world: SimWorld, index: int, known: dict[Meeting, frozenset[int]]) -> Standing:
+    """Where a rank stands; ``known`` keeps whom each meeting lacks, which all who wait in it would look up."""
     task = world.ranks[index].blocked_task()
     waiting = task.waiting if task is not None else None
     if waiting is None:
@@ -143,7 +145,9 @@ def _standing(world: SimWorld, index: int) -> Standing:
         ranks = waiting.group.ranks if waiting.peer is None or waiting.peer < 0 else (waiting.peer,)
         return Standing(("message", index), frozenset(ranks) - {index}, None)
     meeting = waiting.group.meetings.get(waiting.sequence)
-    missing = _missing(meeting) if meeting is not None else frozenset()
+    if meeting is not None and meeting not in known:
+        known[meeting] = _missing(meeting)
+    missing = known[meeting] if meeting is not None else frozenset()
     return Standing((waiting.group, waiting.sequence), missing, meeting)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -133,10 +133,10 @@ def _table(rows: Sequence[Row]) -> str:
 # -- where everybody is -----------------------------------------------------------------------------------------------
 
 
-def _state_of(rank: SimRank) -> tuple[Place, str]:
+def _state_of(rank: SimRank, exceptions: Mapping[int, Any]) -> tuple[Place, str]:
     task = rank.blocked_task()
     if task is not None and task.waiting is not None:
-        return task.waiting.place, f"waits in {task.waiting.describe()}{_exception_of(task)}"
+        return task.waiting.place, f"waits in {task.waiting.describe()}{_exception_of(task, exceptions)}"
     if rank.main is None or not rank.main.finished:
         frame = sys._current_frames().get(task.ident if task is not None else -1)
         return place_of_frame(frame), "runs"
@@ -147,9 +147,9 @@ def _state_of(rank: SimRank) -> tuple[Place, str]:
     return place, f"has returned; it {what}"
 
 
-def _exception_of(task: Task) -> str:
+def _exception_of(task: Task, exceptions: Mapping[int, Any]) -> str:
     """What the task was handling when it came to wait, which may be why it is there."""
-    found: Any = sys._current_exceptions().get(task.ident)
+    found = exceptions.get(task.ident)
     error = found[1] if isinstance(found, tuple) else found  # Python 3.11 gives type, value, traceback
     if error is None or isinstance(error, Killed):
         return ""
@@ -165,7 +165,8 @@ def _rows(states: Iterable[tuple[int, Place, str]]) -> tuple[Row, ...]:
 
 
 def _whereabouts(world: SimWorld) -> list[tuple[int, Place, str]]:
-    return [(rank.index, *_state_of(rank)) for rank in world.ranks]
+    exceptions = sys._current_exceptions()
+    return [(rank.index, *_state_of(rank, exceptions)) for rank in world.ranks]
 
 
 # -- who is to blame --------------------------------------------------------------------------------------------------
