@@ -176,22 +176,55 @@ def _spare_nearly_complete_meetings(suspects: set[int], standings: Mapping[int, 
 
 def _spare_those_who_wait_for_suspects(suspects: set[int], standings: Mapping[int, Standing]) -> set[int]:
     """Drop whoever waits only for other suspects, and is not waited for by them in turn."""
-    reach = {rank: _reachable(rank, suspects, standings) for rank in suspects}
-    spared = set()
-    for rank in suspects:
-        circle = {other for other in reach[rank] if rank in reach[other]} | {rank}
-        outward = {target for member in circle for target in standings[member].waits_for} - circle
+    spared = set[int]()
+    for circle in _circles(suspects, standings):
+        outward = frozenset[int]().union(*{standings[member].waits_for for member in circle}) - circle
         if outward and outward <= suspects:
-            spared.add(rank)
+            spared |= circle
     return suspects - spared
 
 
-def _reachable(start: int, inside: set[int], standings: Mapping[int, Standing]) -> set[int]:
-    found: set[int] = set()
-    ahead = [start]
-    while ahead:
-        for target in standings[ahead.pop()].waits_for & inside:
-            if target not in found:
-                found.add(target)
-                ahead.append(target)
-    return found
+def _circles(suspects: set[int], standings: Mapping[int, Standing]) -> list[set[int]]:
+    """The suspects in classes whose members wait for each other, directly or through other suspects.
+
+    These are the strongly connected components of a graph (Kosaraju). Ranks that wait in one meeting wait for the same
+    set; the set is a node of its own between them, which keeps the edges few where the ranks are many.
+    """
+    forward: dict[Hashable, list[Hashable]] = {}
+    for rank in sorted(suspects):
+        awaited = standings[rank].waits_for
+        forward[rank] = [awaited]
+        if awaited not in forward:
+            forward[awaited] = [*sorted(awaited & suspects)]
+    backward: dict[Hashable, list[Hashable]] = {node: [] for node in forward}
+    for node, targets in forward.items():
+        for target in targets:
+            backward[target].append(node)
+
+    finished: list[Hashable] = []
+    seen = set[Hashable]()
+    for node in forward:
+        finished += _walk(node, forward, seen)
+    seen.clear()
+    components = [_walk(node, backward, seen) for node in reversed(finished)]
+    circles = [{node for node in component if isinstance(node, int)} for component in components]
+    return [circle for circle in circles if circle]
+
+
+def _walk(start: Hashable, edges: Mapping[Hashable, list[Hashable]], seen: set[Hashable]) -> list[Hashable]:
+    """The nodes that ``start`` leads to and that were not seen before, each after those it leads to."""
+    if start in seen:
+        return []
+    seen.add(start)
+    finished: list[Hashable] = []
+    path = [(start, iter(edges[start]))]
+    while path:
+        node, targets = path[-1]
+        following = next((target for target in targets if target not in seen), None)
+        if following is None:
+            finished.append(node)
+            path.pop()
+        else:
+            seen.add(following)
+            path.append((following, iter(edges[following])))
+    return finished

@@ -6,22 +6,27 @@ fixed date: two runs of one seed see the same times.
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightrft.sim.current import current_task
 from lightrft.sim.patching import Patch
 from lightrft.sim.places import Place, caller_place
 
-__all__ = ["patches"]
+__all__ = ["patches", "still_during_collection"]
 
 EPOCH_NS = 1_767_225_600_000_000_000
 """Virtual time 0 as nanoseconds since 1970: the first second of 2026 (UTC)."""
 
 TICK_NS = 1000
+
+_collecting: list[str] = []
+"""Not empty while garbage is collected."""
 
 
 class Sleep:
@@ -56,6 +61,8 @@ def _reader(from_ns: Callable[[int], Any], epoch: int) -> Callable[[Any], Any]:
             if task is None:
                 return original()
             scheduler = task.scheduler
+            if _collecting:
+                return from_ns(epoch + scheduler.now)
             scheduler.now += TICK_NS
             scheduler.clock_reads += 1
             if not scheduler.clock_reads & 1023:  # it watches the clock: what it waits for may be up to somebody else
@@ -66,6 +73,31 @@ def _reader(from_ns: Callable[[int], Any], epoch: int) -> Callable[[Any], Any]:
         return read
 
     return make
+
+
+@contextmanager
+def still_during_collection() -> Iterator[None]:
+    """Inside, no time passes while garbage is collected.
+
+    When that happens is not up to the seed, and finalizers read clocks, as do callbacks such as the one of Hypothesis.
+    """
+    gc.callbacks.insert(0, _collection_starts)
+    gc.callbacks.append(_collection_stops)
+    try:
+        yield
+    finally:
+        gc.callbacks.remove(_collection_starts)
+        gc.callbacks.remove(_collection_stops)
+
+
+def _collection_starts(phase: str, _: dict[str, int]) -> None:
+    if phase == "start":
+        _collecting.append(phase)
+
+
+def _collection_stops(phase: str, _: dict[str, int]) -> None:
+    if phase == "stop":
+        _collecting.clear()
 
 
 def _seconds(nanoseconds: int) -> float:

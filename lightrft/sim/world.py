@@ -18,6 +18,7 @@ from lightrft.errors import ConfigError, SimulationError, SimWarning
 from lightrft.sim import current, divergence, places, store, threads
 from lightrft.sim.adoption import LockAdoption
 from lightrft.sim.calls import Call, Event, Group, Meeting, Message
+from lightrft.sim.clock import still_during_collection
 from lightrft.sim.collectives import ORDERS
 from lightrft.sim.host import frozen_heap, one_core, patched, same_parallelism, stack_size
 from lightrft.sim.point_to_point import unmatched
@@ -184,6 +185,7 @@ class SimWorld:
         with ExitStack() as stack:
             self.switcher = StateSwitcher(self.rank_local)
             stack.enter_context(frozen_heap())
+            stack.enter_context(still_during_collection())
             stack.enter_context(same_parallelism())
             stack.enter_context(patched())  # before the switcher reads modules: what it writes back is patched too
             stack.enter_context(self.switcher.around_run())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from datetime import timedelta
 
@@ -73,6 +74,35 @@ def test_two_runs_see_the_same_times():
         return time.time(), time.monotonic_ns()
 
     assert SimWorld(3).run(run) == SimWorld(3).run(run)
+
+
+def test_no_time_passes_while_garbage_is_collected():
+    reads = []
+
+    class Late:
+        def __del__(self):
+            reads.append(time.monotonic_ns())
+
+    def watch(phase, info):
+        reads.append(time.monotonic_ns())
+
+    def run():
+        before = time.monotonic_ns()
+        late = Late()
+        late.itself = late
+        del late
+        gc.collect()
+        return time.monotonic_ns() - before
+
+    plain = SimWorld(1).run(lambda: -time.monotonic_ns() + time.monotonic_ns())
+    callbacks = list(gc.callbacks)
+    gc.callbacks.append(watch)
+    try:
+        assert SimWorld(1).run(run) == plain
+    finally:
+        gc.callbacks.remove(watch)
+    assert len(reads) >= 3
+    assert gc.callbacks == callbacks
 
 
 def test_a_loop_that_watches_the_clock_ends():
