@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightrft import __version__
@@ -165,6 +166,16 @@ def _sim_parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--tag-output", action="store_true", help="start each line that a rank prints with [rank N]")
     output.add_argument(
+        "--no-report",
+        action="store_true",
+        help="do not show at the end how many collectives, messages and bytes there were, and where the time went",
+    )
+    output.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write a trace of all calls to FILE, such as trace.json, for ui.perfetto.dev or chrome://tracing",
+    )
+    output.add_argument(
         "--flight-record",
         metavar="PREFIX",
         help="write what each rank did to PREFIX0, PREFIX1, ... in the format of PyTorch's flight recorder, which "
@@ -254,7 +265,28 @@ def _checked(
     folder = os.path.dirname(options.flight_record or "")  # noqa: PTH120 - a prefix of names is no path
     if folder and not os.path.isdir(folder):  # noqa: PTH112
         parser.error(f"--flight-record: there is no folder {folder!r}")
+    if options.trace is not None:
+        problem = _cannot_write(options.trace)
+        if problem:
+            parser.error(f"--trace: {problem}")
     return script
+
+
+def _cannot_write(name: str) -> str:
+    """Why no file of this name can be written, found out without changing one that exists; else empty."""
+    path = Path(name)
+    try:
+        if path.is_dir():
+            return f"{name!r} is a folder: expected the name of a file"
+        if not path.parent.is_dir():
+            return f"there is no folder {str(path.parent)!r}"
+        existed = path.exists()
+        path.open("ab").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        return f"{name!r} cannot be written: {error.strerror}"
+    return ""
 
 
 def _command(words: list[str], own_process: bool) -> str:
@@ -265,30 +297,42 @@ def _command(words: list[str], own_process: bool) -> str:
 
 def _run(script: Script, options: argparse.Namespace, replay: str) -> int:
     from lightrft.errors import ConfigError, SimulationError
-    from lightrft.sim.world import SimWorld
 
     try:
-        world = SimWorld(
-            options.ranks,
-            gpus_per_node=options.gpus_per_node,
-            seed=options.seed,
-            schedule=options.schedule,
-            numerics=options.numerics,
-            profile=options.profile,
-            rank_local=options.rank_local,
-            cuda=options.cuda,
-            strict=options.strict,
-            check_determinism=options.check_determinism,
-        )
-        world.replay = replay
-        world.warn = lambda message: _complain(f"lightrft: warning: {message}")
-        _run_in(world, script, options)
+        world = _new_world(options, replay)
+        try:
+            _run_in(world, script, options)
+        except BaseException as error:
+            if not isinstance(error, ConfigError):
+                _tell(world, options)
+            raise
     except ConfigError as error:
         raise _UsageError(f"lightrft sim: error: {error}") from None
     except SimulationError as error:
         _complain(f"\n{error}{_after_failure(options)}")
         return FAILED
-    return 0
+    return 0 if _tell(world, options) else FAILED
+
+
+def _new_world(options: argparse.Namespace, replay: str) -> SimWorld:
+    from lightrft.sim.world import SimWorld
+
+    world = SimWorld(
+        options.ranks,
+        gpus_per_node=options.gpus_per_node,
+        seed=options.seed,
+        schedule=options.schedule,
+        numerics=options.numerics,
+        profile=options.profile,
+        rank_local=options.rank_local,
+        cuda=options.cuda,
+        strict=options.strict,
+        check_determinism=options.check_determinism,
+    )
+    world.replay = replay
+    world.timed = not options.no_report
+    world.warn = lambda message: _complain(f"lightrft: warning: {message}")
+    return world
 
 
 def _run_in(world: SimWorld, script: Script, options: argparse.Namespace) -> None:
@@ -302,6 +346,25 @@ def _run_in(world: SimWorld, script: Script, options: argparse.Namespace) -> Non
 
             function = stack.enter_context(tagged_output(function))
         world.run(function)
+
+
+def _tell(world: SimWorld, options: argparse.Namespace) -> bool:
+    """Show what the run did, if there was one, and write its trace; returns whether that could be written."""
+    report = world.report()
+    if not report.real_seconds:
+        return True
+    if not options.no_report:
+        _complain(f"\n{report}")
+    if options.trace is None:
+        return True
+    try:
+        world.write_trace(options.trace)
+    except OSError as error:
+        _complain(f"lightrft: error: the trace {options.trace!r} could not be written: {error.strerror}")
+        return False
+    if not options.no_report:
+        _complain(f"\ntrace: {options.trace} (open it in ui.perfetto.dev or chrome://tracing)")
+    return True
 
 
 def _after_failure(options: argparse.Namespace) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightrft.sim.places import Place
     from lightrft.sim.scheduler import Task
 
-__all__ = ["Call", "Event", "Group", "Meeting", "Signature"]
+__all__ = ["Call", "Event", "Group", "Meeting", "Signature", "Wait"]
 
 
 class Signature(NamedTuple):
@@ -83,7 +83,11 @@ class Event(NamedTuple):
 
 
 class Call:
-    """One operation of one rank on one group."""
+    """One operation of one rank on one group.
+
+    Attributes:
+        thread: number of the task that made it.
+    """
 
     __slots__ = (
         "async_op",
@@ -98,9 +102,21 @@ class Call:
         "since",
         "sizes",
         "tag",
+        "thread",
     )
 
-    def __init__(self, rank: int, group: Group, sequence: int, signature: Signature, place: Place, since: int) -> None:
+    def __init__(
+        self,
+        rank: int,
+        group: Group,
+        sequence: int,
+        signature: Signature,
+        place: Place,
+        since: int,
+        thread: int,
+        peer: int | None = None,
+        tag: int = 0,
+    ) -> None:
         self.rank = rank
         self.group = group
         self.sequence = sequence
@@ -109,8 +125,9 @@ class Call:
         self.since = since
         self.done = False
         self.async_op = False
-        self.peer: int | None = None
-        self.tag = 0
+        self.peer = peer
+        self.tag = tag
+        self.thread = thread
         self.match = 0
         """Number, within the group, of the pair that a send or receive has become part of; 0 until then."""
         self.sizes: tuple[int, int] | None = None
@@ -125,6 +142,11 @@ class Call:
             text = f"{text[:-1]}, {direction} {peer}{f', tag {self.tag}' if self.tag else ''})"
         return f"{text} on {self.group.title}, #{self.sequence}"
 
+    @property
+    def blocks(self) -> bool:
+        """Whether it returns only when it is complete, and not a handle at once."""
+        return not self.async_op and self.peer is None
+
     def event(self) -> Event:
         """The call as an entry of the trace."""
         signature = self.signature
@@ -132,6 +154,25 @@ class Call:
         shape = () if shape is None else tuple(tuple(s) if not isinstance(s, int) else s for s in shape)
         dtype = short_dtype(signature.dtype) if signature.dtype is not None else ""
         return Event(self.rank, signature.operation, self.group.name, self.sequence, shape, dtype, self.place)
+
+
+class Wait:
+    """Waiting that a rank does apart from a call: the ``wait()`` of a handle, or a barrier that may give up.
+
+    Attributes:
+        thread: number of the task that waits.
+        since: virtual time (ns) at which it began; ``until``, at which it returned, -1 if it never did.
+        before: how many calls and waits the ranks had begun when it began; ``after``, when it returned.
+    """
+
+    __slots__ = ("after", "before", "call", "since", "thread", "until")
+
+    def __init__(self, call: Call, thread: int, since: int, before: int) -> None:
+        self.call = call
+        self.thread = thread
+        self.since = since
+        self.before = before
+        self.until = self.after = -1
 
 
 class Meeting:

@@ -68,9 +68,12 @@ class SimProcessGroup(GroupHandle):
             number = self._sequence
         else:  # counted apart: only two members make them
             number = self._rank.count_message(self._group)
-        call = Call(self._rank.index, self._group, number, signature, caller_place(3), task.scheduler.now)
-        call.peer, call.tag = peer, tag
-        self._world.record(call, inputs)
+        place, now = caller_place(3), task.scheduler.now
+        call = Call(self._rank.index, self._group, number, signature, place, now, task.number, peer, tag)
+        world = self._world
+        if world.stopwatch is not None:
+            world.stopwatch.stop_at(call, task)
+        world.record(call, inputs)
         return call
 
     def _join(self, call: Call) -> Meeting:
@@ -128,10 +131,14 @@ class SimProcessGroup(GroupHandle):
         assert meeting.results is not None
         call.done = True
         deliver(meeting.results[member], outputs)
+        if self._world.stopwatch is not None:
+            self._world.stopwatch.start()
         return None
 
     def _issued(self, work: SimWork) -> SimWork:
         """Hand out a work, unless it becomes part of a coalesced one."""
+        if self._world.stopwatch is not None:
+            self._world.stopwatch.start()
         if self._coalesced is None:
             return work
         self._coalesced.append(work)
@@ -432,6 +439,12 @@ class SimProcessGroup(GroupHandle):
 
     def _gather_members(self, call: Call, limit: int) -> list[int]:
         """Wait for everybody; the ranks that had not come after ``limit`` ns of virtual time, or have given up."""
+        wait = self._world.waits(call)
+        missing = self._members_missing(call, limit)
+        self._world.returned(wait)
+        return missing
+
+    def _members_missing(self, call: Call, limit: int) -> list[int]:
         meeting = self._join(call)
         gone = [other.rank for other in meeting.calls if other is not None and other.done]
         call.done = True

@@ -68,6 +68,7 @@ class Task:
         "killed",
         "lock",
         "name",
+        "number",
         "polled",
         "queued",
         "rank",
@@ -96,6 +97,8 @@ class Task:
         self.ident = 0
         self.thread: threading.Thread | None = None
         self.joiners: list[Task] = []
+        self.number = 0
+        """Position among the tasks of the run."""
 
 
 class Scheduler:
@@ -176,6 +179,7 @@ class Scheduler:
 
     def add(self, task: Task) -> None:
         """Take up a new task; it runs when its turn comes."""
+        task.number = len(self.tasks)
         self.tasks.append(task)
         self.wake(task)
 

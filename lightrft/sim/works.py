@@ -36,7 +36,7 @@ def nanoseconds(timeout: timedelta | None) -> int | None:
 
 
 class SimWork(dist.Work):
-    """What all handles share; a subclass says how to wait (:meth:`_finish`) and whether that would block."""
+    """What all handles share; a subclass says how to wait (:meth:`_wait`) and whether that would block."""
 
     call: Call
     _future: SimFuture | None = None
@@ -49,11 +49,11 @@ class SimWork(dist.Work):
             RefusedError: an input or output was written to since the operation was issued.
         """
         if not self.call.done:
-            below_modes(self._finish, nanoseconds(timeout))
+            self._wait(nanoseconds(timeout))
             self._tell_future()
         return True
 
-    def _finish(self, limit: int | None) -> None:
+    def _wait(self, limit: int | None) -> None:
         raise NotImplementedError
 
     def _done(self) -> bool:
@@ -130,13 +130,27 @@ class DoneWork(SimWork):
 
 
 class _RankWork(SimWork):
-    """A handle that belongs to a rank, which must wait for it."""
+    """A handle that belongs to a rank, which must wait for it; a subclass says how (:meth:`_finish`)."""
 
     def __init__(self, rank: SimRank, call: Call) -> None:
         super().__init__()
         self.call = call
         self._rank = rank
         rank.outstanding[self] = None
+
+    def _wait(self, limit: int | None) -> None:
+        self._check_owner()
+        world = self._rank.world
+        wait = world.waits(self.call)
+        try:
+            below_modes(self._finish, limit)
+        except Exception:  # it gave up, or what it found is refused: the rank goes on
+            world.returned(wait)
+            raise
+        world.returned(wait)
+
+    def _finish(self, limit: int | None) -> None:
+        raise NotImplementedError
 
     def _settled(self) -> None:
         self.call.done = True
@@ -212,7 +226,6 @@ class CollectiveWork(_RankWork):
         return self._meeting.complete
 
     def _finish(self, limit: int | None) -> None:
-        self._check_owner()
         meeting = self._meeting
         if not meeting.complete:
             if limit is None:
@@ -274,7 +287,6 @@ class MessageWork(_RankWork):
     getFuture = get_future  # noqa: N815
 
     def _finish(self, limit: int | None) -> None:
-        self._check_owner()
         if limit is None:
             self._rank.world.wait_for_message(self._message)
         else:

@@ -17,14 +17,16 @@ import torch
 from lightrft.errors import ConfigError, SimulationError, SimWarning
 from lightrft.sim import current, divergence, places, store, threads
 from lightrft.sim.adoption import LockAdoption
-from lightrft.sim.calls import Call, Event, Group, Meeting, Message
+from lightrft.sim.calls import Call, Event, Group, Meeting, Message, Wait
 from lightrft.sim.clock import still_during_collection
 from lightrft.sim.collectives import ORDERS
 from lightrft.sim.host import frozen_heap, one_core, patched, same_parallelism, stack_size
+from lightrft.sim.own_time import TimedScheduler
 from lightrft.sim.point_to_point import unmatched
 from lightrft.sim.profiles import check_profile
 from lightrft.sim.rank import SimRank
 from lightrft.sim.rank_state import StateSwitcher
+from lightrft.sim.run_report import RunReport, Usage, make_report
 from lightrft.sim.scheduler import MOST_REVIVALS, Killed, Scheduler, Task
 from lightrft.sim.shared_globals import SharedGlobals
 from lightrft.sim.stall import StallWatcher
@@ -103,12 +105,17 @@ class SimWorld:
         """The command that repeats the run, shown in reports; set by what starts it."""
         self.warn: Callable[[str], None] | None = None
         """Takes warnings about a whole run, in place of :func:`warnings.warn`; set by what starts it."""
+        self.timed = False
+        """Whether a run measures how much real time the code of the ranks takes; see :meth:`report`."""
         self._calls: list[Call] = []
         self._observer: Observer | None = None
         self._reset()
 
     def _reset(self) -> None:
         self._calls = []
+        self._waits: list[Wait] = []
+        self.stopwatch: TimedScheduler | None = None
+        self._usage = Usage()
         self.groups: dict[tuple[str, int, tuple[int, ...]], Group] = {}
         self.stores = store.StoreTable()
         self.ranks: list[SimRank] = []
@@ -135,6 +142,11 @@ class SimWorld:
     def trace(self) -> list[Event]:
         """What the ranks of the latest run did, in the order in which it happened."""
         return [call.event() for call in self._calls]
+
+    @property
+    def virtual_time(self) -> int:
+        """Nanoseconds of virtual time that the latest run took, or has taken until now."""
+        return self._usage.virtual if self.scheduler is _NO_RUN else self.scheduler.now
 
     def run(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
         """Run ``fn(*args, **kwargs)`` on every rank.
@@ -163,6 +175,27 @@ class SimWorld:
             self._let_go()
             _running.release()
 
+    def report(self) -> RunReport:
+        """What the latest run did, also one that failed: collectives, messages, bytes, time; as text with ``str()``.
+
+        Set ``timed`` to True before the run to know how much real time the code of the ranks took. In a rank, it is
+        what happened until now, without times.
+        """
+        return make_report(self)
+
+    def write_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write the latest run, also one that failed, as a trace for Perfetto and ``chrome://tracing``.
+
+        Args:
+            path: name of the file, such as ``trace.json``; a file of that name is overwritten.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from lightrft.sim.trace_file import write
+
+        write(self, os.fspath(path))
+
     def dump_flight_record(self, path: str | os.PathLike[str]) -> list[str]:
         """Write the latest run in the format of PyTorch's flight recorder, one file per rank.
 
@@ -189,13 +222,14 @@ class SimWorld:
             stack.enter_context(same_parallelism())
             stack.enter_context(patched())  # before the switcher reads modules: what it writes back is patched too
             stack.enter_context(self.switcher.around_run())
-            self.scheduler = Scheduler(
+            self.scheduler = (TimedScheduler if self.timed else Scheduler)(
                 random=random,
                 switch=self._switch,
                 stuck=self._stuck,
                 watch=self._watch,
                 is_call=lambda waiting: isinstance(waiting, Call),
             )
+            self.stopwatch = self.scheduler if isinstance(self.scheduler, TimedScheduler) else None
             self.shared = SharedGlobals(self.switcher.modules.matches)
             self.ranks = [self._new_rank(index) for index in range(self.size)]
             self.shared.begin()
@@ -292,6 +326,7 @@ class SimWorld:
         """Hand over the baton and wait for the end, watching for ranks that block outside the simulator."""
         scheduler = self.scheduler
         watcher = StallWatcher(self)
+        began = time.perf_counter_ns()
         try:
             scheduler.begin()
             while not scheduler.all_done.acquire(timeout=watcher.interval):
@@ -299,6 +334,11 @@ class SimWorld:
         except BaseException:
             self._interrupt()
             raise
+        finally:
+            real = time.perf_counter_ns() - began
+            self._usage = Usage(real, scheduler.now, scheduler.switches)
+            if self.stopwatch is not None:
+                self._usage = self._usage._replace(own=self.stopwatch.own, own_at_end=self.stopwatch.own_at_end)
         for rank in self.ranks:
             for task in (rank.main, *rank.threads):
                 if task is not None and task.thread is not None and task.revivals <= MOST_REVIVALS:
@@ -337,6 +377,7 @@ class SimWorld:
         self._mismatch = self._verdict = None
         self.stores = store.StoreTable()
         self.scheduler = self.switcher = self.shared = _NO_RUN
+        self.stopwatch = None
 
     # -- what the parts of a run tell the world -----------------------------------------------------------------
 
@@ -346,6 +387,23 @@ class SimWorld:
         self.ranks[call.rank].latest_call = call
         if self._observer is not None:
             self._observer.called(self.ranks[call.rank], call, inputs)
+
+    def waits(self, call: Call) -> Wait:
+        """The running task begins to wait for ``call``, apart from making it."""
+        task = current._local.task
+        assert task is not None
+        if self.stopwatch is not None:
+            self.stopwatch.stop(task)
+        wait = Wait(call, task.number, self.scheduler.now, len(self._calls) + len(self._waits))
+        self._waits.append(wait)
+        return wait
+
+    def returned(self, wait: Wait) -> None:
+        """The running task goes on after ``wait``."""
+        wait.until = self.scheduler.now
+        wait.after = len(self._calls) + len(self._waits)
+        if self.stopwatch is not None:
+            self.stopwatch.start()
 
     def note_creation(self, rank: SimRank, members: tuple[int, ...], backend: str) -> None:
         """A rank makes a sub-group; all ranks must make the same ones in the same order."""

@@ -40,6 +40,10 @@ def sim(*words: str) -> int:
     return cli.main(["sim", *words])
 
 
+def sim_without_report(*words: str) -> int:
+    return sim("--no-report", *words)
+
+
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -68,7 +72,15 @@ def test_the_help_names_every_option_of_a_world(capsys):
     shown = capsys.readouterr().out
     for option in ("--gpus-per-node", "--seed", "--schedule", "--rank-local", "--numerics", "--profile", "--cuda"):
         assert option in shown
-    for option in ("--strict", "--check-determinism", "--tag-output", "--flight-record", "-m MODULE"):
+    for option in (
+        "--strict",
+        "--check-determinism",
+        "--tag-output",
+        "--no-report",
+        "--trace",
+        "--flight-record",
+        "-m MODULE",
+    ):
         assert option in shown
 
 
@@ -175,8 +187,8 @@ def test_nothing_of_the_script_is_left_in_the_process(script):
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("rank")] == []
 
 
-def test_success_prints_nothing_of_ours(script, capsys):
-    assert sim("-n", "2", script(GROUP + LEAVE)) == 0
+def test_success_prints_nothing_of_ours_without_the_report(script, capsys):
+    assert sim_without_report("-n", "2", script(GROUP + LEAVE)) == 0
     assert capsys.readouterr() == ("", "")
 
 
@@ -302,7 +314,7 @@ assert beside_the_script.seen == [rank, rank]
 """
         + LEAVE,
     )
-    assert sim("-n", "2", "--rank-local", "beside_the_script", name) == 0, capsys.readouterr().err
+    assert sim_without_report("-n", "2", "--rank-local", "beside_the_script", name) == 0, capsys.readouterr().err
     assert capsys.readouterr().err == ""
 
 
@@ -311,14 +323,14 @@ assert beside_the_script.seen == [rank, rank]
 
 @pytest.mark.parametrize("end", ["sys.exit()", "sys.exit(0)", "raise SystemExit", "exit_code = None"])
 def test_a_rank_that_exits_with_status_0_has_succeeded(script, capsys, end):
-    assert sim("-n", "2", script(f"import atexit, sys\natexit.register(print, 'bye')\n{end}")) == 0
+    assert sim_without_report("-n", "2", script(f"import atexit, sys\natexit.register(print, 'bye')\n{end}")) == 0
     assert capsys.readouterr() == ("bye\nbye\n", "")
 
 
 @pytest.mark.parametrize("code", ["3", "'no data'", "True"])
 def test_a_rank_that_exits_with_another_status_is_reported(script, capsys, code):
     name = script(GROUP + f"import sys\nif rank == 1:\n    sys.exit({code})\ndist.barrier()")
-    assert sim("-n", "3", name) == 1
+    assert sim_without_report("-n", "3", name) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"\nrank 1 failed: SystemExit: {code.strip(chr(39))}\n")
     assert "script.py:6" in error
@@ -347,7 +359,7 @@ def test_a_failing_rank_is_reported_once_and_without_our_source(script, capsys):
 
 
 def test_a_deadlock_names_the_rank_and_its_line(script, capsys):
-    assert sim("-n", "4", script(GROUP + "if rank != 3:\n    dist.barrier()" + LEAVE)) == 1
+    assert sim_without_report("-n", "4", script(GROUP + "if rank != 3:\n    dist.barrier()" + LEAVE)) == 1
     error = capsys.readouterr().err
     assert error.startswith("\ndeadlock: ")
     assert re.search(r"Look at rank 3 at script\.py:\d\.", error)
@@ -364,20 +376,20 @@ def test_a_script_that_is_no_python_is_shown_as_python_shows_it(script, capsys):
 
 def test_leftovers_are_a_warning_and_an_error_if_strict(script, capsys):
     name = script(GROUP + "print('done')")
-    assert sim("-n", "2", name) == 0
+    assert sim_without_report("-n", "2", name) == 0
     plain = capsys.readouterr()
     assert plain.out == "done\ndone\n"
     assert plain.err.startswith("lightrft: warning: the run ended")
     assert "ranks 0-1" in plain.err
     assert "world.py" not in plain.err
-    assert sim("-n", "2", "--strict", name) == 1
+    assert sim_without_report("-n", "2", "--strict", name) == 1
     strict = capsys.readouterr().err
     assert strict.startswith("\nthe run ended")
 
 
 def test_the_flight_record_is_written_on_success_and_on_failure(script, capsys):
     fine = script(GROUP + "dist.barrier()" + LEAVE)
-    assert sim("-n", "2", "--flight-record", "fine_", fine) == 0
+    assert sim_without_report("-n", "2", "--flight-record", "fine_", fine) == 0
     assert capsys.readouterr() == ("", "")
     stuck = script(GROUP + "if rank:\n    dist.barrier()" + LEAVE, "stuck.py")
     assert sim("-n", "2", "--flight-record", "stuck_", stuck) == 1
@@ -423,13 +435,16 @@ dist.barrier()
 """
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "lightrft", "sim", "-n", "4", name, "-v"]
+    command = [sys.executable, "-m", "lightrft", "sim", "-n", "4", "--trace", "trace.json", name, "-v"]
     process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready False ['script.py', '-v']\n"
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (130, "lightrft: interrupted\n")
+    assert process.returncode == 130
+    assert error.startswith("\n4 ranks, 0 collectives, 0 messages, payload 0 B\n")
+    assert error.endswith("\nlightrft: interrupted\n")
+    assert '"rank 3"' in Path("trace.json").read_text()
 
 
 def test_the_replay_is_the_command_as_it_was_given(monkeypatch):
@@ -458,7 +473,7 @@ print("two\\nlines", end="", flush=True)
 """
         + LEAVE
     )
-    assert sim("-n", "3", "--tag-output", name) == 0
+    assert sim_without_report("-n", "3", "--tag-output", name) == 0
     captured = capsys.readouterr()
     assert sorted(captured.out.splitlines()) == sorted(
         f"[rank {rank}] {text}" for rank in range(3) for text in (f"one line {rank}", "two", "lines")
@@ -505,14 +520,14 @@ assert sys.stdout.encoding and not sys.stdout.closed
 """
         + LEAVE
     )
-    assert sim("-n", "2", "--tag-output", name) == 0, capsys.readouterr().err
+    assert sim_without_report("-n", "2", "--tag-output", name) == 0, capsys.readouterr().err
     captured = capsys.readouterr()
     assert sorted(captured.err.splitlines()) == ["[rank 0] log of 0", "[rank 1] log of 1"]
     assert sorted(captured.out.splitlines()) == ["[rank 0] thread of 0", "[rank 1] thread of 1"]
 
 
 def test_the_report_of_a_tagged_run_is_not_tagged(script, capsys):
-    assert sim("-n", "2", "--tag-output", script("print('x', end='')\nraise ValueError('no')")) == 1
+    assert sim_without_report("-n", "2", "--tag-output", script("print('x', end='')\nraise ValueError('no')")) == 1
     captured = capsys.readouterr()
     assert captured.out == "[rank 0] x\n[rank 1] x\n"
     assert captured.err.startswith("\nranks 0-1 failed: ValueError: no\n")
