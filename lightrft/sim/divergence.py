@@ -6,7 +6,6 @@ their sequences of calls. The message of the error is the report as text.
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from lightrft.errors import (
 )
 from lightrft.sim.blame import POINT_TO_POINT, cover, deadlock_suspects, odd_ranks, outsiders
 from lightrft.sim.calls import Call, Group, Meeting, Signature
+from lightrft.sim.other_threads import exceptions_of_threads, frame_of_thread
 from lightrft.sim.places import UNKNOWN, Place, is_simulator_file, place_of_frame
 from lightrft.sim.scheduler import Killed
 
@@ -138,7 +138,7 @@ def _state_of(rank: SimRank, exceptions: Mapping[int, Any]) -> tuple[Place, str]
     if task is not None and task.waiting is not None:
         return task.waiting.place, f"waits in {task.waiting.describe()}{_exception_of(task, exceptions)}"
     if rank.main is None or not rank.main.finished:
-        frame = sys._current_frames().get(task.ident if task is not None else -1)
+        frame = frame_of_thread(task.ident if task is not None else -1)
         return place_of_frame(frame), "runs"
     call, what, place = rank.last
     if call is not rank.latest_call and rank.latest_call is not None:
@@ -165,7 +165,7 @@ def _rows(states: Iterable[tuple[int, Place, str]]) -> tuple[Row, ...]:
 
 
 def _whereabouts(world: SimWorld) -> list[tuple[int, Place, str]]:
-    exceptions = sys._current_exceptions()
+    exceptions = exceptions_of_threads()
     return [(rank.index, *_state_of(rank, exceptions)) for rank in world.ranks]
 
 
@@ -424,7 +424,7 @@ def leftovers(world: SimWorld, found: Sequence[tuple[int, Place, str]]) -> Unfin
 
 def stall_verdict(world: SimWorld, task: Task, seconds: float) -> BlockedOutsideError:
     """A rank has been blocked in something real for a while."""
-    place = place_of_frame(sys._current_frames().get(task.ident))
+    place = place_of_frame(frame_of_thread(task.ident))
     states = _whereabouts(world)
     states[task.rank.index] = (task.rank.index, place, "is blocked outside the simulator")
     report = _report(world, states, (Culprit(task.rank.index, place),))

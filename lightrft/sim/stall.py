@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from lightrft.sim import divergence
+from lightrft.sim.other_threads import frame_of_thread
 from lightrft.sim.places import place_of_frame
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class StallWatcher:
             self._failed_since = self._failed_since or time.monotonic()
             if time.monotonic() - self._failed_since > _LAST_SECONDS:
                 self._world.interrupt_failed_run()
-        cpu = _cpu_seconds(task.ident) if task is not None else 0.0
+        cpu = _cpu_seconds(task) if task is not None else 0.0
         now = time.monotonic()
         if (
             task is None
@@ -69,7 +70,7 @@ class StallWatcher:
         if switches != self._switches or task is None or _is_debugged(task.ident):
             self._switched = now
         elif now - self._switched > _LONG * self._world.stall_after:
-            place = place_of_frame(sys._current_frames().get(task.ident))
+            place = place_of_frame(frame_of_thread(task.ident))
             sys.stderr.write(
                 f"rank {task.rank.index} has been computing for {now - self._switched:.0f} s at {place}; no other rank "
                 "can run until it comes to a collective, a store, a lock, a sleep or a clock\n"
@@ -80,7 +81,7 @@ class StallWatcher:
 
 def _is_debugged(ident: int) -> bool:
     """Whether the thread stands in a debugger: somebody is thinking."""
-    frame = sys._current_frames().get(ident)
+    frame = frame_of_thread(ident)
     while frame is not None:
         if frame.f_globals.get("__name__") == "bdb":
             return True
@@ -88,8 +89,9 @@ def _is_debugged(ident: int) -> bool:
     return False
 
 
-def _cpu_seconds(ident: int) -> float:
+def _cpu_seconds(task: Task) -> float:
     try:
-        return time.clock_gettime(time.pthread_getcpuclockid(ident))
+        # Asked about a thread that has ended, the C library may crash. An unfinished one cannot end before the call.
+        return 0.0 if task.finished else time.clock_gettime(time.pthread_getcpuclockid(task.ident))
     except OSError:  # the thread has just ended
         return 0.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -13,6 +15,7 @@ import torch.distributed as dist
 
 from lightrft.errors import CollectiveTimeoutError, DeadlockError, RankFailedError
 from lightrft.sim import SimWorld
+from lightrft.sim.other_threads import exceptions_of_threads, frame_of_thread
 
 
 def culprits(caught):
@@ -143,3 +146,31 @@ def test_a_compiled_function_runs_as_written_on_every_rank():
         return result
 
     assert SimWorld(3).run(run) == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="collects garbage only between bytecodes")
+def test_looking_at_other_threads_never_collects_garbage():
+    """A collection in there could stop the process for ever, if a thread ends meanwhile."""
+    callers, go_on = [], threading.Event()
+    others = [threading.Thread(target=go_on.wait) for _ in range(20)]
+    for thread in others:
+        thread.start()
+
+    def note(phase, _):
+        callers.append(sys._getframe(1).f_code.co_name)
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(note)
+    gc.set_threshold(1)
+    try:
+        found = frame_of_thread(others[0].ident), exceptions_of_threads()
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(note)
+        go_on.set()
+        for thread in others:
+            thread.join()
+    assert all(found)
+    assert callers
+    assert "_without_collection" not in callers
+    assert gc.isenabled()
