@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightrft import cli
-from lightrft.errors import DeadlockError, RankFailedError
+from lightrft.errors import CollectiveMismatchError, DeadlockError, RankFailedError
 from lightrft.sim import SimWorld
 from lightrft.sim.run_report import format_bytes, format_seconds
 
@@ -103,11 +104,16 @@ def test_the_payload_is_the_larger_of_what_a_rank_hands_in_and_gets(family):
 def test_the_payload_of_lists_that_only_nccl_takes():
     def body(rank):
         dist.all_to_all([f32(1 + rank) for _ in range(4)], [f32(1 + member) for member in range(4)])
+        dist.all_to_all([f32(8 - rank) for _ in range(4)], [f32(8 - member) for member in range(4)])
         dist.all_gather([f32(2 * (1 + member)) for member in range(4)], f32(2 * (1 + rank)))
 
     report = reported(body, backend="nccl")
-    # rank 3 gets four tensors of 4, the most of all; everybody gathers 2 + 4 + 6 + 8
-    assert [(use.operation, use.payload) for use in report.lines] == [("all_gather", 20 * 4), ("all_to_all", 16 * 4)]
+    # first rank 3 sends four tensors of 4, then rank 0 four of 8, the most of all; everybody gathers 2 + 4 + 6 + 8
+    assert [(use.operation, use.payload) for use in sorted(report.lines, key=lambda use: use.place.line)] == [
+        ("all_to_all", 16 * 4),
+        ("all_to_all", 32 * 4),
+        ("all_gather", 20 * 4),
+    ]
 
 
 def test_object_collectives_count_as_the_tensors_that_torch_makes_of_them():
@@ -201,14 +207,18 @@ def test_a_failed_run_is_reported_until_it_failed():
     assert "4 ranks, 2 collectives, 1 message, payload 48 B; 2 of them never completed\n" in str(report)
 
 
-def test_ranks_that_disagree_have_not_completed():
-    def body(rank):
-        dist.all_reduce(f32(4 + rank), async_op=True)
-
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda rank: dist.all_reduce(f32(4 + rank), async_op=True),
+        lambda rank: dist.all_to_all_single(f32(4), f32(4), [1, 3], [1, 3]),
+    ],
+)
+def test_ranks_that_disagree_have_not_completed(body):
     world = SimWorld(2)
-    with pytest.raises(Exception, match="shapes differ|differ"):
+    with pytest.raises(CollectiveMismatchError):
         world.run(session(body))
-    assert world.report().unfinished == 1
+    assert (world.report().collectives, world.report().unfinished) == (1, 1)
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -233,16 +243,25 @@ def test_virtual_time_is_that_of_the_waiting_ranks():
     assert "virtual time 15.00 s: ranks waited in calls for 50 % of it" in str(report)
 
 
-def test_who_waits_for_ever_waits_until_the_end_of_the_run():
+@pytest.mark.parametrize("wait", [dist.barrier, lambda: dist.recv(f32(1), 0)])
+def test_who_waits_for_ever_waits_until_the_end_of_the_run(wait):
     def body(rank):
         if rank:
-            dist.barrier()
+            wait()
         time.sleep(3)
 
     world = SimWorld(2)
     with pytest.raises(DeadlockError):
         world.run(lambda: (dist.init_process_group("gloo"), body(dist.get_rank())))
     assert world.report().waited_seconds == pytest.approx(3, abs=0.01)
+
+
+def test_a_barrier_with_a_timeout_of_its_own_is_waited_for_once():
+    def body(rank):
+        time.sleep(4 * rank)
+        dist.monitored_barrier(timeout=timedelta(seconds=30))
+
+    assert reported(body, 2).waited_seconds == pytest.approx(4, abs=0.01)
 
 
 def test_real_time_belongs_to_the_line_that_it_led_to():
@@ -255,6 +274,7 @@ def test_real_time_belongs_to_the_line_that_it_led_to():
         if rank == 1:
             spin(0.02)
         dist.all_reduce(f32(1))
+        spin(0.01)
         time.sleep(1)  # ranks are switched here, and the time that the other one spends does not count
         spin(0.01)
         dist.barrier()
@@ -269,7 +289,7 @@ def test_real_time_belongs_to_the_line_that_it_led_to():
     report = world.report()
     own = {(use.operation, use.payload): use.own_seconds for use in report.lines}
     assert own["all_reduce", 4] >= 0.02
-    assert own["barrier", 0] >= 0.02
+    assert own["barrier", 0] >= 0.04
     assert own["all_reduce", 8] < own["barrier", 0]
     assert report.own_seconds - sum(own.values()) >= 0.04  # after the last calls
     assert report.own_seconds <= report.real_seconds  # no time counts for two ranks
