@@ -371,8 +371,10 @@ def test_a_world_that_has_not_run_or_made_no_call_has_an_empty_report():
 def test_the_report_is_of_the_latest_run_and_of_one_run_if_determinism_is_checked():
     world = SimWorld(2, check_determinism=True)
     for size in (3, 5):
-        world.run(session(lambda rank, size=size: dist.all_reduce(f32(size))))
-        assert (world.report().collectives, world.report().payload) == (1, 4 * size)
+        world.run(session(lambda rank, size=size: dist.all_reduce(f32(size), async_op=True).wait()))
+        report = world.report()
+        assert (report.collectives, report.payload, len(report.lines)) == (1, 4 * size, 1)
+        assert len(world._waits) == 2
 
 
 def test_a_thread_of_a_rank_counts_like_the_rank():
