@@ -13,12 +13,16 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.distributed import distributed_c10d as c10d
 from torch.utils import _device
 
+from lightrft.sim.current import current_task
+from lightrft.sim.imports import ImportWatcher
+from lightrft.sim.library_state import LibraryState
 from lightrft.sim.random_state import fresh_states, generators
 from lightrft.sim.rank_local import RankLocalModules
 
@@ -109,6 +113,7 @@ class ProcessState:
         "generators",
         "groups",
         "init_method",
+        "libraries",
         "log_disable",
         "log_handlers",
         "log_level",
@@ -146,11 +151,40 @@ class ProcessState:
         self.warning_once = dict(warnings.onceregistry)  # type: ignore[attr-defined]
         self.warning_default = warnings.defaultaction  # type: ignore[attr-defined]
         self.modules: Any = None
+        self.libraries: Any = None
         self.log_handlers = list(logging.root.handlers)
         self.log_level = logging.root.level
         self.log_disable = logging.root.manager.disable
         self.signals: dict[int, Any] = {}
         self.atexit: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Effects:
+    """What executing a module may change in the process, as it is at one moment."""
+
+    environ: dict[bytes, bytes]
+    path: list[str]
+    filters: list[Any]
+    flags: tuple[Any, ...]
+    log_handlers: list[logging.Handler]
+    log_level: int
+    libraries: list[Any]
+
+    def spread(self, after: _Effects, state: ProcessState) -> None:
+        """Change for ``state`` what differs between this moment and ``after``; what the rank set itself it keeps."""
+        for key, value in after.environ.items():
+            if self.environ.get(key) != value and state.environ.get(key) == self.environ.get(key):
+                state.environ[key] = value
+        state.path[:0] = [entry for entry in after.path if entry not in self.path and entry not in state.path]
+        added = [each for each in after.filters if each not in self.filters and each not in state.warning_filters]
+        if added:
+            state.warning_filters = [*added, *state.warning_filters]
+        flags = zip(state.flags, self.flags, after.flags, strict=True)
+        state.flags = tuple(new if mine == old else mine for mine, old, new in flags)
+        state.log_handlers += [each for each in after.log_handlers if each not in self.log_handlers]
+        if self.log_level != after.log_level and state.log_level == self.log_level:
+            state.log_level = after.log_level
 
 
 class StateSwitcher:
@@ -166,6 +200,8 @@ class StateSwitcher:
         self._generators = generators()
         self._flags = _read_flags()
         self.modules = RankLocalModules(rank_local)
+        self.libraries = LibraryState()
+        self._states: list[ProcessState] = []
         self.any_chdir = False
         self._cwd = os.getcwd()
         self._environs: list[dict[bytes, bytes]] = []
@@ -182,8 +218,12 @@ class StateSwitcher:
         environ = dict(self._os_environ._data)
         path, argv, filters = list(sys.path), list(sys.argv), list(warnings.filters)
         original.generators = [generator.begin() for generator in self._generators]
+        self.libraries.begin()
+        imports = ImportWatcher(self._before_import, self._after_import)
+        imports.begin()
         self.modules.begin()
         original.modules = self.modules.pristine()
+        original.libraries = self.libraries.new_state()
         isolation = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
         isolation(True)
         try:
@@ -202,6 +242,8 @@ class StateSwitcher:
             if os.getcwd() != self._cwd:
                 os.chdir(self._cwd)
             self.modules.end()
+            imports.end()
+            self.libraries.end()
 
     def new_state(self, environ: dict[str, str], seed: int) -> ProcessState:
         """The state of a process that has just started, with ``environ`` added to the environment.
@@ -217,7 +259,31 @@ class StateSwitcher:
         self._environs.append(data)
         state.generators = fresh_states(seed)
         state.modules = self.modules.pristine()
+        state.libraries = self.libraries.new_state()
+        self._states.append(state)
         return state
+
+    def _before_import(self) -> _Effects:
+        return _Effects(
+            environ=dict(self._os_environ._data),
+            path=list(sys.path),
+            filters=list(warnings.filters),
+            flags=_read_flags(),
+            log_handlers=list(logging.root.handlers),
+            log_level=logging.root.level,
+            libraries=self.libraries.read(),
+        )
+
+    def _after_import(self, before: _Effects) -> None:
+        """What executing a module did to one rank's process it does to all."""
+        after = self._before_import()
+        task = current_task()
+        assert task is not None
+        mine = task.rank.state
+        self.libraries.spread(before.libraries, mine.libraries)
+        for state in self._states:
+            if state is not mine:
+                before.spread(after, state)
 
     def save(self, state: ProcessState) -> None:
         """Take the running rank's state out of the process."""
@@ -241,6 +307,7 @@ class StateSwitcher:
         state.warning_default = warnings.defaultaction  # type: ignore[attr-defined]
         for generator in self._generators:
             generator.save(state.generators)
+        self.libraries.save(state.libraries)
         if self.modules.active:
             self.modules.save(state.modules)
 
@@ -282,6 +349,7 @@ class StateSwitcher:
             wanted = state.cwd or self._cwd
             if wanted != _real_getcwd():
                 _real_chdir(wanted)
+        self.libraries.load(state.libraries)
         if self.modules.active:
             self.modules.load(state.modules)
 
