@@ -20,7 +20,7 @@ __all__ = ["CpuAdam", "FusedAdam", "install"]
 
 
 def install() -> None:
-    """Offer the operations below as loaded, all others as unavailable, and refuse to compile."""
+    """Offer the operations below as loaded, all others as unavailable, refuse to compile, and allow fp16."""
     builders = sys.modules.get("deepspeed.ops.op_builder.builder")
     ops = sys.modules.get("deepspeed.ops")
     if builders is None or ops is None:
@@ -29,7 +29,14 @@ def install() -> None:
 
     builders.OpBuilder._loaded_ops.update({operation.name: operation for operation in (FusedAdam(), CpuAdam())})
     builders.OpBuilder.jit_load = _refuse_to_compile
+    accelerator = sys.modules.get("deepspeed.accelerator.cpu_accelerator")
+    if accelerator is not None:  # torch computes in fp16 on any CPU, DeepSpeed asks whether that is fast
+        accelerator.CPU_Accelerator.is_fp16_supported = _true
     vars(ops)["__compatible_ops__"] = dict.fromkeys(ALL_OPS, False) | {"fused_adam": True, "cpu_adam": True}
+
+
+def _true(accelerator: Any) -> bool:  # noqa: ARG001
+    return True
 
 
 def _refuse_to_compile(builder: Any, verbose: bool = True) -> Any:  # noqa: ARG001 - DeepSpeed's signature

@@ -32,7 +32,7 @@ class Library:
         name: the name to import.
         oldest: the oldest version, as ``(major, minor)``, that was looked through.
         newest: the newest one.
-        state: for each module, without the library's name, its places.
+        state: for each module, without the library's name (so ``""`` is the library itself), its places.
         special: for a module, what makes places that no path can name.
         prepare: called once a rank may use the library, to put in place what the simulator answers itself. It may
             write to listed places only, which are restored after the run.
@@ -67,6 +67,24 @@ def _show(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
+_INITIALISERS = (
+    "uniform_",
+    "normal_",
+    "constant_",
+    "ones_",
+    "zeros_",
+    "eye_",
+    "dirac_",
+    "xavier_uniform_",
+    "xavier_normal_",
+    "kaiming_uniform_",
+    "kaiming_normal_",
+    "trunc_normal_",
+    "orthogonal_",
+    "sparse_",
+)
+"""The functions of ``torch.nn.init`` that transformers replaces for the time of ``from_pretrained``."""
+
 TORCH = Library(
     name="torch",
     oldest=(2, 11),
@@ -81,8 +99,14 @@ TORCH = Library(
             "_dispatch_mode",
             "_replaced_functions",
         ),
+        "": ("linspace",),
+        "nn.init": _INITIALISERS,
+        "nn.modules.activation": ("constant_", "xavier_uniform_", "xavier_normal_"),
+        "nn.modules.transformer": ("xavier_uniform_",),
         "nn.functional": ("scaled_dot_product_attention", "linear", "embedding"),
         "nn.modules.module": (
+            "Module.register_buffer",
+            "Module.register_parameter",
             "_global_buffer_registration_hooks",
             "_global_module_registration_hooks",
             "_global_parameter_registration_hooks",
@@ -106,6 +130,7 @@ DEEPSPEED = Library(
     oldest=(0, 19),
     newest=(0, 19),
     state={
+        "accelerator.cpu_accelerator": ("CPU_Accelerator.is_fp16_supported",),
         "accelerator.real_accelerator": ("ds_accelerator",),
         "comm.comm": ("cdb", "ccl_backend", "timers.timers", "comms_logger.*"),
         "comm.torch": (
@@ -133,6 +158,7 @@ DEEPSPEED = Library(
             "DeepSpeedZeRoOffload._register_deepspeed_module()",
         ),
         "runtime.zero.partition_parameters": (
+            "zero_wrapper_for_fp_tensor_constructor",
             "partitioned_param_data_shape",
             "zero_init_context",
             "top_level_context",
@@ -186,6 +212,8 @@ TRANSFORMERS = Library(
         "modeling_utils": (
             "_is_ds_init_called",
             "_is_quantized",
+            "PreTrainedModel.init_weights",
+            "PreTrainedModel.tie_weights",
             "ALL_ATTENTION_FUNCTIONS.*",
             "AttentionInterface._global_mapping",
         ),

@@ -160,7 +160,8 @@ class LibraryState:
 
     def __init__(self, libraries: Sequence[Library] = LIBRARIES) -> None:
         self._libraries = {library.name: library for library in libraries}
-        self._seen: set[str] = set()
+        self._found: set[str] = set()
+        self._prepared: set[str] = set()
         self._places: list[Any] = []
         self._original: list[Any] = []
         self._pristine: list[Any] = []
@@ -255,16 +256,17 @@ class LibraryState:
         first = len(self._places)
         for library in self._libraries.values():
             for name, paths in library.state.items():
-                module = sys.modules.get(f"{library.name}.{name}")
-                if module is not None and module.__name__ not in self._seen:
-                    self._seen.add(module.__name__)
+                full = f"{library.name}.{name}" if name else library.name
+                module = sys.modules.get(full)
+                if module is not None and full not in self._found:
+                    self._found.add(full)
                     self._places += [place for path in paths for place in _places(module, path)]
                     if name in library.special:
                         self._places.append(library.special[name](module))
         self._original += [place.fresh(place.read()) for place in self._places[first:]]
         for library in self._libraries.values():
-            if library.name in sys.modules and library.name not in self._seen:
-                self._seen.add(library.name)
+            if library.name in sys.modules and library.name not in self._prepared:
+                self._prepared.add(library.name)
                 _tell(library)
                 if library.prepare is not None:
                     library.prepare()

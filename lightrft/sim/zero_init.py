@@ -73,16 +73,16 @@ class PatchedModules:
 
 
 def _wrapped_classes() -> Iterator[Any]:
-    """The subclasses of ``nn.Module`` on which ``zero.Init`` has been, each once."""
+    """``nn.Module`` and its subclasses, those on which ``zero.Init`` has been, each once."""
     seen: set[Any] = set()
     ahead: list[Any] = [torch.nn.Module]
     while ahead:
-        for cls in ahead.pop().__subclasses__():
-            if cls not in seen:
-                seen.add(cls)
-                ahead.append(cls)
-                if "_old_init" in vars(cls):
-                    yield cls
+        cls = ahead.pop()
+        if cls not in seen:
+            seen.add(cls)
+            ahead += cls.__subclasses__()
+            if "_old_init" in vars(cls):
+                yield cls
 
 
 def _set(owner: Any, name: str, value: Any) -> None:
