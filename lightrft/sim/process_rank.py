@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import faulthandler
 import io
+import logging
 import os
 import pickle
 import random
@@ -17,8 +18,10 @@ import sys
 import threading
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import util
 from typing import Any
 
 import cloudpickle
@@ -133,6 +136,7 @@ def _write_stacks_to(stacks: int) -> None:
 def _run(rank: int, channel: socket.socket, outcome: int, body: int) -> int:
     """Load the function, run it, and tell what came of it; gives the exit status."""
     before = set(sys.modules)
+    _forget_exit_functions()
     try:
         function = _load(rank, body)
         channel.send(READY)
@@ -234,6 +238,17 @@ def _wait(channel: socket.socket, expected: bytes, seconds: float | None = None)
     """Wait until told ``expected``, or for so many seconds."""
     if select.select([channel], [], [], seconds)[0] and channel.recv(1) != expected:
         os._exit(1)
+
+
+def _forget_exit_functions() -> None:
+    """What was registered before the fork belongs to the process that registered it."""
+    atexit._clear()
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False
+    atexit.register(weakref.finalize._exitfunc)  # type: ignore[attr-defined]
+    atexit.register(logging.shutdown)
+    util._finalizer_registry.clear()  # type: ignore[attr-defined]
+    atexit.register(util._exit_function)  # type: ignore[attr-defined]
 
 
 def _flush() -> None:
