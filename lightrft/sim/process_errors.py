@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import sys
 import traceback
 from dataclasses import dataclass
 from types import CodeType, FrameType, FunctionType, TracebackType
+from typing import Any
 
 import cloudpickle
 
@@ -91,12 +94,47 @@ def _message(error: BaseException) -> str:
         return "(its message cannot be shown)"
 
 
+class _ErrorPickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no annotations
+    """Knows where pytest's outcomes are, which claim to be builtins."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        name = obj.__name__ if isinstance(obj, type) and obj.__module__ == "builtins" else ""
+        outcomes = sys.modules.get("_pytest.outcomes")
+        if name and outcomes is not None and getattr(outcomes, name, None) is obj:
+            return getattr, (outcomes, name)
+        return super().reducer_override(obj)
+
+
 def _pickled(error: BaseException) -> bytes | None:
-    try:
-        pickled = cloudpickle.dumps(error)
-        return pickled if type(pickle.loads(pickled)) is type(error) else None
-    except Exception:  # noqa: BLE001 - pickling runs code of the user
-        return None
+    kind = type(error)
+    calls = [(_same, (error,)), (_without_init, (kind, error.args, error.__dict__))]
+    if isinstance(kind.__init__, FunctionType) and kind.__reduce__ is BaseException.__reduce__:
+        calls.reverse()  # calling its __init__ with its args, as pickle does, may give another message
+    for call in calls:
+        try:
+            file = io.BytesIO()
+            _ErrorPickler(file).dump(call)
+            if type(_load(file.getvalue())) is kind:
+                return file.getvalue()
+        except Exception:  # noqa: BLE001 - pickling runs code of the user
+            continue
+    return None
+
+
+def _same(error: BaseException) -> BaseException:
+    return error
+
+
+def _without_init(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
+    """An exception whose ``__init__`` takes other arguments than it passes on."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
+
+
+def _load(pickled: bytes) -> Any:
+    function, args = pickle.loads(pickled)
+    return function(*args)
 
 
 def _entries(tb: TracebackType | None) -> list[TracebackType]:
@@ -137,7 +175,7 @@ def unpack_error(packed: PackedError) -> BaseException:
 def _loaded(packed: PackedError) -> BaseException:
     if packed.pickled is not None:
         try:
-            loaded = pickle.loads(packed.pickled)
+            loaded = _load(packed.pickled)
             if isinstance(loaded, BaseException):
                 return loaded
         except Exception:  # noqa: BLE001 - what loads in one process may not load in another

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from lightrft.errors import SimulationError
 from lightrft.sim.process_shared import memory_file, read_text
@@ -120,16 +121,23 @@ class Pool:
 
 
 class SharedPool:
-    """The one pool of this process, made when it is first needed.
-
-    Attributes:
-        kept: whether it stays when the last world is closed, as it does under pytest.
-    """
+    """The one pool of this process, made when it is first needed, and ended when nobody holds it any more."""
 
     def __init__(self) -> None:
-        self.kept = False
+        self._holders: WeakSet[Any] = WeakSet()
         self._lock = threading.Lock()
         self._pool: Pool | None = None
+
+    def hold(self, holder: object) -> None:
+        """Have the pool stay until ``holder`` lets it go."""
+        self._holders.add(holder)
+
+    def let_go(self, holder: object) -> None:
+        """End the pool if nobody else holds it, after the run that uses it. A holder that is dropped ends nothing."""
+        self._holders.discard(holder)
+        if not self._holders:
+            with self._lock:
+                self.drop()
 
     @contextlib.contextmanager
     def borrow(self) -> Iterator[Pool]:
@@ -142,11 +150,6 @@ class SharedPool:
             if self._pool is None:
                 self._pool = Pool()
             yield self._pool
-
-    def close(self) -> None:
-        """End the pool, if there is one, after the run that uses it; the next run makes another."""
-        with self._lock:
-            self.drop()
 
     def drop(self) -> None:
         """End the pool, whoever uses it."""

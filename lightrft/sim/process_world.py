@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
-from weakref import WeakSet
 
 from lightrft.errors import ConfigError, SimulationError
 from lightrft.sim.current import current_task
@@ -23,7 +22,6 @@ from lightrft.sim.process_shared import memory_file
 __all__ = ["ProcessWorld"]
 
 _BACKENDS = ("gloo", "nccl")
-_open: WeakSet[ProcessWorld] = WeakSet()
 
 
 class ProcessWorld:
@@ -76,7 +74,7 @@ class ProcessWorld:
         self._closed = False
         if backend == "nccl":
             self._check_gpus()
-        _open.add(self)
+        shared.hold(self)
 
     def __repr__(self) -> str:
         return f"ProcessWorld({self.size}, backend={self.backend!r}, seed={self.seed})"
@@ -96,10 +94,9 @@ class ProcessWorld:
 
     def close(self) -> None:
         """End what the world holds; the process that ranks are forks of ends if no other world is open."""
-        self._closed = True
-        _open.discard(self)
-        if not _open and not shared.kept:
-            shared.close()
+        if not self._closed:
+            self._closed = True
+            shared.let_go(self)
 
     def run(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
         """Run ``fn(*args, **kwargs)`` on every rank.
