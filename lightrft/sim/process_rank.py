@@ -104,7 +104,8 @@ def run_rank(rank: int, parent: int, *descriptors: int) -> None:
         _die_with(parent)
         _take_streams(output, errors)
         _write_stacks_to(stacks)
-        code = _run(rank, socket.socket(fileno=channel), outcome, body)
+        with socket.socket(fileno=channel) as notes:
+            code = _run(rank, notes, outcome, body)
     except BaseException:  # noqa: BLE001 - our own mistake, or an exit function of the user; both end in this process
         traceback.print_exc()
     finally:
