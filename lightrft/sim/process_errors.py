@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import pickle
-import sys
 import traceback
 from dataclasses import dataclass
 from types import CodeType, FrameType, FunctionType, TracebackType
 from typing import Any
 
-import cloudpickle
-
 from lightrft.sim.places import is_simulator_file
+from lightrft.sim.process_pickle import dumps
 
 __all__ = ["PackedError", "pack_error", "unpack_error"]
 
@@ -94,17 +91,6 @@ def _message(error: BaseException) -> str:
         return "(its message cannot be shown)"
 
 
-class _ErrorPickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no annotations
-    """Knows where pytest's outcomes are, which claim to be builtins."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        name = obj.__name__ if isinstance(obj, type) and obj.__module__ == "builtins" else ""
-        outcomes = sys.modules.get("_pytest.outcomes")
-        if name and outcomes is not None and getattr(outcomes, name, None) is obj:
-            return getattr, (outcomes, name)
-        return super().reducer_override(obj)
-
-
 def _pickled(error: BaseException) -> bytes | None:
     kind = type(error)
     calls = [(_same, (error,)), (_without_init, (kind, error.args, error.__dict__))]
@@ -112,10 +98,9 @@ def _pickled(error: BaseException) -> bytes | None:
         calls.reverse()  # calling its __init__ with its args, as pickle does, may give another message
     for call in calls:
         try:
-            file = io.BytesIO()
-            _ErrorPickler(file).dump(call)
-            if type(_load(file.getvalue())) is kind:
-                return file.getvalue()
+            pickled = dumps(call)
+            if type(_load(pickled)) is kind:
+                return pickled
         except Exception:  # noqa: BLE001 - pickling runs code of the user
             continue
     return None

@@ -1,10 +1,13 @@
-"""A function and its arguments on their way to other processes."""
+"""What travels between processes: functions with their arguments, results, exceptions."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import io
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,11 +15,34 @@ from types import ModuleType
 from typing import Any
 
 import cloudpickle
+import torch
 
 from lightrft.errors import SimulationError
 from lightrft.sim.places import is_user_file
 
-__all__ = ["pickle_call"]
+__all__ = ["dumps", "pickle_call"]
+
+
+class Pickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no annotations
+    """Knows what cloudpickle does not: modules of a class of their own, pytest's outcomes, tensors of a GPU."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        name = getattr(obj, "__name__", "") if isinstance(obj, (ModuleType, type)) else ""
+        if name and type(obj) is not ModuleType and sys.modules.get(name) is obj:
+            return importlib.import_module, (name,)  # such as torch.ops
+        outcomes = sys.modules.get("_pytest.outcomes")
+        if name and getattr(obj, "__module__", "") == "builtins" and getattr(outcomes, name, None) is obj:
+            return getattr, (outcomes, name)  # pytest's outcomes only say that they were builtins
+        if isinstance(obj, torch.Tensor) and obj.device.type not in ("cpu", "meta"):
+            return obj.cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # where it arrives, there may be no such GPU
+        return super().reducer_override(obj)
+
+
+def dumps(value: Any) -> bytes:
+    """``value``, pickled: functions and classes of ``__main__`` too, and tensors on the CPU."""
+    file = io.BytesIO()
+    Pickler(file).dump(value)
+    return file.getvalue()
 
 
 def pickle_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
@@ -30,10 +56,9 @@ def pickle_call(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     """
     with _travelling_modules():
         try:
-            pickled: bytes = cloudpickle.dumps((warnings.filters, functools.partial(fn, *args, **kwargs)))
+            return dumps((warnings.filters, functools.partial(fn, *args, **kwargs)))
         except Exception as error:
             raise SimulationError(_problem(fn, args, kwargs, error)) from error
-    return pickled
 
 
 def _problem(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> str:
@@ -42,7 +67,7 @@ def _problem(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     parts |= {f"argument {name!r}": value for name, value in kwargs.items()}
     for name, value in {"the function": fn, **parts}.items():
         try:
-            cloudpickle.dumps(value)
+            dumps(value)
         except Exception as found:  # noqa: BLE001 - pickling runs code of the user
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             return (

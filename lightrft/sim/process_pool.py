@@ -30,6 +30,10 @@ _START = (
 )
 
 
+FORK_SAFE = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Lets libraries ask torch for GPUs when they are loaded without initialising CUDA, which no fork survives."""
+
+
 class PoolDiedError(SimulationError):
     """The process from which ranks are forked is gone."""
 
@@ -37,7 +41,7 @@ class PoolDiedError(SimulationError):
 class Pool:
     """A process that has loaded torch, of which every rank is a fork."""
 
-    def __init__(self, spoilers: frozenset[str] = frozenset()) -> None:
+    def __init__(self, environ: dict[str, str], spoilers: frozenset[str] = frozenset()) -> None:
         self.spoilers = spoilers
         self.owner = os.getpid()
         self._known: set[str] = set()
@@ -45,12 +49,11 @@ class Pool:
         self._log = memory_file()
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._process = self._start(theirs)
+            self._process = self._start(theirs, environ)
 
-    def _start(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
+    def _start(self, theirs: socket.socket, environ: dict[str, str]) -> subprocess.Popen[bytes]:
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
         path = [*map(str, sys.path), os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))]
-        environ = {"OMP_NUM_THREADS": "1", **os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         return subprocess.Popen(
             [sys.executable, *flags, "-c", _START, str(theirs.fileno()), json.dumps(path)],
             pass_fds=[theirs.fileno()],
@@ -58,12 +61,14 @@ class Pool:
             stdout=subprocess.DEVNULL,
             stderr=self._log,
             start_new_session=True,
-            env=environ,
+            env={"OMP_NUM_THREADS": "1", **environ, **FORK_SAFE},
         )
 
     def close(self) -> None:
-        """End the process and all ranks."""
+        """End the process and all ranks, unless this process is a fork of the one that started it."""
         self.control.close()
+        if self.owner != os.getpid():
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -121,41 +126,40 @@ class Pool:
 
 
 class SharedPool:
-    """The one pool of this process, made when it is first needed, and ended when nobody holds it any more."""
+    """The pools of this process, one for each backend: made when first needed, ended when nobody holds them."""
 
     def __init__(self) -> None:
         self._holders: WeakSet[Any] = WeakSet()
         self._lock = threading.Lock()
-        self._pool: Pool | None = None
+        self._pools: dict[str, Pool] = {}
 
     def hold(self, holder: object) -> None:
-        """Have the pool stay until ``holder`` lets it go."""
+        """Have the pools stay until ``holder`` lets it go."""
         self._holders.add(holder)
 
     def let_go(self, holder: object) -> None:
-        """End the pool if nobody else holds it, after the run that uses it. A holder that is dropped ends nothing."""
+        """End the pools if nobody else holds them, after the current run. A holder that is dropped ends nothing."""
         self._holders.discard(holder)
         if not self._holders:
             with self._lock:
                 self.drop()
 
     @contextlib.contextmanager
-    def borrow(self) -> Iterator[Pool]:
-        """The pool, for one run: other threads wait until it is over."""
+    def borrow(self, backend: str, environ: dict[str, str]) -> Iterator[Pool]:
+        """The pool of a backend, for one run: other threads wait until it is over."""
         with self._lock:
-            if self._pool is not None and not (self._pool.lives and _is_fit(self._pool)):
-                spoilers = self._pool.spoilers
-                self.drop()
-                self._pool = Pool(spoilers)
-            if self._pool is None:
-                self._pool = Pool()
-            yield self._pool
+            pool = self._pools.get(backend)
+            if pool is None:
+                pool = self._pools[backend] = Pool(environ)
+            elif not (pool.lives and _is_fit(pool)):
+                pool.close()
+                pool = self._pools[backend] = Pool(environ, pool.spoilers)
+            yield pool
 
     def drop(self) -> None:
-        """End the pool, whoever uses it."""
-        if self._pool is not None and self._pool.owner == os.getpid():
-            self._pool.close()
-        self._pool = None
+        """End the pools, whoever uses them."""
+        while self._pools:
+            self._pools.popitem()[1].close()
 
     def forget_lock(self) -> None:
         """In a fork of this process, nobody holds the lock."""

@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
-import io
 import logging
 import os
 import pickle
@@ -24,12 +23,12 @@ from dataclasses import dataclass
 from multiprocessing import util
 from typing import Any
 
-import cloudpickle
 import numpy as np
 import torch
 
 from lightrft.sim.places import is_user_file
 from lightrft.sim.process_errors import PackedError, pack_error
+from lightrft.sim.process_pickle import dumps
 from lightrft.sim.process_shared import map_file, write
 
 __all__ = ["EXIT", "GO", "RAISED", "READY", "RETURNED", "STACKS", "Outcome", "Settings", "run_rank"]
@@ -210,24 +209,13 @@ def _call(function: Callable[[], Any]) -> Any:
         return None
 
 
-class _ResultPickler(cloudpickle.Pickler):  # type: ignore[misc] # cloudpickle has no annotations
-    """Tensors of a GPU come back on the CPU: who looks at them need not have that GPU."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, torch.Tensor) and obj.device.type not in ("cpu", "meta"):
-            return obj.cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
-        return super().reducer_override(obj)
-
-
 def _pickle_result(rank: int, result: Any) -> bytes:
-    file = io.BytesIO()
     try:
-        _ResultPickler(file).dump(result)
+        return dumps(result)
     except Exception as error:
         kind = f"{type(result).__module__}.{type(result).__qualname__}"
         problem = f"rank {rank} returned a {kind}, which cannot be pickled: {error}. Return tensors or plain data."
         raise TypeError(problem) from error
-    return file.getvalue()
 
 
 def _is_library(module: Any) -> bool:

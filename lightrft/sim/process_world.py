@@ -117,15 +117,17 @@ class ProcessWorld:
         if current_task() is not None:
             raise SimulationError("ProcessWorld.run was called inside a simulated rank")
         call = pickle_call(fn, args, kwargs)
-        with shared.borrow() as pool, _free_port() as holder:
-            settings = self._settings(holder.getsockname()[1])
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.backend == "gloo" else {}
+        environ = {**os.environ, **hidden}
+        with shared.borrow(self.backend, environ) as pool, _free_port() as holder:
+            settings = self._settings(environ, holder.getsockname()[1])
             body = memory_file(pickle.dumps(settings), call)
             run = None
             try:
                 run = Run(pool, self.size, body, tagged=self.tagged)
                 went_well = run.drive(self.limit)
                 outcomes = run.load_outcomes()
-                pool.learn(outcomes, settings.environ)
+                pool.learn(outcomes, environ)
             finally:
                 os.close(body)
                 if run is not None:
@@ -134,14 +136,13 @@ class ProcessWorld:
                 raise verdict(self, run.ends, run.failed)
         return [_load_result(rank, outcome) for rank, outcome in enumerate(outcomes)]
 
-    def _settings(self, port: int) -> Settings:
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if self.backend == "gloo" else {}
+    def _settings(self, environ: dict[str, str], port: int) -> Settings:
         return Settings(
             size=self.size,
             gpus_per_node=self.gpus_per_node,
             seed=self.seed,
             port=port,
-            environ={**os.environ, **hidden},
+            environ=environ,
             directory=os.getcwd(),
             path=sys.path,
             arguments=sys.argv,

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from lightrft.sim.process_pool import FORK_SAFE
 from lightrft.sim.process_rank import STACKS, run_rank
 from lightrft.sim.process_shared import map_file
 
@@ -157,7 +158,7 @@ class Zygote:
         with map_file(descriptor) as file:
             wanted = pickle.load(file)
         os.environ.clear()
-        os.environ.update(wanted["environ"])
+        os.environ.update(wanted["environ"] | FORK_SAFE)
         sys.path[:] = wanted["path"]
         for package, names in itertools.groupby(wanted["modules"], key=lambda name: name.partition(".")[0]):
             try:

@@ -153,6 +153,7 @@ def test_every_kind_of_function_can_run():
     world = ProcessWorld(2)
     assert world.run(lambda number: number + offset, 1) == [11, 11]
     assert world.run(functools.partial(Adder(), 5)) == [15, 16]
+    assert world.run(lambda: torch.ops.aten.add(torch.tensor(1), rank()).item()) == [1, 2]
     assert world.run(max, [1, 3, 2]) == [3, 3]
 
 
@@ -371,20 +372,24 @@ def test_a_hang_ends_at_the_limit_and_shows_every_stack():
     def hang():
         if init() == 1:
             threading.Event().wait()
-        if dist.get_rank() == 2:
-            return
         dist.barrier()
 
-    error = fails(ProcessWorld(4, limit=0.5), hang, CollectiveTimeoutError)
+    error = fails(ProcessWorld(3, limit=1.5), hang, CollectiveTimeoutError)
     assert isinstance(error, TimeoutError)
-    assert str(error).startswith("timeout: the run did not end within 0.5 s. Look at rank 1 at ")
-    assert rows(error) == {
-        (0, 3): ("is in barrier()", "hang"),
-        (1,): ("is in wait()", "hang"),
-        (2,): ("has returned", "?"),
-    }
-    assert "stack of ranks 0, 3 (most recent call last):" in str(error)
+    assert str(error).startswith("timeout: the run did not end within 1.5 s. Look at rank 1 at ")
+    assert rows(error) == {(0, 2): ("is in barrier()", "hang"), (1,): ("is in wait()", "hang")}
+    assert "stack of ranks 0, 2 (most recent call last):" in str(error)
     assert "stack of rank 1 (most recent call last):" in str(error)
+
+
+def test_a_rank_that_returns_too_early_is_seen_by_the_others_as_on_a_cluster():
+    def leave():
+        if init():
+            dist.barrier()
+
+    error = fails(ProcessWorld(2), leave)
+    assert str(error).startswith("rank 1 failed: RuntimeError: ")
+    assert rows(error)[0,] == ("has returned", "?")
 
 
 def test_a_loop_in_c_that_holds_the_interpreter_is_ended_too():
