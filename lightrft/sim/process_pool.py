@@ -30,6 +30,9 @@ _START = (
 )
 
 
+_PATIENCE = 120.0
+"""Seconds within which the process must answer; loading libraries is the longest that it does."""
+
 FORK_SAFE = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 """Lets libraries ask torch for GPUs when they are loaded without initialising CUDA, which no fork survives."""
 
@@ -48,6 +51,7 @@ class Pool:
         self._ends = 0
         self._log = memory_file()
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control.settimeout(_PATIENCE)
         with theirs:
             self._process = self._start(theirs, environ)
 

@@ -130,7 +130,8 @@ def _state_of(end: RankEnd) -> tuple[Place, str]:
         known = place != UNKNOWN
         return place, _death_of(end) + (f", {doing.replace('is in', 'in')}" if known and doing != "runs" else "")
     if end.returned:
-        return UNKNOWN, "has returned"
+        place, doing = _whereabouts(main_stack(end.stacks))
+        return (place, f"has returned, and {doing}") if place != UNKNOWN else (UNKNOWN, "has returned")
     return _whereabouts(main_stack(end.stacks))
 
 
@@ -189,7 +190,7 @@ def verdict(world: ProcessWorld, ends: Sequence[RankEnd], order: Sequence[int]) 
     if not failed:
         classes: dict[Place, list[int]] = {}
         for end, (rank, place, _) in zip(ends, states, strict=True):
-            if end.runs:
+            if place != UNKNOWN or end.runs:
                 classes.setdefault(place, []).append(rank)
         report = _report(world, states, outsiders(classes))
         places = "; ".join(f"rank {culprit.rank} at {culprit.place}" for culprit in report.culprits[:6])

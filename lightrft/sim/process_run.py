@@ -51,6 +51,12 @@ class Stream:
             if not content:
                 return False
 
+    def finish(self) -> None:
+        """Write what is left, and close the stream."""
+        if self.pass_on():
+            self._write("", end=True)
+        os.close(self.descriptor)
+
     def _write(self, text: str, *, end: bool) -> None:
         if self._tag:  # whole lines only
             *lines, self._line = (self._line + text).split("\n")
@@ -89,8 +95,7 @@ class Rank:
     def close(self) -> None:
         """Write what is left of the output, and give everything back."""
         for stream in self.streams:
-            stream.pass_on()
-            os.close(stream.descriptor)
+            stream.finish()
         self.channel.close()
         os.close(self.outcome)
         os.close(self.stacks)
@@ -137,6 +142,7 @@ class Run:
                 self._watch(self.ranks[-1])
         except BaseException:
             self.close()
+            pool.end_ranks()
             raise
 
     def _watch(self, rank: Rank) -> None:
@@ -174,8 +180,8 @@ class Run:
         if self.failed:
             self._wait(_SETTLE, lambda: not any(end.runs for end in self.ends))
         self._pool.tell(do="stacks")
-        running = [rank for rank in self.ranks if rank.end.runs]
-        self._wait(_DUMP, lambda: all(has_main_stack(read_text(rank.stacks)) for rank in running), 0.005)
+        living = [rank for rank in self.ranks if not rank.end.gone]
+        self._wait(_DUMP, lambda: all(has_main_stack(read_text(rank.stacks)) for rank in living), 0.005)
         for rank in self.ranks:
             rank.end.stacks = read_text(rank.stacks)
 
@@ -196,8 +202,7 @@ class Run:
         event = self._pool.hear()
         if event["event"] == "died":
             rank = self.ranks[event["rank"]]
-            while rank.listen() and not (rank.end.returned or rank.end.error):
-                pass
+            rank.listen()  # its last note may still be waiting
             rank.end.code = event["code"]
             self._note(rank.end)
         return True

@@ -49,7 +49,8 @@ _LOOK = 1.0
 def main(descriptor: int) -> None:
     """Serve the process at the other end of the socket ``descriptor`` until it closes the socket or dies."""
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a dead rank had started becomes a child of ours
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, STACKS):  # ranks that have just been forked are not yet ready for them
+        signal.signal(number, signal.SIG_IGN)
     _make_streams()
     try:
         Zygote(socket.socket(fileno=descriptor)).serve()
