@@ -51,7 +51,7 @@ def unit(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def processes(session: nox.Session) -> None:
     """Tests that start real processes and real gloo groups."""
-    install(session, "-e", ".", "hypothesis", "pytest")
+    install(session, "-e", ".", "hypothesis", "pytest", "pytest-xdist")
     session.run("pytest", "tests/processes", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
