@@ -44,14 +44,14 @@ def install(session: nox.Session, *packages: str) -> None:
 @nox.session(python=PYTHONS)
 def unit(session: nox.Session) -> None:
     """Unit tests, on simulated ranks only."""
-    install(session, "-e", ".", "hypothesis", "pytest", "pytest-xdist")
+    install(session, "-e", ".[deepspeed,train]", "hypothesis", "pytest", "pytest-xdist")
     session.run("pytest", "-n", str(WORKERS), *session.posargs)
 
 
 @nox.session(python=PYTHONS[0])
 def processes(session: nox.Session) -> None:
     """Tests that start real processes and real gloo groups."""
-    install(session, "-e", ".", "hypothesis", "pytest", "pytest-xdist")
+    install(session, "-e", ".[deepspeed,train]", "hypothesis", "pytest", "pytest-xdist")
     session.run("pytest", "tests/processes", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+
 import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
-from programs import tiny, zero
 from torch.utils.data import DataLoader, Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
+
+from programs import tiny, zero
 
 HEADS = 8
 LENGTH = 16
@@ -107,9 +110,7 @@ def ulysses():
     settings = zero.config(2)
     settings["sequence_parallel_size"] = sequence
     settings["train_micro_batch_size_per_gpu"] = 1
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=tiny.sgd(model.parameters()), config=settings, mpu=mpu
-    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=tiny.sgd(model.parameters()), config=settings, mpu=mpu)
     group = mpu.get_sequence_parallel_group()
     examples = torch.utils.data.Subset(Tokens(), range(dist.get_rank(), 16, dist.get_world_size()))
     loader = UlyssesSPDataLoaderAdapter(
@@ -159,6 +160,9 @@ def _accelerate(accelerator, steps=2, **batches):
     state = accelerator.get_state_dict(model) or {}  # ZeRO-3 gives it to rank 0 alone
     state = {name: tiny.whole(value) for name, value in state.items()}
     result = tiny.told(losses, state, norms, gathered=gathered, index=accelerator.process_index)
+    accelerator.free_memory()
+    del model, optimizer, loader  # a DDP wrapper that outlives its group may hang a gloo process for ever
+    gc.collect()
     accelerator.end_training()
     return result
 
@@ -179,7 +183,7 @@ def accelerate_fsdp2():
 
 
 def _accelerate_zero(stage):
-    zero.without_compiled_operations()
+    zero.as_on_a_gpu()
     settings = zero.config(stage, zero={"stage3_gather_16bit_weights_on_model_save": True})
     settings["train_micro_batch_size_per_gpu"] = 1
     return _accelerate(Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings)))
@@ -221,6 +225,9 @@ def _trainer(folder, **more):
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # ZeRO-3 gives it to rank 0 alone
     state = {name: tiny.whole(value) for name, value in state.items()}
     result = tiny.told(losses, state, norms)
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
     return result
@@ -231,12 +238,12 @@ def trainer_ddp(folder):
 
 
 def trainer_zero2(folder):
-    zero.without_compiled_operations()
+    zero.as_on_a_gpu()
     return _trainer(folder, deepspeed={**zero.config("auto"), **_auto(2)})
 
 
 def trainer_zero3(folder):
-    zero.without_compiled_operations()
+    zero.as_on_a_gpu()
     return _trainer(folder, deepspeed={**zero.config("auto"), **_auto(3)})
 
 
@@ -260,5 +267,3 @@ def trainer_fsdp2(folder):
             "state_dict_type": "FULL_STATE_DICT",
         },
     )
-
-

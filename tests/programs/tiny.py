@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
+from torch.nn import functional
 
 VOCABULARY, WIDTH, HEADS, LENGTH, BATCH = 32, 16, 2, 8, 2
 
@@ -24,9 +22,9 @@ class Block(nn.Module):
     def forward(self, x):
         batch, length, _ = x.shape
         q, k, v = self.inputs(self.norm(x)).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.outputs(attended.transpose(1, 2).reshape(batch, length, -1))
-        return x + self.narrow(F.gelu(self.widen(x)))
+        return x + self.narrow(functional.gelu(self.widen(x)))
 
 
 class Transformer(nn.Module):
@@ -60,7 +58,7 @@ def batch(step, rank=None):
 
 def loss_of(logits, ids):
     """Cross-entropy of the next token, mean over all but the last."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def sgd(parameters, lr=0.1):
@@ -96,29 +94,3 @@ def start(backend="gloo"):
 def end():
     dist.barrier()
     dist.destroy_process_group()
-
-
-def shared_folder(base):
-    """A folder that all ranks find."""
-    os.makedirs(base, exist_ok=True)
-    return base
-
-
-__all__ = [
-    "BATCH",
-    "LENGTH",
-    "VOCABULARY",
-    "WIDTH",
-    "Tensor",
-    "Transformer",
-    "batch",
-    "end",
-    "loss_of",
-    "sgd",
-    "shared_folder",
-    "start",
-    "told",
-    "transformer",
-    "weights",
-    "whole",
-]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from programs import tiny
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -14,6 +13,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from programs import tiny
 
 
 def plain(steps=3, ranks=4, clip=None):
@@ -58,6 +59,7 @@ def ddp(find_unused_parameters=False):
     wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused_parameters)
     losses, norms = _train(wrapped, tiny.sgd(model.parameters()))
     result = tiny.told(losses, model, norms)
+    del wrapped  # a wrapper that outlives its group may hang a gloo process for ever
     tiny.end()
     return result
 
@@ -83,6 +85,7 @@ def ddp_accumulates():
         optimizer.zero_grad()
         losses.append(loss.detach())
     result = tiny.told(losses, model)
+    del wrapped
     tiny.end()
     return result
 
@@ -204,10 +207,10 @@ def fsdp2_on_meta():
 
 
 def dcp_saves(folder):
-    """Trains, saves with AdamW's state, and goes on: what a resumed run has to equal."""
+    """Trains, saves with the momentum, and goes on: what a resumed run has to equal."""
     tiny.start()
     model = _shard(tiny.transformer())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     _train(model, optimizer, steps=2)
     state, states = get_state_dict(model, optimizer)
     dcp.save({"model": state, "optimizer": states}, checkpoint_id=folder)
@@ -222,7 +225,7 @@ def dcp_loads(folder):
     """Loads what any number of ranks saved."""
     tiny.start()
     model = _shard(tiny.transformer(seed=1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     state, states = get_state_dict(model, optimizer)
     dcp.load({"model": state, "optimizer": states}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=states)

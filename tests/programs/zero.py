@@ -6,13 +6,19 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from programs import tiny
 from torch import nn
 
+from programs import tiny
 
-def without_compiled_operations():
-    """Real processes would compile for minutes; simulated ranks have no need of this."""
+
+def as_on_a_gpu():
+    """Two things that real processes on a CPU need, and simulated ranks do not.
+
+    Without the first DeepSpeed compiles for minutes. Without the second it says that some CPUs cannot compute in
+    fp16 (they can, slowly), and then builds in bf16 what shall be fp32.
+    """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    type(get_accelerator()).is_fp16_supported = lambda _: True
 
 
 def config(stage, *, micro=1, **more):
@@ -27,7 +33,7 @@ def config(stage, *, micro=1, **more):
 
 
 def start():
-    without_compiled_operations()
+    as_on_a_gpu()
     deepspeed.init_distributed("gloo", verbose=False)
 
 
@@ -136,7 +142,6 @@ def zero3_persists_small_parameters():
 def _float16(stage):
     """The loss scale starts too high: the first steps overflow on every rank, and are skipped."""
     start()
-    type(get_accelerator()).is_fp16_supported = lambda _: True  # on some CPUs DeepSpeed says no: it would be slow
     settings = config(stage, fp16={"enabled": True, "initial_scale_power": 20, "hysteresis": 1, "loss_scale_window": 2})
     engine = engine_of(tiny.transformer(), settings)
     losses, _ = train(engine, 6)
@@ -217,10 +222,18 @@ def zero3_writes_gathered_weights():
     return result
 
 
-def _saves(stage, folder):
+def _with_momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
+def _adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=0.01)
+
+
+def _saves(stage, folder, optimizer=_with_momentum):
     start()
     model = tiny.transformer()
-    engine = engine_of(model, config(stage), torch.optim.AdamW(model.parameters(), lr=0.01))
+    engine = engine_of(model, config(stage), optimizer(model.parameters()))
     train(engine, 2)
     engine.save_checkpoint(folder, tag="step2")
     saved = weights(engine)
@@ -230,10 +243,10 @@ def _saves(stage, folder):
     return result
 
 
-def _loads(stage, folder, tag="step2", **settings):
+def _loads(stage, folder, optimizer=_with_momentum, tag="step2", **settings):
     start()
     model = tiny.transformer(seed=1)
-    engine = engine_of(model, config(stage, **settings), torch.optim.AdamW(model.parameters(), lr=0.01))
+    engine = engine_of(model, config(stage, **settings), optimizer(model.parameters()))
     engine.load_checkpoint(folder, tag=tag)
     saved = weights(engine)
     losses, norms = train(engine, 2, first=2)
@@ -266,6 +279,10 @@ def zero3_loads(folder):
     return _loads(3, f"{folder}/3")
 
 
+def zero2_saves_for_all(folder):
+    return _saves(2, f"{folder}/all", _adamw)
+
+
 def zero2_converts(folder):
     """Rank 0 makes a universal checkpoint, which any number of ranks can load, of what the ranks have saved."""
     from types import SimpleNamespace
@@ -276,8 +293,8 @@ def zero2_converts(folder):
     if dist.get_rank() == 0:
         ds_to_universal.main(
             SimpleNamespace(
-                input_folder=f"{folder}/2/step2",
-                output_folder=f"{folder}/2/universal",
+                input_folder=f"{folder}/all/step2",
+                output_folder=f"{folder}/all/universal",
                 num_extract_workers=1,
                 num_merge_workers=1,
                 keep_temp_folder=False,
@@ -290,7 +307,7 @@ def zero2_converts(folder):
 
 
 def zero2_loads_universal(folder):
-    return _loads(2, f"{folder}/2", tag="universal", checkpoint={"load_universal": True})
+    return _loads(2, f"{folder}/all", _adamw, tag="universal", checkpoint={"load_universal": True})
 
 
 def zero3_saves_16bit_model(folder):
