@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType, FrameType, FunctionType, TracebackType
 from typing import Any
@@ -93,17 +94,14 @@ def _message(error: BaseException) -> str:
 
 def _pickled(error: BaseException) -> bytes | None:
     kind = type(error)
-    calls = [(_same, (error,)), (_without_init, (kind, error.args, error.__dict__))]
+    call: tuple[Callable[..., BaseException], tuple[Any, ...]] = (_same, (error,))
     if isinstance(kind.__init__, FunctionType) and kind.__reduce__ is BaseException.__reduce__:
-        calls.reverse()  # calling its __init__ with its args, as pickle does, may give another message
-    for call in calls:
-        try:
-            pickled = dumps(call)
-            if type(_load(pickled)) is kind:
-                return pickled
-        except Exception:  # noqa: BLE001 - pickling runs code of the user
-            continue
-    return None
+        call = _without_init, (kind, error.args, error.__dict__)
+    try:
+        pickled = dumps(call)
+        return pickled if type(_load(pickled)) is kind else None
+    except Exception:  # noqa: BLE001 - pickling runs code of the user
+        return None
 
 
 def _same(error: BaseException) -> BaseException:
@@ -111,7 +109,7 @@ def _same(error: BaseException) -> BaseException:
 
 
 def _without_init(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
-    """An exception whose ``__init__`` takes other arguments than it passes on."""
+    """The exception again: its ``__init__``, which pickle would call, may take other arguments than it passed on."""
     error = kind.__new__(kind, *args)
     error.__dict__.update(attributes)
     return error

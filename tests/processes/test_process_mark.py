@@ -208,7 +208,7 @@ def test_hypothesis_draws_outside_so_that_ranks_see_the_same_example(run):
     result.assert_outcomes(passed=1)
 
 
-def test_every_worker_of_xdist_has_processes_of_its_own(pytester, monkeypatch):
+def test_every_worker_of_xdist_has_a_warm_process_of_its_own_for_the_whole_session(pytester, monkeypatch):
     pytest.importorskip("xdist")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
@@ -221,8 +221,18 @@ def test_every_worker_of_xdist_has_processes_of_its_own(pytester, monkeypatch):
             init()
             dist.barrier()
             assert number < 3
+
+        parents = []
+
+        @pytest.mark.parametrize("number", range(6))
+        def test_the_warm_process_is_the_same(number):
+            from lightrft.sim import ProcessWorld
+
+            with ProcessWorld(1) as world:
+                parents.extend(world.run(os.getppid))
+            assert len(set(parents)) == 1
     """
     pytester.makepyfile(test_it=HEAD + inspect.cleandoc(source))
     result = pytester.runpytest_inprocess("-p", "xdist", "-n2", "-p", pytest_plugin.__name__, "-p", "no:cacheprovider")
-    result.assert_outcomes(passed=3, failed=1)
+    result.assert_outcomes(passed=9, failed=1)
     result.stdout.fnmatch_lines(["E       assert 3 < 3", "*- real processes, seed 0 -*"])

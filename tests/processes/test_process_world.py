@@ -43,6 +43,13 @@ class OddError(Exception):
         self.code = code
 
 
+class PrefixError(Exception):
+    """Its ``__init__`` called again, as plain pickle does, would give another message."""
+
+    def __init__(self, name):
+        super().__init__(f"bad {name}")
+
+
 class LockedError(Exception):
     def __init__(self):
         super().__init__("has a lock")
@@ -295,7 +302,11 @@ def test_an_exception_is_reported_with_its_traceback_and_where_the_others_were()
 
 
 def test_ranks_that_raise_the_same_are_reported_together():
-    error = fails(ProcessWorld(3), lambda: 1 / (rank() % 2))
+    def divide():
+        time.sleep(0.05 * rank())
+        return 1 / (rank() % 2)
+
+    error = fails(ProcessWorld(3), divide)
     assert str(error).startswith("ranks 0, 2 failed: ZeroDivisionError: division by zero\n\nranks 0, 2:\nTraceback")
     assert rows(error)[1,] == ("has returned", "?")
 
@@ -304,6 +315,7 @@ def test_ranks_that_raise_the_same_are_reported_together():
     ("make", "kind", "text"),
     [
         (lambda: OddError(3, "odd"), OddError, "code 3: odd"),
+        (lambda: PrefixError("name"), PrefixError, "bad name"),
         (lambda: OSError(2, "No such file", "x"), FileNotFoundError, "[Errno 2] No such file: 'x'"),
         (LockedError, RuntimeError, "LockedError: has a lock"),
     ],
