@@ -14,6 +14,7 @@ A place is written under the module that holds it (the part after the library's 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -59,8 +60,8 @@ class Library:
 
 
 def _minor(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int("".join(filter(str.isdigit, minor)) or 0)
+    major, minor = re.findall(r"\d+", version)[:2]
+    return int(major), int(minor)
 
 
 def _show(version: tuple[int, int]) -> str:

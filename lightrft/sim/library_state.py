@@ -172,6 +172,10 @@ class LibraryState:
         self._empty_containers: list[Any] = []
         self._quiet: dict[int, Any] = {}
 
+    def matches(self, module: str) -> bool:
+        """Whether a module of this name belongs to a listed library."""
+        return module.partition(".")[0] in self._libraries
+
     def begin(self) -> None:
         """Remember what is loaded now."""
         self._find_places()

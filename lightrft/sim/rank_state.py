@@ -285,6 +285,10 @@ class StateSwitcher:
             if state is not mine:
                 before.spread(after, state)
 
+    def is_local(self, module: str) -> bool:
+        """Whether every rank has its own globals of the module of this name, or of those that need it."""
+        return self.modules.matches(module) or self.libraries.matches(module)
+
     def save(self, state: ProcessState) -> None:
         """Take the running rank's state out of the process."""
         state.groups = c10d._world  # type: ignore[assignment]

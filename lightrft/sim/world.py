@@ -196,7 +196,7 @@ class SimWorld:
                 watch=self._watch,
                 is_call=lambda waiting: isinstance(waiting, Call),
             )
-            self.shared = SharedGlobals(self.switcher.modules.matches)
+            self.shared = SharedGlobals(self.switcher.is_local)
             self.ranks = [self._new_rank(index) for index in range(self.size)]
             self.shared.begin()
             locks = LockAdoption()

@@ -28,6 +28,7 @@ def config(stage, *, micro=1, **more):
         "zero_optimization": {"stage": stage, **more.pop("zero", {})},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,  # DeepSpeed clips at 1 if nothing is said
         **more,
     }
 
