@@ -8,12 +8,11 @@ back after the run.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
-from lightrft.sim.places import is_user_file
+from lightrft.sim.places import is_user_class, is_user_file
 from lightrft.sim.threads import RAW_LOCK, RAW_RLOCK, SimLock, SimRLock
 
 __all__ = ["LockAdoption"]
@@ -66,7 +65,7 @@ class LockAdoption:
         elif type(value) is tuple:
             for item in value:
                 self.adopt(item)
-        elif _is_of_users(type(value)) and isinstance(getattr(value, "__dict__", None), dict):
+        elif is_user_class(type(value)) and isinstance(getattr(value, "__dict__", None), dict):
             self._items(vars(value), list(vars(value)))
 
     def _items(self, container: Any, keys: Any) -> None:
@@ -91,7 +90,7 @@ class LockAdoption:
         """Only locks and containers of them: other functions of the module share these globals anyway."""
         for name, old in list(namespace.items()):
             if not name.startswith("__") and (
-                type(old) in (RAW_LOCK, RAW_RLOCK, list, dict) or _is_of_users(type(old))
+                type(old) in (RAW_LOCK, RAW_RLOCK, list, dict) or is_user_class(type(old))
             ):
                 new = self.adopt(old)
                 if new is not old:
@@ -107,8 +106,3 @@ class LockAdoption:
         if new is not old:
             cell.cell_contents = new
             self._undo.append((setattr, (cell, "cell_contents", old)))
-
-
-def _is_of_users(cls: type) -> bool:
-    module = sys.modules.get(cls.__module__)
-    return is_user_file(getattr(module, "__file__", None))

@@ -13,7 +13,7 @@ import sysconfig
 from types import CodeType, FrameType
 from typing import NamedTuple
 
-__all__ = ["Place", "caller_place", "is_user_file", "may_hold_aliases"]
+__all__ = ["Place", "caller_place", "is_user_class", "is_user_file", "may_hold_aliases"]
 
 
 class Place(NamedTuple):
@@ -69,6 +69,11 @@ def _classify(file: str) -> int:
 def is_user_file(file: str | None) -> bool:
     """Whether ``file`` is the user's own source."""
     return bool(file) and _kind(file or "") == _USER
+
+
+def is_user_class(cls: type) -> bool:
+    """Whether ``cls`` is defined in the user's own source."""
+    return is_user_file(getattr(sys.modules.get(cls.__module__), "__file__", None))
 
 
 def is_simulator_file(file: str) -> bool:

@@ -198,11 +198,11 @@ class SimWorld:
             )
             self.shared = SharedGlobals(self.switcher.modules.matches)
             self.ranks = [self._new_rank(index) for index in range(self.size)]
-            self.shared.begin()
             locks = LockAdoption()
             stack.callback(locks.restore)
             fn = locks.adopt(fn)
             args, kwargs = tuple(map(locks.adopt, args)), {key: locks.adopt(value) for key, value in kwargs.items()}
+            self.shared.begin()
             with stack_size(_STACK_BYTES), one_core():
                 for rank in self.ranks:
                     self._start(rank, fn, args, kwargs, results)
@@ -284,8 +284,7 @@ class SimWorld:
     def _switch(self, leaving: SimRank | None, entering: SimRank) -> None:
         if leaving is not None:
             self.switcher.save(leaving.state)
-            if self.shared.watching:
-                self.shared.look(leaving.index)
+            self.shared.look(leaving.index)
         self.switcher.load(entering.state)
 
     def _drive(self) -> None:
