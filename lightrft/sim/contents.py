@@ -172,7 +172,7 @@ class Contents:
             list(map(len, self._sized)),
             self._tensors and [tensor._version for tensor in self._tensors],
             self._arrays and [array.tobytes() for array in self._arrays],
-            self._slots and [[known(getattr(value, name, None)) for name in names] for value, names in self._slots],
+            [[known(getattr(value, name, None)) for name in names] for value, names in self._slots],
         )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch.distributed import distributed_c10d as c10d
 from torch.utils import _device
 
+from lightrft.sim.loggers import RankLoggers
 from lightrft.sim.random_state import fresh_states, generators
 from lightrft.sim.rank_local import RankLocalModules
 
@@ -110,8 +111,7 @@ class ProcessState:
         "groups",
         "init_method",
         "log_disable",
-        "log_handlers",
-        "log_level",
+        "loggers",
         "main",
         "modules",
         "path",
@@ -146,8 +146,7 @@ class ProcessState:
         self.warning_once = dict(warnings.onceregistry)  # type: ignore[attr-defined]
         self.warning_default = warnings.defaultaction  # type: ignore[attr-defined]
         self.modules: Any = None
-        self.log_handlers = list(logging.root.handlers)
-        self.log_level = logging.root.level
+        self.loggers: list[dict[str, Any]] = []
         self.log_disable = logging.root.manager.disable
         self.signals: dict[int, Any] = {}
         self.atexit: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
@@ -166,6 +165,7 @@ class StateSwitcher:
         self._generators = generators()
         self._flags = _read_flags()
         self.modules = RankLocalModules(rank_local)
+        self.loggers = RankLoggers()
         self.any_chdir = False
         self._cwd = os.getcwd()
         self._environs: list[dict[bytes, bytes]] = []
@@ -176,7 +176,8 @@ class StateSwitcher:
         original = ProcessState(self._os_environ._data)
         original.groups = c10d._world  # type: ignore[assignment]
         original.backend, original.init_method = c10d._backend, c10d._default_pg_init_method
-        original.argv, original.path, original.log_handlers = sys.argv, sys.path, logging.root.handlers
+        original.argv, original.path = sys.argv, sys.path
+        original.loggers = self.loggers.originals
         original.warning_filters, original.warning_once = warnings.filters, warnings.onceregistry  # type: ignore[attr-defined]
         original.cwd = self._cwd
         environ = dict(self._os_environ._data)
@@ -231,8 +232,6 @@ class StateSwitcher:
         state.excepthook = sys.excepthook
         state.default_device = _device.CURRENT_DEVICE
         state.flags = self._flags = _read_flags()
-        state.log_handlers = logging.root.handlers
-        state.log_level = logging.root.level
         state.log_disable = logging.root.manager.disable
         state.warning_filters = warnings.filters
         state.warning_show = warnings.showwarning
@@ -267,11 +266,10 @@ class StateSwitcher:
             warnings._filters_mutated()  # type: ignore[attr-defined]
         else:
             warnings.filters = state.warning_filters
-        log = logging.root
-        log.handlers = state.log_handlers
-        if log.level != state.log_level or log.manager.disable != state.log_disable:
-            log.level, log.manager.disable = state.log_level, state.log_disable
-            log.manager._clear_cache()  # type: ignore[attr-defined]
+        self.loggers.load(state.loggers)
+        manager = logging.root.manager
+        if manager.disable != state.log_disable:
+            manager.disable = state.log_disable
         warnings.showwarning = state.warning_show
         warnings._showwarnmsg_impl = state.warning_show_impl  # type: ignore[attr-defined]
         warnings.onceregistry = state.warning_once  # type: ignore[attr-defined]

@@ -158,13 +158,18 @@ class SharedGlobals:
             self._note_writes(None)
             self._scan()
 
+    def is_importing(self, task: Task) -> bool:
+        """Whether ``task`` is executing a module that no rank has imported before."""
+        return bool(self._importing.get(task))
+
     # -- a look -------------------------------------------------------------------------------------------------
 
     def _glance(self) -> Any:
         try:
             bound = [tuple(map(id, get(namespace))) for get, namespace in self._bound]
-            absent = self._absent and [name in namespace for name, namespace in self._absent]
-            return bound, absent, self._caches and [info() for info in self._caches], self._contents.glance()
+            absent = [name in namespace for name, namespace in self._absent] if self._absent else None
+            caches = [info() for info in self._caches] if self._caches else None
+            return bound, absent, caches, self._contents.glance()
         except (KeyError, RuntimeError):  # a name is gone; a finalizer has written to what is just looked at
             return None
 
