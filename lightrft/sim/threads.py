@@ -189,6 +189,7 @@ def _spawn(function: Any, args: Any, kwargs: Any) -> tuple[Any, Task]:
         except (Killed, ProcessExit):
             pass
         finally:
+            child.rank.let_go()
             child.scheduler.finish(child)
             current.bind(None)
 

@@ -263,6 +263,7 @@ class SimWorld:
         except BaseException as error:  # noqa: BLE001 - a rank may raise anything; the run reports it
             self._fail(rank, error)
         finally:
+            rank.let_go()
             torch._C._distributed_c10d._unregister_all_process_groups()
             task.scheduler.finish(task)
             current.bind(None)
@@ -325,6 +326,7 @@ class SimWorld:
         for rank in self.ranks:
             rank.handles.clear()
             rank.outstanding.clear()
+            rank.abandoned.clear()
             rank.threads.clear()
             rank.main = None
         for group in self.groups.values():
@@ -423,6 +425,7 @@ class SimWorld:
         for work in rank.outstanding:
             if not work.call.done:
                 self._left(rank.index, work.call.place, f"{work.call.describe()} was never waited for")
+        rank.abandoned += rank.outstanding
         rank.outstanding.clear()
         tables = rank.tables()
         if tables.pg_map:
