@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from operator import itemgetter
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -22,8 +21,17 @@ from lightrft.sim.bytecode import INSIDE, WRITES, uses_of
 from lightrft.sim.contents import Contents, has_containers, is_container, is_instance, mark
 from lightrft.sim.current import current_task
 from lightrft.sim.patching import Patch
-from lightrft.sim.places import is_user_file
-from lightrft.sim.surveys import Survey, classes_of, full_name, merged, named_members, rank_read_by, survey_of
+from lightrft.sim.surveys import (
+    Modules,
+    Survey,
+    classes_of,
+    full_name,
+    merged,
+    named_members,
+    rank_read_by,
+    survey_of,
+    user_modules,
+)
 
 if TYPE_CHECKING:
     from lightrft.sim.scheduler import Task
@@ -126,17 +134,17 @@ class SharedGlobals:
         self._importing: dict[Task, int] = {}
         self._prepare()
 
-    def begin(self) -> None:
-        """Look through the modules that are loaded now."""
+    def begin(self, modules: Modules) -> None:
+        """Look through the user's modules."""
         self._main = sys.modules.get("__main__")
-        self._scan()
+        self._scan(modules)
 
     def look(self, rank: int) -> None:
         """``rank`` is about to leave the baton: note what it has written."""
         if self._watched and self._glance() != self._last:
             self._note_writes(rank)
         if len(sys.modules) != self._modules:
-            self._scan()
+            self._scan(user_modules())
 
     def warnings(self) -> Iterator[str]:
         """One message for each thing that several ranks wrote to."""
@@ -156,7 +164,7 @@ class SharedGlobals:
         self._importing[task] -= 1
         if not self._importing[task] and len(sys.modules) != self._modules:
             self._note_writes(None)
-            self._scan()
+            self._scan(user_modules())
 
     def is_importing(self, task: Task) -> bool:
         """Whether ``task`` is executing a module that no rank has imported before."""
@@ -199,11 +207,11 @@ class SharedGlobals:
 
     # -- what to watch ------------------------------------------------------------------------------------------
 
-    def _scan(self) -> None:
+    def _scan(self, modules: Modules) -> None:
         self._modules = len(sys.modules)
-        modules = {name: module for name, module in list(sys.modules.items()) if self._is_of_interest(name, module)}
-        everything = _merged(tuple(map(survey_of, modules.values())))
-        for name, module in modules.items():
+        modules = [(name, module) for name, module in modules if self._is_of_interest(name, module)]
+        everything = _merged(tuple(survey_of(module) for _, module in modules))
+        for name, module in modules:
             for watched in _Candidates(name, module, everything).find(self._known):
                 self._known[watched.label] = watched
                 self._watched.append(watched)
@@ -213,7 +221,7 @@ class SharedGlobals:
         """Scripts are out of it: every rank that runs one has its own ``__main__``."""
         if name == "__mp_main__" or (name == "__main__" and module is not self._main):
             return False
-        return _is_of_user(module) and not self._is_local(name)
+        return not self._is_local(name)
 
 
 _latest: list[tuple[tuple[Survey, ...], Survey]] = []
@@ -238,17 +246,14 @@ class _Candidates:
         self._module = module
         self._own = survey_of(module)
         self._all = everything
-        self._stored = {attribute for _, attribute in everything.stored}
-        self._owners: dict[str, set[str]] = {}
-        for owner, attribute in everything.stored:
-            self._owners.setdefault(owner, set()).add(attribute)
+        self._members = list(named_members(module))
 
     def find(self, known: Mapping[str, Any]) -> Iterator[_Watched | _WatchedCache]:
         """Those that are not ``known`` yet by their labels."""
         for what, name, namespace, key in (*self._globals(), *self._of_classes(), *self._of_functions()):
             if f"{self._name}.{name}" not in known:
                 yield _Watched(self._name, name, what, namespace, key)
-        for name, member in named_members(self._module):
+        for name, member in self._members:
             if isinstance(member, functools._lru_cache_wrapper) and f"{self._name}.{name}" not in known:
                 reads = rank_read_by(member.__wrapped__)
                 if reads:
@@ -257,7 +262,7 @@ class _Candidates:
     def _globals(self) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
         namespace = vars(self._module)
         for key, value in namespace.copy().items():
-            bound_anew = key in self._own.rebound or (key in self._stored and not _is_definition(value))
+            bound_anew = key in self._own.rebound or (key in self._all.assigned and not _is_definition(value))
             if not key.startswith("__") and (bound_anew or self._changes(key, value, self._own.names.get(key, 0))):
                 yield "global", key, namespace, key
         for key in sorted(self._own.rebound - namespace.keys()):
@@ -266,10 +271,10 @@ class _Candidates:
     def _of_classes(self) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
         for cls in classes_of(self._module):
             by_methods = (self._all.on_classes.get(full_name(base), ()) for base in cls.__mro__)
-            written = set(self._owners.get(cls.__name__, ())).union(*by_methods)
+            written = set(self._all.assigned_of.get(cls.__name__, ())).union(*by_methods)
             for key, value in vars(cls).copy().items():
                 is_data = not key.startswith("__") and not hasattr(type(value), "__get__")
-                if is_data and (key in self._stored or self._changes(key, value, 0)):
+                if is_data and (key in self._all.assigned or self._changes(key, value, 0)):
                     written.add(key)
             namespace = vars(cls)
             for key in sorted(written):
@@ -277,15 +282,17 @@ class _Candidates:
                     yield "class attribute", f"{cls.__qualname__}.{key}", namespace, key
 
     def _of_functions(self) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
-        for name, function in named_members(self._module):
+        for name, function in self._members:
             if not isinstance(function, FunctionType):
                 continue
-            for key in sorted(self._owners.get(function.__name__, set()) - {"__wrapped__"}):
-                yield "function attribute", f"{name}.{key}", vars(function), key
-            for key, value in vars(function).copy().items():
-                if key not in self._stored and self._changes(key, value, 0):
+            if function.__name__ in self._all.assigned_of:
+                for key in sorted(self._all.assigned_of[function.__name__] - {"__wrapped__"}):
                     yield "function attribute", f"{name}.{key}", vars(function), key
-            yield from self._defaults(name, function)
+            for key, value in list(vars(function).items()):
+                if key not in self._all.assigned and self._changes(key, value, 0):
+                    yield "function attribute", f"{name}.{key}", vars(function), key
+            if function.__defaults__ or function.__kwdefaults__:
+                yield from self._defaults(name, function)
 
     def _defaults(self, name: str, function: FunctionType) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
         code, values = function.__code__, function.__defaults__ or ()
@@ -303,13 +310,13 @@ class _Candidates:
         return named and is_instance(value) and self._is_changed_instance(key, value)
 
     def _is_changed_instance(self, key: str, value: Any) -> bool:
-        if key in self._owners or isinstance(value, (torch.nn.Module, dict)):
+        if key in self._all.assigned_of or isinstance(value, (torch.nn.Module, dict)):
             return True
         if any(self._all.on_instances.get(full_name(cls)) for cls in type(value).__mro__):
             return True
         attributes = self._all.attributes
         return any(
-            name in self._stored or (is_container(part) and _is_written(part, attributes.get(name, 0)))
+            name in self._all.assigned or (is_container(part) and _is_written(part, attributes.get(name, 0)))
             for name, part in getattr(value, "__dict__", {}).copy().items()
         )
 
@@ -320,19 +327,6 @@ def _is_written(value: Any, level: int) -> bool:
 
 def _is_definition(value: Any) -> bool:
     return isinstance(value, (FunctionType, type, ModuleType))
-
-
-_of_user: WeakKeyDictionary[ModuleType, bool] = WeakKeyDictionary()
-
-
-def _is_of_user(module: Any) -> bool:
-    """Whether a module is the user's own; found out once for each."""
-    if not isinstance(module, ModuleType):
-        return False
-    known = _of_user.get(module)
-    if known is None:
-        known = _of_user[module] = is_user_file(vars(module).get("__file__"))
-    return known
 
 
 def _enter_import(original: Any) -> Any:

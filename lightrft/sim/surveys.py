@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
@@ -11,7 +12,17 @@ from weakref import WeakKeyDictionary
 from lightrft.sim.bytecode import nested, uses_of, words
 from lightrft.sim.places import is_user_file
 
-__all__ = ["Survey", "classes_of", "full_name", "merged", "named_members", "rank_read_by", "survey_of"]
+__all__ = [
+    "Modules",
+    "Survey",
+    "classes_of",
+    "full_name",
+    "merged",
+    "named_members",
+    "rank_read_by",
+    "survey_of",
+    "user_modules",
+]
 
 _CONSTRUCTORS = frozenset({"__init__", "__post_init__", "__setstate__", "__set_name__"})
 _ON_CLASSES = frozenset({"__new__", "__init_subclass__", "__class_getitem__"})
@@ -29,9 +40,12 @@ _MOST_CALLS = 200
 
 
 class Survey(NamedTuple):
-    """What some functions do; the fields are those of :class:`~lightrft.sim.bytecode.Uses`.
+    """What some functions do.
 
     Attributes:
+        rebound: as in :class:`~lightrft.sim.bytecode.Uses`, and so are ``names`` and ``attributes``.
+        assigned: attributes that they assign to something else than their first parameter.
+        assigned_of: the same by the name of what they assign them to.
         on_instances: by full name of a class, attributes that its methods assign to the instance, constructors aside.
         on_classes: by full name of a class, attributes that its methods assign to the class.
     """
@@ -39,12 +53,25 @@ class Survey(NamedTuple):
     rebound: set[str]
     names: dict[str, int]
     attributes: dict[str, int]
-    stored: set[tuple[str, str]]
+    assigned: set[str]
+    assigned_of: dict[str, set[str]]
     on_instances: dict[str, set[str]]
     on_classes: dict[str, set[str]]
 
 
 _surveys: WeakKeyDictionary[ModuleType, tuple[int, Survey]] = WeakKeyDictionary()
+
+
+Modules = list[tuple[str, ModuleType]]
+
+
+def user_modules() -> Modules:
+    """The user's own modules that are imported now, by name."""
+    return [
+        (name, module)
+        for name, module in list(sys.modules.items())
+        if is_user_file(getattr(module, "__dict__", {}).get("__file__"))
+    ]
 
 
 def survey_of(module: ModuleType) -> Survey:
@@ -57,10 +84,12 @@ def survey_of(module: ModuleType) -> Survey:
 
 def merged(surveys: Iterable[Survey]) -> Survey:
     """Several modules as one."""
-    total = Survey(set(), {}, {}, set(), {}, {})
+    total = Survey(set(), {}, {}, set(), {}, {}, {})
     for survey in surveys:
         total.rebound.update(survey.rebound)
-        total.stored.update(survey.stored)
+        total.assigned.update(survey.assigned)
+        for owner, attributes in survey.assigned_of.items():
+            total.assigned_of.setdefault(owner, set()).update(attributes)
         total.on_instances.update(survey.on_instances)
         total.on_classes.update(survey.on_classes)
         _raise_to(total.names, survey.names)
@@ -74,7 +103,7 @@ def _raise_to(total: dict[str, int], levels: dict[str, int]) -> None:
 
 
 def _survey(module: ModuleType) -> Survey:
-    found = Survey(set(), {}, {}, set(), {}, {})
+    found = Survey(set(), {}, {}, set(), {}, {}, {})
     for member in vars(module).copy().values():
         for function in _functions(member, module):
             _note(found, function.__code__, None)
@@ -91,7 +120,9 @@ def _note(found: Survey, code: CodeType, on_first: set[str] | None) -> None:
     for each in nested(code):
         uses = uses_of(each)
         found.rebound.update(uses.rebound)
-        found.stored.update(uses.stored)
+        for owner, attribute in uses.stored:
+            found.assigned.add(attribute)
+            found.assigned_of.setdefault(owner, set()).add(attribute)
         _raise_to(found.names, uses.names)
         _raise_to(found.attributes, uses.attributes)
         if on_first is not None and each is code:
@@ -105,14 +136,14 @@ def full_name(cls: type) -> str:
 
 def classes_of(module: ModuleType) -> Iterator[type]:
     """The classes that are defined in ``module``, those inside classes too."""
-    waiting: list[Any] = list(vars(module).values())
-    seen: set[int] = set()
+    waiting = [value for value in list(vars(module).values()) if isinstance(value, type)]
+    seen: set[type] = set()
     while waiting:
         cls = waiting.pop()
-        if isinstance(cls, type) and cls.__module__ == module.__name__ and id(cls) not in seen:
-            seen.add(id(cls))
+        if cls.__module__ == module.__name__ and cls not in seen:
+            seen.add(cls)
             yield cls
-            waiting.extend(vars(cls).copy().values())
+            waiting += [value for value in list(vars(cls).values()) if isinstance(value, type)]
 
 
 def named_members(module: ModuleType) -> Iterator[tuple[str, Any]]:

@@ -28,6 +28,7 @@ from lightrft.sim.rank_state import StateSwitcher
 from lightrft.sim.scheduler import MOST_REVIVALS, Killed, Scheduler, Task
 from lightrft.sim.shared_globals import SharedGlobals
 from lightrft.sim.stall import StallWatcher
+from lightrft.sim.surveys import user_modules
 
 if TYPE_CHECKING:
     from lightrft.sim.determinism import Observer
@@ -202,7 +203,9 @@ class SimWorld:
             stack.callback(locks.restore)
             fn = locks.adopt(fn)
             args, kwargs = tuple(map(locks.adopt, args)), {key: locks.adopt(value) for key, value in kwargs.items()}
-            self.shared.begin()
+            modules = user_modules()
+            locks.adopt_modules(modules)
+            self.shared.begin(modules)
             with stack_size(_STACK_BYTES), one_core():
                 for rank in self.ranks:
                     self._start(rank, fn, args, kwargs, results)

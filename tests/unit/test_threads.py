@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import functools
 import os
 import queue
 import signal
@@ -17,6 +18,8 @@ import torch.distributed as dist
 
 from lightrft.errors import BlockedOutsideError, DeadlockError, RankFailedError
 from lightrft.sim import SimWorld
+
+from .helpers_shared import locks
 
 MODULE_LOCK = threading.Lock()
 
@@ -55,6 +58,39 @@ def test_a_lock_of_the_module_made_before_the_run_is_seen_too():
         SimWorld(2).run(with_group(body))
     assert MODULE_LOCK.acquire(blocking=False)
     MODULE_LOCK.release()
+
+
+@pytest.mark.parametrize("name", ["LOCK", "Cache.lock", "Cache.Inner.lock", "CACHE.lock"])
+def test_a_lock_of_another_module_made_before_the_run_is_seen_too(name):
+    owner, _, attribute = f"locks.{name}".rpartition(".")
+    owner = functools.reduce(getattr, owner.split(".")[1:], locks)
+    before = getattr(owner, attribute)
+
+    def body(rank):
+        with getattr(owner, attribute):
+            dist.barrier()
+
+    with pytest.raises(DeadlockError, match="Lock.acquire"):
+        SimWorld(2, stall_limit=2).run(with_group(body))
+    assert getattr(owner, attribute) is before
+    assert before.acquire(blocking=False)
+    before.release()
+
+
+def test_cached_properties_of_one_class_are_computed_by_all_ranks():
+    def body(rank):
+        model = locks.Model()
+        threads = [threading.Thread(target=lambda: model.ranks) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return model.ranks, model.computed
+
+    before = vars(vars(locks.Model)["ranks"]).get("lock")
+    once = 1 if before else 2  # from Python 3.12 on, nothing keeps two threads from computing it
+    assert SimWorld(2, stall_limit=2).run(with_group(body)) == [([0, 1], once)] * 2
+    assert vars(vars(locks.Model)["ranks"]).get("lock") is before
 
 
 def test_a_lock_that_is_passed_on_works():
