@@ -65,13 +65,22 @@ _surveys: WeakKeyDictionary[ModuleType, tuple[int, Survey]] = WeakKeyDictionary(
 Modules = list[tuple[str, ModuleType]]
 
 
+_latest: tuple[dict[str, ModuleType], Modules] = ({}, [])
+"""All modules that were imported when somebody asked last, and the user's among them."""
+
+
 def user_modules() -> Modules:
     """The user's own modules that are imported now, by name."""
-    return [
-        (name, module)
-        for name, module in list(sys.modules.items())
-        if is_user_file(getattr(module, "__dict__", {}).get("__file__"))
-    ]
+    global _latest  # noqa: PLW0603 - most runs of a process find the same modules
+    if sys.modules != _latest[0]:
+        imported = sys.modules.copy()
+        found = [
+            (name, module)
+            for name, module in imported.items()
+            if is_user_file(getattr(module, "__dict__", {}).get("__file__"))
+        ]
+        _latest = imported, found
+    return _latest[1]
 
 
 def survey_of(module: ModuleType) -> Survey:
