@@ -13,6 +13,8 @@ import sysconfig
 from types import CodeType, FrameType
 from typing import NamedTuple
 
+from lightrft.sim.current import current_task
+
 __all__ = ["Place", "caller_place", "is_user_class", "is_user_file", "may_hold_aliases"]
 
 
@@ -96,7 +98,10 @@ def caller_place(depth: int = 1) -> Place:
         if kind == _LIBRARY:
             fallback = (code, frame.f_lineno or 0)
         frame = frame.f_back
-    return UNKNOWN if fallback is None else _place(*fallback)
+    if fallback is not None:
+        return _place(*fallback)
+    task = current_task()
+    return (task.registered_at if task is not None else None) or UNKNOWN
 
 
 def _place(code: CodeType, line: int) -> Place:

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed import distributed_c10d as c10d
@@ -22,6 +22,9 @@ from torch.utils import _device
 from lightrft.sim.loggers import RankLoggers
 from lightrft.sim.random_state import fresh_states, generators
 from lightrft.sim.rank_local import RankLocalModules
+
+if TYPE_CHECKING:
+    from lightrft.sim.places import Place
 
 __all__ = ["ProcessState", "StateSwitcher"]
 
@@ -149,7 +152,7 @@ class ProcessState:
         self.loggers: list[dict[str, Any]] = []
         self.log_disable = logging.root.manager.disable
         self.signals: dict[int, Any] = {}
-        self.atexit: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+        self.atexit: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Place]] = []
 
 
 class StateSwitcher:

@@ -253,7 +253,7 @@ class SimWorld:
             if not task.killed:
                 results[rank.index] = self._call_main(fn, args, kwargs)
                 threads.join_leftover(task)
-                self._run_atexit(rank)
+                self._run_atexit(task)
                 if self._observer is not None:
                     self._observer.returned(rank)
                 self._note_leftovers(rank)
@@ -279,11 +279,12 @@ class SimWorld:
                 raise
             return None
 
-    def _run_atexit(self, rank: SimRank) -> None:
-        entries = rank.state.atexit
+    def _run_atexit(self, task: Task) -> None:
+        entries = task.rank.state.atexit
         while entries:
-            function, args, kwargs = entries.pop()
+            function, args, kwargs, task.registered_at = entries.pop()
             function(*args, **kwargs)
+        task.registered_at = None
 
     def _switch(self, leaving: SimRank | None, entering: SimRank) -> None:
         if leaving is not None:

@@ -304,6 +304,38 @@ def test_other_threads_are_waited_for_at_the_end_of_a_rank():
     assert sorted(done) == [0, 1]
 
 
+def test_a_collective_as_an_exit_function_is_shown_where_it_was_registered():
+    def body(rank):
+        if rank == 0:
+            atexit.register(dist.barrier)
+
+    def run():
+        dist.init_process_group("gloo")
+        body(dist.get_rank())
+
+    with pytest.raises(DeadlockError) as caught:
+        SimWorld(2).run(run)
+    row = next(row for row in caught.value.report.rows if 0 in row.ranks)
+    assert row.place.source == "atexit.register(dist.barrier)"
+
+
+def test_an_import_that_another_rank_executes_is_shown_as_such(tmp_path, monkeypatch):
+    (tmp_path / "meets_when_imported.py").write_text("import torch.distributed as dist\ndist.barrier()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run():
+        dist.init_process_group("gloo")
+        import meets_when_imported  # noqa: F401
+
+    with pytest.raises(
+        DeadlockError, match="waits in import of meets_when_imported, which rank 2 is executing"
+    ) as caught:
+        SimWorld(3).run(run)
+    assert culprits(caught) == [2]
+    row = next(row for row in caught.value.report.rows if 0 in row.ranks)
+    assert row.place.source.startswith("import meets_when_imported")
+
+
 def test_atexit_functions_run_at_the_end_of_their_rank():
     order = []
 
