@@ -162,17 +162,19 @@ class Contents:
     def look(self) -> Any:
         """Differs from an earlier one if there was a write that changed anything. Holds on to plain data alone."""
         return (
-            [tuple(map(mark, list(_values(mapping)))) for mapping in self._mappings],
-            [tuple(map(mark, list(sequence))) for sequence in self._sequences],
+            self._mappings and [tuple(map(mark, list(_values(mapping)))) for mapping in self._mappings],
+            self._sequences and [tuple(map(mark, list(sequence))) for sequence in self._sequences],
             self._rest(mark),
         )
 
     def _rest(self, known: Any) -> tuple[Any, ...]:
         return (
-            list(map(len, self._sized)),
+            self._sized and list(map(len, self._sized)),
             self._tensors and [tensor._version for tensor in self._tensors],
             self._arrays and [array.tobytes() for array in self._arrays],
-            [[known(getattr(value, name, None)) for name in names] for value, names in self._slots],
+            [[known(getattr(value, name, None)) for name in names] for value, names in self._slots]
+            if self._slots
+            else None,
         )
 
 

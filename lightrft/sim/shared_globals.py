@@ -183,9 +183,10 @@ class SharedGlobals:
 
     def _note_writes(self, rank: int | None) -> None:
         for watched in self._watched:
-            if watched.changed() and rank is not None and rank not in watched.writers:
-                watched.writers.append(rank)
-            watched.reset()
+            if watched.changed():
+                if rank is not None and rank not in watched.writers:
+                    watched.writers.append(rank)
+                watched.reset()
         self._found += [each for each in self._watched if len(each.writers) > 1]
         self._watched = [each for each in self._watched if len(each.writers) < 2]
         self._prepare()
