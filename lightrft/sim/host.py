@@ -10,14 +10,25 @@ from contextlib import contextmanager
 
 import torch
 
-from lightrft.sim import accelerator, cached_properties, clock, groups, outside, profiling, store, threads
+from lightrft.sim import (
+    accelerator,
+    cached_properties,
+    clock,
+    groups,
+    loggers,
+    outside,
+    profiling,
+    shared_globals,
+    store,
+    threads,
+)
 from lightrft.sim.patching import Patch, Patcher
 
 __all__ = ["frozen_heap", "one_core", "patched", "same_parallelism", "stack_size"]
 
 
 def _all_patches() -> list[Patch]:
-    parts = (cached_properties, clock, threads, outside, store, groups, profiling, accelerator)
+    parts = (cached_properties, clock, threads, outside, store, groups, profiling, shared_globals, loggers, accelerator)
     return [patch for part in parts for patch in part.patches()]
 
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed import distributed_c10d as c10d
@@ -23,8 +23,12 @@ from torch.utils import _device
 from lightrft.sim.current import current_task
 from lightrft.sim.imports import ImportWatcher
 from lightrft.sim.library_state import LibraryState
+from lightrft.sim.loggers import RankLoggers
 from lightrft.sim.random_state import fresh_states, generators
 from lightrft.sim.rank_local import RankLocalModules
+
+if TYPE_CHECKING:
+    from lightrft.sim.places import Place
 
 __all__ = ["ProcessState", "StateSwitcher"]
 
@@ -115,8 +119,7 @@ class ProcessState:
         "init_method",
         "libraries",
         "log_disable",
-        "log_handlers",
-        "log_level",
+        "loggers",
         "main",
         "modules",
         "path",
@@ -152,11 +155,10 @@ class ProcessState:
         self.warning_default = warnings.defaultaction  # type: ignore[attr-defined]
         self.modules: Any = None
         self.libraries: Any = None
-        self.log_handlers = list(logging.root.handlers)
-        self.log_level = logging.root.level
+        self.loggers: list[dict[str, Any]] = []
         self.log_disable = logging.root.manager.disable
         self.signals: dict[int, Any] = {}
-        self.atexit: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+        self.atexit: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Place]] = []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,8 +169,6 @@ class _Effects:
     path: list[str]
     filters: list[Any]
     flags: tuple[Any, ...]
-    log_handlers: list[logging.Handler]
-    log_level: int
     libraries: list[Any]
 
     def spread(self, after: _Effects, state: ProcessState) -> None:
@@ -182,9 +182,6 @@ class _Effects:
             state.warning_filters = [*added, *state.warning_filters]
         flags = zip(state.flags, self.flags, after.flags, strict=True)
         state.flags = tuple(new if mine == old else mine for mine, old, new in flags)
-        state.log_handlers += [each for each in after.log_handlers if each not in self.log_handlers]
-        if self.log_level != after.log_level and state.log_level == self.log_level:
-            state.log_level = after.log_level
 
 
 class StateSwitcher:
@@ -202,6 +199,7 @@ class StateSwitcher:
         self.modules = RankLocalModules(rank_local)
         self.libraries = LibraryState()
         self._states: list[ProcessState] = []
+        self.loggers = RankLoggers()
         self.any_chdir = False
         self._cwd = os.getcwd()
         self._environs: list[dict[bytes, bytes]] = []
@@ -212,7 +210,8 @@ class StateSwitcher:
         original = ProcessState(self._os_environ._data)
         original.groups = c10d._world  # type: ignore[assignment]
         original.backend, original.init_method = c10d._backend, c10d._default_pg_init_method
-        original.argv, original.path, original.log_handlers = sys.argv, sys.path, logging.root.handlers
+        original.argv, original.path = sys.argv, sys.path
+        original.loggers = self.loggers.originals
         original.warning_filters, original.warning_once = warnings.filters, warnings.onceregistry  # type: ignore[attr-defined]
         original.cwd = self._cwd
         environ = dict(self._os_environ._data)
@@ -269,8 +268,6 @@ class StateSwitcher:
             path=list(sys.path),
             filters=list(warnings.filters),
             flags=_read_flags(),
-            log_handlers=list(logging.root.handlers),
-            log_level=logging.root.level,
             libraries=self.libraries.read(),
         )
 
@@ -301,8 +298,6 @@ class StateSwitcher:
         state.excepthook = sys.excepthook
         state.default_device = _device.CURRENT_DEVICE
         state.flags = self._flags = _read_flags()
-        state.log_handlers = logging.root.handlers
-        state.log_level = logging.root.level
         state.log_disable = logging.root.manager.disable
         state.warning_filters = warnings.filters
         state.warning_show = warnings.showwarning
@@ -338,11 +333,10 @@ class StateSwitcher:
             warnings._filters_mutated()  # type: ignore[attr-defined]
         else:
             warnings.filters = state.warning_filters
-        log = logging.root
-        log.handlers = state.log_handlers
-        if log.level != state.log_level or log.manager.disable != state.log_disable:
-            log.level, log.manager.disable = state.log_level, state.log_disable
-            log.manager._clear_cache()  # type: ignore[attr-defined]
+        self.loggers.load(state.loggers)
+        manager = logging.root.manager
+        if manager.disable != state.log_disable:
+            manager.disable = state.log_disable
         warnings.showwarning = state.warning_show
         warnings._showwarnmsg_impl = state.warning_show_impl  # type: ignore[attr-defined]
         warnings.onceregistry = state.warning_once  # type: ignore[attr-defined]

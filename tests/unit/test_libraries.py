@@ -87,16 +87,19 @@ def test_deepspeeds_own_optimizers_take_the_steps_of_torchs():
         assert result["optimizer"] == ("DeepSpeedCPUAdam" if "cpu" in program else "FusedAdam"), program
         torch.testing.assert_close(result["losses"], expected["losses"], atol=1e-5, rtol=0, msg=program)
         for name, weight in result["weights"].items():
-            torch.testing.assert_close(weight, expected["weights"][name], atol=2e-4, rtol=0, msg=f"{program} {name}")
+            if not name.endswith(
+                "inputs.bias"
+            ):  # a key's bias has no gradient but rounding, of which Adam makes a step
+                torch.testing.assert_close(weight, expected["weights"][name], atol=2e-6, rtol=0, msg=name)
 
 
 def test_an_operation_that_would_be_compiled_is_refused():
     def body():
-        from deepspeed.ops.lamb import FusedLamb
+        from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 
-        FusedLamb(tiny.transformer().parameters())
+        DeepSpeedCPUAdagrad(tiny.transformer().parameters())
 
-    with pytest.raises(RankFailedError, match=r"'fused_lamb' would be compiled.*torch\.optim"):
+    with pytest.raises(RankFailedError, match=r"'cpu_adagrad' would be compiled.*torch\.optim"):
         SimWorld(1).run(body)
 
 
