@@ -89,7 +89,7 @@ def test_deepspeeds_own_optimizers_take_the_steps_of_torchs():
         for name, weight in result["weights"].items():
             if not name.endswith(
                 "inputs.bias"
-            ):  # a key's bias has no gradient but rounding, of which Adam makes a step
+            ):
                 torch.testing.assert_close(weight, expected["weights"][name], atol=2e-6, rtol=0, msg=name)
 
 
