@@ -1,7 +1,7 @@
 """accelerate, with FSDP2 below.
 
-    lightrft sim -n 8 examples/sim/accelerate_fsdp2.py
-    torchrun --nproc-per-node 2 examples/sim/accelerate_fsdp2.py
+lightrft sim -n 8 examples/sim/accelerate_fsdp2.py
+torchrun --nproc-per-node 2 examples/sim/accelerate_fsdp2.py
 """
 
 import torch
@@ -12,9 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 def main():
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False
-    )
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap", cpu_ram_efficient_loading=False)
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 1))

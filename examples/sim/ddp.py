@@ -1,7 +1,7 @@
 """Data parallelism with torch's DDP.
 
-    lightrft sim -n 8 examples/sim/ddp.py
-    torchrun --nproc-per-node 2 examples/sim/ddp.py
+lightrft sim -n 8 examples/sim/ddp.py
+torchrun --nproc-per-node 2 examples/sim/ddp.py
 """
 
 import torch

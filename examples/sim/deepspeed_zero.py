@@ -1,7 +1,7 @@
 """A small transformer under DeepSpeed ZeRO, built partitioned when the stage is 3.
 
-    lightrft sim -n 8 examples/sim/deepspeed_zero.py --stage 3
-    torchrun --nproc-per-node 2 examples/sim/deepspeed_zero.py --stage 3
+lightrft sim -n 8 examples/sim/deepspeed_zero.py --stage 3
+torchrun --nproc-per-node 2 examples/sim/deepspeed_zero.py --stage 3
 """
 
 import argparse
@@ -18,11 +18,11 @@ if not torch.cuda.is_available():  # real processes on a CPU would compile an op
 
 
 class Transformer(nn.Module):
-    def __init__(self, vocabulary=128, width=64, layers=4):
+    def __init__(self, vocabulary=128, width=32, layers=2):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True) for _ in range(layers)
+            nn.TransformerEncoderLayer(width, 2, 4 * width, dropout=0.0, batch_first=True) for _ in range(layers)
         )
         self.head = nn.Linear(width, vocabulary)
 

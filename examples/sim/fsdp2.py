@@ -1,7 +1,7 @@
 """A small transformer, fully sharded with FSDP2, gradients clipped.
 
-    lightrft sim -n 8 examples/sim/fsdp2.py
-    torchrun --nproc-per-node 2 examples/sim/fsdp2.py
+lightrft sim -n 8 examples/sim/fsdp2.py
+torchrun --nproc-per-node 2 examples/sim/fsdp2.py
 """
 
 import argparse
@@ -13,11 +13,11 @@ from torch.distributed.fsdp import fully_shard
 
 
 class Transformer(nn.Module):
-    def __init__(self, vocabulary=128, width=64, layers=4):
+    def __init__(self, vocabulary=128, width=32, layers=2):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True) for _ in range(layers)
+            nn.TransformerEncoderLayer(width, 2, 4 * width, dropout=0.0, batch_first=True) for _ in range(layers)
         )
         self.head = nn.Linear(width, vocabulary)
 

@@ -1,7 +1,7 @@
 """The Trainer of transformers, with DeepSpeed ZeRO-2 below.
 
-    lightrft sim -n 8 examples/sim/hf_trainer.py
-    torchrun --nproc-per-node 2 examples/sim/hf_trainer.py
+lightrft sim -n 8 examples/sim/hf_trainer.py
+torchrun --nproc-per-node 2 examples/sim/hf_trainer.py
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """Two dimensions: layers split over pairs of ranks by columns and rows, data over the pairs.
 
-    lightrft sim -n 8 examples/sim/tensor_parallel.py
-    torchrun --nproc-per-node 2 examples/sim/tensor_parallel.py
+lightrft sim -n 8 examples/sim/tensor_parallel.py
+torchrun --nproc-per-node 2 examples/sim/tensor_parallel.py
 """
 
 import torch

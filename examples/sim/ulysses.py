@@ -1,7 +1,7 @@
 """Sequence parallelism with DeepSpeed Ulysses: every sequence is split over two ranks.
 
-    lightrft sim -n 8 examples/sim/ulysses.py
-    torchrun --nproc-per-node 2 examples/sim/ulysses.py
+lightrft sim -n 8 examples/sim/ulysses.py
+torchrun --nproc-per-node 2 examples/sim/ulysses.py
 """
 
 import deepspeed
@@ -32,9 +32,7 @@ def main():
     deepspeed.init_distributed("gloo", verbose=False)
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = Qwen2ForCausalLM(
-        Qwen2Config(vocab_size=128, num_key_value_heads=4, attn_implementation="sdpa", **shape)
-    )
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=128, num_key_value_heads=4, attn_implementation="sdpa", **shape))
     mpu = UlyssesSPAttentionHF.register_with_transformers(
         model_name_or_path=model,
         core_attn_implementation="sdpa",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from lightrft.sim import (
 )
 from lightrft.sim.patching import Patch, Patcher
 
-__all__ = ["frozen_heap", "one_core", "patched", "same_parallelism", "stack_size"]
+__all__ = ["one_core", "patched", "same_parallelism", "stack_size"]
 
 
 def _all_patches() -> list[Patch]:
@@ -42,19 +41,6 @@ def patched() -> Iterator[None]:
         yield
     finally:
         patcher.restore()
-
-
-@contextmanager
-def frozen_heap() -> Iterator[None]:
-    """Spare the garbage collector what was there before: a trace that grows makes it look through the heap often."""
-    if gc.get_freeze_count():  # somebody else's: not ours to undo
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextmanager

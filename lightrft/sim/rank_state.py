@@ -21,6 +21,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.utils import _device
 
 from lightrft.sim.current import current_task
+from lightrft.sim.frozen import freeze_imports
 from lightrft.sim.imports import ImportWatcher
 from lightrft.sim.library_state import LibraryState
 from lightrft.sim.loggers import RankLoggers
@@ -161,6 +162,9 @@ class ProcessState:
         self.atexit: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Place]] = []
 
 
+_MANY_MODULES = 50
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Effects:
     """What executing a module may change in the process, as it is at one moment."""
@@ -170,6 +174,7 @@ class _Effects:
     filters: list[Any]
     flags: tuple[Any, ...]
     libraries: list[Any]
+    modules: int
 
     def spread(self, after: _Effects, state: ProcessState) -> None:
         """Change for ``state`` what differs between this moment and ``after``; what the rank set itself it keeps."""
@@ -269,6 +274,7 @@ class StateSwitcher:
             filters=list(warnings.filters),
             flags=_read_flags(),
             libraries=self.libraries.read(),
+            modules=len(sys.modules),
         )
 
     def _after_import(self, before: _Effects) -> None:
@@ -278,6 +284,8 @@ class StateSwitcher:
         assert task is not None
         mine = task.rank.state
         self.libraries.spread(before.libraries, mine.libraries)
+        if len(sys.modules) > before.modules + _MANY_MODULES:
+            freeze_imports()
         for state in self._states:
             if state is not mine:
                 before.spread(after, state)

@@ -20,7 +20,8 @@ from lightrft.sim.adoption import LockAdoption
 from lightrft.sim.calls import Call, Event, Group, Meeting, Message
 from lightrft.sim.clock import still_during_collection
 from lightrft.sim.collectives import ORDERS
-from lightrft.sim.host import frozen_heap, one_core, patched, same_parallelism, stack_size
+from lightrft.sim.frozen import frozen_heap
+from lightrft.sim.host import one_core, patched, same_parallelism, stack_size
 from lightrft.sim.point_to_point import unmatched
 from lightrft.sim.profiles import check_profile
 from lightrft.sim.rank import SimRank

@@ -87,9 +87,7 @@ def test_deepspeeds_own_optimizers_take_the_steps_of_torchs():
         assert result["optimizer"] == ("DeepSpeedCPUAdam" if "cpu" in program else "FusedAdam"), program
         torch.testing.assert_close(result["losses"], expected["losses"], atol=1e-5, rtol=0, msg=program)
         for name, weight in result["weights"].items():
-            if not name.endswith(
-                "inputs.bias"
-            ):
+            if not name.endswith("inputs.bias"):
                 torch.testing.assert_close(weight, expected["weights"][name], atol=2e-6, rtol=0, msg=name)
 
 
