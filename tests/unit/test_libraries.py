@@ -91,6 +91,27 @@ def test_deepspeeds_own_optimizers_take_the_steps_of_torchs():
                 torch.testing.assert_close(weight, expected["weights"][name], atol=2e-6, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("cuda", [False, True])
+def test_nothing_is_compiled_for_a_program_that_takes_no_care(monkeypatch, cuda):
+    """DeepSpeed's defaults: its own optimizer, and whatever it does when it sets up communication."""
+    from torch.utils import cpp_extension
+
+    def body():
+        zero.deepspeed.init_distributed(verbose=False)
+        settings = zero.config(2, optimizer={"type": "AdamW", "params": {"lr": 0.01}})
+        model = tiny.transformer()
+        engine, *_ = zero.deepspeed.initialize(model=model, model_parameters=model.parameters(), config=settings)
+        losses, _ = zero.train(engine)
+        zero.end(engine)
+        return [loss.item() for loss in losses]
+
+    compiled = []
+    monkeypatch.setattr(cpp_extension, "load", lambda *args, **kwargs: compiled.append(kwargs.get("name", args)))
+    losses = SimWorld(2, cuda=cuda).run(body)
+    assert losses[0][0] != losses[0][1]
+    assert compiled == []
+
+
 def test_an_operation_that_would_be_compiled_is_refused():
     def body():
         from deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
