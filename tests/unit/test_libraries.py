@@ -153,6 +153,36 @@ def test_a_failure_inside_the_context_leaves_nothing_behind():
     assert traces() == before
 
 
+def test_a_class_that_one_rank_imports_inside_the_context_is_partitioned_on_all(tmp_path, monkeypatch):
+    import torch.distributed as dist
+
+    (tmp_path / "imported_inside.py").write_text(
+        "from torch import nn\n\n\nclass Late(nn.Linear):\n    def __init__(self):\n        super().__init__(4, 4)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def body():
+        zero.start()
+        with zero.deepspeed.zero.Init(config_dict_or_path=zero.config(3), dtype=torch.float32):
+            dist.barrier()
+            if dist.get_rank() == 1:
+                import imported_inside  # noqa: F401 - the first to do so
+            dist.barrier()
+            from imported_inside import Late
+
+            model = torch.nn.Sequential(Late(), Late())
+        with zero.deepspeed.zero.Init(config_dict_or_path=zero.config(3), dtype=torch.float32):
+            dist.barrier()
+            again = Late()
+        found = [hasattr(parameter, "ds_id") for module in (model, again) for parameter in module.parameters()]
+        plain = hasattr(Late().weight, "ds_id")
+        zero.end()
+        return found, plain
+
+    assert SimWorld(3).run(body) == [([True] * 6, False)] * 3
+    del sys.modules["imported_inside"]
+
+
 def test_a_rank_outside_the_context_builds_whole_modules():
     """While rank 0 is inside ``zero.Init`` of a group of its own, rank 1 builds an ordinary module."""
     import torch.distributed as dist

@@ -47,6 +47,7 @@ SOURCE = {
         from lib_of_one_rank import state
         state.registry["plugin"] = "built in"
         state.stack.append("plugin")
+        state.group = "set by plugin"
     """,
 }
 
@@ -160,14 +161,17 @@ def test_what_an_import_registers_is_registered_for_every_rank(library):
     def body(rank):
         state = importlib.import_module("lib_of_one_rank.state")
         state.registry["own"] = rank
+        if rank == 0:
+            state.group = "set by rank 0"
         meet()
         if rank == 1:
             importlib.import_module("lib_of_one_rank.plugin")
         meet()
         importlib.import_module("lib_of_one_rank.plugin")
-        return dict(state.registry), list(state.stack)
+        return dict(state.registry), list(state.stack), state.group
 
-    expected = [({"own": rank, "plugin": "built in"}, ["plugin"]) for rank in range(3)]
+    groups = ["set by rank 0", "set by plugin", "set by plugin"]
+    expected = [({"own": rank, "plugin": "built in"}, ["plugin"], groups[rank]) for rank in range(3)]
     assert SimWorld(3).run(session(body)) == expected
 
 
