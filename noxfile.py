@@ -44,14 +44,14 @@ def install(session: nox.Session, *packages: str) -> None:
 @nox.session(python=PYTHONS)
 def unit(session: nox.Session) -> None:
     """Unit tests, on simulated ranks only."""
-    install(session, "-e", ".", "hypothesis", "pytest", "pytest-xdist")
+    install(session, "-e", ".[deepspeed,train]", "hypothesis", "pytest", "pytest-xdist")
     session.run("pytest", "-n", str(WORKERS), *session.posargs)
 
 
 @nox.session(python=PYTHONS[0])
 def processes(session: nox.Session) -> None:
     """Tests that start real processes and real gloo groups."""
-    install(session, "-e", ".", "hypothesis", "pytest")
+    install(session, "-e", ".[deepspeed,train]", "hypothesis", "pytest", "pytest-xdist")
     session.run("pytest", "tests/processes", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
@@ -71,7 +71,7 @@ def gpu(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def bench(session: nox.Session) -> None:
     """Benchmarks, and the targets they have to meet; ``nox -s bench -- --write`` writes docs/benchmarks.md."""
-    install(session, "-e", ".", "pytest", "pytest-benchmark")
+    install(session, "-e", ".[deepspeed,train]", "pytest", "pytest-benchmark")
     shown = [
         "--durations=10",
         "--benchmark-columns=median,min,max,rounds",

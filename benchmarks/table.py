@@ -18,6 +18,7 @@ from benchmarks.measurements import DEADLOCKS, Pair, compared, deadlock, gloo, m
 from benchmarks.operations import COMPARED, GLOO_RANKS, ONE_CORE_RANKS, OPERATIONS
 from benchmarks.quiet import QUIET, REPETITIONS, disturbance
 from benchmarks.targets import TARGETS
+from benchmarks.training import COMMANDS, commands, shares
 
 FILE = ROOT / "docs" / "benchmarks.md"
 NONE = "-"
@@ -32,7 +33,7 @@ def write() -> None:
 
 
 def _sections() -> Iterator[str]:
-    measured = [_targets(), _collectives(), _gloo(), _worlds(), _parts()]
+    measured = [_targets(), _training(), _collectives(), _gloo(), _worlds(), _parts()]
     yield "# Benchmarks"
     yield _where()
     yield from measured
@@ -77,6 +78,28 @@ The target is an all_gather at 1024 ranks that is 20 times as fast as the thread
 `all_gather_into_tensor` is; `all_gather` into a list is not and cannot be: every rank fills 1024 tensors of its own, a
 million in all, and torch's own wrapper alone spends a tenth of the threaded group's time on them. "guard" marks what
 nobody asked for, but should not get worse."""
+
+
+def _training() -> str:
+    rows = [
+        [
+            f"{name}: `{' '.join(script)}`",
+            _spread(commands(name).simulated),
+            _spread(commands(name).torchrun),
+            f"{commands(name).speedup:.1f}",
+        ]
+        for name, script in COMMANDS.items()
+    ]
+    step, share = (statistics.median(each[key] for each in shares()) for key in ("step", "share"))
+    return f"""## Training
+
+Seconds from command to exit of ten steps of a tiny transformer on 8 ranks; `torchrun` starts 8 gloo processes on the
+same cores.
+
+{_table(["", "`lightrft sim -n 8`", "`torchrun --nproc-per-node 8`", "times as fast"], rows)}
+
+A step of FSDP2 takes 8 simulated ranks together {step:.0f} ms of processor time, of which {share:.0%} is the
+simulator's: what ranks use inside the process group and its handles, switches of ranks included."""
 
 
 def _collectives() -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.measurements import DEADLOCKS, compared, deadlock, many_worlds, start_and_end
+from benchmarks.training import commands, shares
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +47,14 @@ def _reported(kind: str) -> Target:
     )
 
 
+def _training(name: str, speedup: float) -> Target:
+    return Target(
+        what=f"10 steps of {name}, 8 ranks, from command to exit, as a fraction of torchrun",
+        limit=1 / speedup,
+        measured=lambda: 1 / commands(name).speedup,
+    )
+
+
 def _median(values: list[float]) -> float:
     return statistics.median(values)
 
@@ -73,6 +82,14 @@ TARGETS = (
         measured=lambda: _median(start_and_end("simulated")["mib_per_rank"]),
     ),
     *(_reported(kind) for kind in DEADLOCKS),
+    _training("FSDP2", 5),
+    _training("ZeRO-2", 3),
+    _training("ZeRO-3", 3),
+    Target(
+        what="the simulator's own share of the processor time of an FSDP2 step, 8 ranks",
+        limit=0.25,
+        measured=lambda: _median([each["share"] for each in shares()]),
+    ),
     Target(what="threads left by 900 worlds of 4 ranks", limit=0, measured=lambda: many_worlds()["threads"]),
     Target(
         what="objects left by 900 worlds of 4 ranks, for 100 worlds",

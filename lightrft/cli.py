@@ -262,14 +262,24 @@ def _checked(
         parser.error(problem)
     for problem in filter(None, map(script.missing_module, options.rank_local)):
         parser.error(f"--rank-local: {problem}")
-    folder = os.path.dirname(options.flight_record or "")  # noqa: PTH120 - a prefix of names is no path
-    if folder and not os.path.isdir(folder):  # noqa: PTH112
-        parser.error(f"--flight-record: there is no folder {folder!r}")
+    problem = _blocked(options.flight_record)
+    if problem:
+        parser.error(f"--flight-record: {problem}")
     if options.trace is not None:
         problem = _cannot_write(options.trace)
         if problem:
             parser.error(f"--trace: {problem}")
     return script
+
+
+def _blocked(prefix: str | None) -> str:
+    """Why the folder of files that begin with ``prefix`` can neither be there nor be made; else empty."""
+    folder = os.path.dirname(os.path.abspath(prefix or "x"))  # noqa: PTH100, PTH120 - a prefix of names is no path
+    while not os.path.exists(folder):  # noqa: PTH110
+        folder = os.path.dirname(folder)  # noqa: PTH120
+    if not os.path.isdir(folder):  # noqa: PTH112
+        return f"{folder!r} is no folder"
+    return "" if os.access(folder, os.W_OK) else f"nothing can be written to {folder!r}"
 
 
 def _cannot_write(name: str) -> str:

@@ -1,6 +1,7 @@
 """Simulated ranks: run unmodified ``torch.distributed`` code on N ranks in one process, and see every disagreement.
 
 ``SimWorld(8).run(fn)`` runs a function, ``lightrft sim -n 8 script.py`` a script, ``@pytest.mark.sim(ranks=8)`` a test.
+``ProcessWorld(4).run(fn)`` runs the same function on real processes.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightrft.sim.process_world import ProcessWorld as ProcessWorld
     from lightrft.sim.world import SimWorld as SimWorld
 
-__all__ = ["SimWorld"]
+__all__ = ["ProcessWorld", "SimWorld"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from lightrft.sim.world import SimWorld
 
         return SimWorld
+    if name == "ProcessWorld":
+        from lightrft.sim.process_world import ProcessWorld
+
+        return ProcessWorld
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

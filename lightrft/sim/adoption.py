@@ -1,24 +1,25 @@
-"""Locks that were made before the run: replaced, where the function of the run can reach them, by simulated ones.
+"""Locks that were made before the run: replaced by simulated ones, and put back afterwards.
 
-A plain lock blocks the whole process, so a deadlock over one could only be seen by its silence. What a function reaches
-through its arguments, its closure, the globals of its module and the attributes of its objects is found here and put
-back after the run.
+A plain lock blocks the whole process, so a deadlock over one could only be seen by its silence. Found here is what the
+function of the run reaches through its arguments, its closure, the globals of its module and the attributes of its
+objects; and in all modules of the user's the locks in globals, in attributes of classes and in those of instances.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
-from lightrft.sim.places import is_user_file
+from lightrft.sim.places import is_user_class, is_user_file
+from lightrft.sim.surveys import Modules, classes_of
 from lightrft.sim.threads import RAW_LOCK, RAW_RLOCK, SimLock, SimRLock
 
 __all__ = ["LockAdoption"]
 
 _MOST_OBJECTS = 2000
+_LOCKS = (RAW_LOCK, RAW_RLOCK)
 
 
 class LockAdoption:
@@ -33,7 +34,7 @@ class LockAdoption:
     def adopt(self, value: Any) -> Any:
         """What to use instead of ``value``: a simulated lock for a plain one, else ``value``, looked through."""
         kind = type(value)
-        if kind is RAW_LOCK or kind is RAW_RLOCK:
+        if kind in _LOCKS:
             if id(value) not in self._made:
                 self._keep.append(value)
                 self._made[id(value)] = SimLock(value) if kind is RAW_LOCK else SimRLock()
@@ -43,6 +44,24 @@ class LockAdoption:
             self._keep.append(value)
             self._look_through(value)
         return value
+
+    def adopt_modules(self, modules: Modules) -> None:
+        """Replace the locks of the user's modules."""
+        of_user: dict[type, bool] = {}
+        for _, module in modules:
+            namespace = vars(module)
+            for name, value in list(namespace.items()):
+                kind = type(value)
+                if kind in _LOCKS:
+                    self._replace(namespace, name, value)
+                    continue
+                known = of_user.get(kind)
+                if known is None:
+                    known = of_user[kind] = not issubclass(kind, type) and is_user_class(kind)
+                if known:
+                    self._attributes(value)
+            for cls in classes_of(module):
+                self._class(cls)
 
     def restore(self) -> None:
         """Put the plain locks back."""
@@ -66,8 +85,25 @@ class LockAdoption:
         elif type(value) is tuple:
             for item in value:
                 self.adopt(item)
-        elif _is_of_users(type(value)) and isinstance(getattr(value, "__dict__", None), dict):
+        elif is_user_class(type(value)) and isinstance(getattr(value, "__dict__", None), dict):
             self._items(vars(value), list(vars(value)))
+
+    def _class(self, cls: type) -> None:
+        for name, value in list(vars(cls).items()):
+            if type(value) in _LOCKS:
+                type.__setattr__(cls, name, self.adopt(value))
+                self._undo.append((type.__setattr__, (cls, name, value)))
+
+    def _attributes(self, instance: Any) -> None:
+        attributes = getattr(instance, "__dict__", None)
+        if type(attributes) is dict:
+            for name, value in list(attributes.items()):
+                if type(value) in _LOCKS:
+                    self._replace(attributes, name, value)
+
+    def _replace(self, namespace: dict[str, Any], name: str, old: Any) -> None:
+        namespace[name] = self.adopt(old)
+        self._undo.append((namespace.__setitem__, (name, old)))
 
     def _items(self, container: Any, keys: Any) -> None:
         for key in keys:
@@ -90,9 +126,7 @@ class LockAdoption:
     def _globals(self, namespace: dict[str, Any]) -> None:
         """Only locks and containers of them: other functions of the module share these globals anyway."""
         for name, old in list(namespace.items()):
-            if not name.startswith("__") and (
-                type(old) in (RAW_LOCK, RAW_RLOCK, list, dict) or _is_of_users(type(old))
-            ):
+            if not name.startswith("__") and (type(old) in (*_LOCKS, list, dict) or is_user_class(type(old))):
                 new = self.adopt(old)
                 if new is not old:
                     namespace[name] = new
@@ -107,8 +141,3 @@ class LockAdoption:
         if new is not old:
             cell.cell_contents = new
             self._undo.append((setattr, (cell, "cell_contents", old)))
-
-
-def _is_of_users(cls: type) -> bool:
-    module = sys.modules.get(cls.__module__)
-    return is_user_file(getattr(module, "__file__", None))

@@ -92,6 +92,7 @@ class Call:
     __slots__ = (
         "async_op",
         "done",
+        "gives_up_at",
         "group",
         "match",
         "peer",
@@ -124,6 +125,8 @@ class Call:
         self.place = place
         self.since = since
         self.done = False
+        self.gives_up_at: int | None = None
+        """Virtual time (ns) at which a barrier with a timeout of its own stops waiting."""
         self.async_op = False
         self.peer = peer
         self.tag = tag

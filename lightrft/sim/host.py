@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -10,14 +9,25 @@ from contextlib import contextmanager
 
 import torch
 
-from lightrft.sim import accelerator, clock, groups, outside, profiling, store, threads
+from lightrft.sim import (
+    accelerator,
+    cached_properties,
+    clock,
+    groups,
+    loggers,
+    outside,
+    profiling,
+    shared_globals,
+    store,
+    threads,
+)
 from lightrft.sim.patching import Patch, Patcher
 
-__all__ = ["frozen_heap", "one_core", "patched", "same_parallelism", "stack_size"]
+__all__ = ["one_core", "patched", "same_parallelism", "stack_size"]
 
 
 def _all_patches() -> list[Patch]:
-    parts = (clock, threads, outside, store, groups, profiling, accelerator)
+    parts = (cached_properties, clock, threads, outside, store, groups, profiling, shared_globals, loggers, accelerator)
     return [patch for part in parts for patch in part.patches()]
 
 
@@ -31,19 +41,6 @@ def patched() -> Iterator[None]:
         yield
     finally:
         patcher.restore()
-
-
-@contextmanager
-def frozen_heap() -> Iterator[None]:
-    """Spare the garbage collector what was there before: a trace that grows makes it look through the heap often."""
-    if gc.get_freeze_count():  # somebody else's: not ours to undo
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextmanager

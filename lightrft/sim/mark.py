@@ -1,4 +1,4 @@
-"""What ``@pytest.mark.sim(...)`` says: sizes, seeds, and the world to run in."""
+"""What ``@pytest.mark.sim(...)`` says: sizes, seeds, and the worlds to run in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from lightrft.errors import ConfigError
 
-__all__ = ["SIGNATURE", "WORLD_OPTIONS", "SimMark"]
+__all__ = ["PROCESS_OPTIONS", "SIGNATURE", "WORLD_OPTIONS", "SimMark"]
 
 WORLD_OPTIONS = (
     "gpus_per_node",
@@ -24,9 +24,14 @@ WORLD_OPTIONS = (
 )
 """Keyword arguments that go to ``SimWorld`` as they are."""
 
-_ALLOWED = ("ranks", "seeds", "world", *WORLD_OPTIONS)
+PROCESS_OPTIONS = ("backend", "gpus_per_node", "limit", "tagged")
+"""Keyword arguments that go to ``ProcessWorld`` as they are."""
 
-SIGNATURE = f"sim(ranks, *, seeds=1, {', '.join(f'{name}=...' for name in WORLD_OPTIONS)})"
+_OPTIONS = {"sim": WORLD_OPTIONS, "process": PROCESS_OPTIONS}
+_ALL_OPTIONS = tuple(dict.fromkeys((*WORLD_OPTIONS, *PROCESS_OPTIONS)))
+_ALLOWED = ("ranks", "seeds", "world", *_ALL_OPTIONS)
+
+SIGNATURE = f"sim(ranks, *, seeds=1, world='sim', {', '.join(f'{name}=...' for name in _ALL_OPTIONS)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +42,17 @@ class SimMark:
         sizes: numbers of ranks; more than one makes one test for each.
         each_size: whether a list of sizes was given, so that the size belongs into the name of the test.
         seeds: seeds to run, in order.
-        options: further keyword arguments for ``SimWorld``.
+        worlds: ``sim`` (simulated ranks), ``process`` (real processes), or both; both make one test for each.
+        each_world: whether a list of worlds was given, so that the world belongs into the name of the test.
+        options: further keyword arguments, by world.
     """
 
     sizes: tuple[int, ...]
     each_size: bool
     seeds: tuple[int, ...]
-    options: Mapping[str, Any]
+    worlds: tuple[str, ...]
+    each_world: bool
+    options: Mapping[str, Mapping[str, Any]]
 
     @classmethod
     def of(cls, marks: Iterable[Any]) -> SimMark:
@@ -63,8 +72,6 @@ class SimMark:
             raise ConfigError(f"unknown argument {unknown[0]!r}: expected one of {', '.join(_ALLOWED)}")
         if "ranks" not in given:
             raise ConfigError("the number of ranks is missing: write @pytest.mark.sim(ranks=8)")
-        if given.get("world", "sim") != "sim":
-            raise ConfigError(f"world={given['world']!r} is not available: expected 'sim'")
         return cls._checked(given)
 
     @classmethod
@@ -77,10 +84,25 @@ class SimMark:
         drawn = tuple(seeds) if _is_list(seeds) else tuple(range(seeds)) if _is_int(seeds) else ()
         if not drawn or not all(map(_is_int, drawn)):
             raise ConfigError(f"seeds={seeds!r}: expected how many seeds to run, at least 1, or a list of seeds")
-        options = {name: given[name] for name in WORLD_OPTIONS if name in given}
-        if _is_list(seeds) or seeds > 1:
-            options.setdefault("schedule", "random")
-        return cls(sizes=sizes, each_size=each_size, seeds=drawn, options=options)
+        world = given.get("world", "sim")
+        each_world = _is_list(world)
+        worlds = tuple(world) if each_world else (world,)
+        options = _options(world, worlds, given)
+        if "sim" in options and (_is_list(seeds) or seeds > 1):
+            options["sim"].setdefault("schedule", "random")
+        return cls(sizes=sizes, each_size=each_size, seeds=drawn, worlds=worlds, each_world=each_world, options=options)
+
+
+def _options(world: Any, worlds: tuple[Any, ...], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of each world; one that no world of the test takes is an error."""
+    if not worlds or any(name not in _OPTIONS for name in worlds):
+        raise ConfigError(f"world={world!r}: expected 'sim', 'process', or a list of both")
+    options = {name: {key: given[key] for key in _OPTIONS[name] if key in given} for name in worlds}
+    for key in _ALL_OPTIONS:
+        if key in given and not any(key in taken for taken in options.values()):
+            only = "simulated ranks (world='sim')" if key in WORLD_OPTIONS else "real processes (world='process')"
+            raise ConfigError(f"{key} is for {only} only, and this test has world={world!r}: leave it out")
+    return options
 
 
 def _is_list(value: object) -> bool:

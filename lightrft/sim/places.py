@@ -13,7 +13,9 @@ import sysconfig
 from types import CodeType, FrameType
 from typing import NamedTuple
 
-__all__ = ["Place", "caller_place", "is_user_file", "may_hold_aliases"]
+from lightrft.sim.current import current_task
+
+__all__ = ["Place", "caller_place", "is_user_class", "is_user_file", "may_hold_aliases"]
 
 
 class Place(NamedTuple):
@@ -71,6 +73,11 @@ def is_user_file(file: str | None) -> bool:
     return bool(file) and _kind(file or "") == _USER
 
 
+def is_user_class(cls: type) -> bool:
+    """Whether ``cls`` is defined in the user's own source."""
+    return is_user_file(getattr(sys.modules.get(cls.__module__), "__file__", None))
+
+
 def is_simulator_file(file: str) -> bool:
     """Whether ``file`` belongs to this package."""
     return file.startswith(_LIGHTRFT)
@@ -91,7 +98,10 @@ def caller_place(depth: int = 1) -> Place:
         if kind == _LIBRARY:
             fallback = (code, frame.f_lineno or 0)
         frame = frame.f_back
-    return UNKNOWN if fallback is None else _place(*fallback)
+    if fallback is not None:
+        return _place(*fallback)
+    task = current_task()
+    return (task.registered_at if task is not None else None) or UNKNOWN
 
 
 def _place(code: CodeType, line: int) -> Place:

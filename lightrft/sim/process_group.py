@@ -446,23 +446,26 @@ class SimProcessGroup(GroupHandle):
 
     def _members_missing(self, call: Call, limit: int) -> list[int]:
         meeting = self._join(call)
-        gone = [other.rank for other in meeting.calls if other is not None and other.done]
-        call.done = True
+        call.gives_up_at = call.since + limit
+        gone = [other.rank for other in meeting.calls if other is not None and _gave_up(other, call.since)]
         if gone:
+            call.done = True
             return gone
         if meeting.arrived == self._group.size:
+            call.done = True
             self._complete(meeting, _nothing)
             return []
-        call.done = False
         task = _local.task
         assert task is not None
         meeting.waiters.append(task)
-        came = task.scheduler.block(call, task.scheduler.now + limit)
+        task.scheduler.block(call, call.gives_up_at)
         call.done = True
-        if came:
+        if meeting.complete:
             return []
         meeting.waiters.remove(task)
-        return [rank for rank, other in zip(self._group.ranks, meeting.calls, strict=True) if other is None]
+        calls = list(zip(self._group.ranks, meeting.calls, strict=True))
+        missing = [rank for rank, other in calls if other is None or other.since >= call.gives_up_at]
+        return missing or [rank for rank, other in calls if other is not call]
 
     def meet_split(self, split: tuple[tuple[int, ...], ...]) -> int:
         """All members of the parent come together to split it; they must ask for the same split.
@@ -538,6 +541,11 @@ class _Synchronous:
 
 _SYNCHRONOUS = _Synchronous()
 _BARRIER = Signature("barrier")
+
+
+def _gave_up(call: Call, now: int) -> bool:
+    """Whether a member that came to a barrier has stopped waiting, or will as soon as it runs: its time is over."""
+    return call.done or (call.gives_up_at is not None and call.gives_up_at <= now)
 
 
 def _nothing(meeting: Meeting) -> list[Sequence[Tensor]]:

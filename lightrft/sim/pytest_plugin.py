@@ -1,8 +1,8 @@
 """The pytest plugin: ``@pytest.mark.sim(ranks=8, seeds=20)`` and the fixture ``sim_world``.
 
-The body of a marked test runs on every simulated rank, once for each seed. Fixtures are set up once, outside the ranks;
-every rank gets their values. A failure on a rank is shown as pytest shows any failure, followed by what the other ranks
-were doing. Nothing here loads torch before the first marked test runs.
+The body of a marked test runs on every simulated rank, once for each seed; with ``world="process"`` on real processes.
+Fixtures are set up once, outside the ranks; every rank gets their values. A failure on a rank is shown as pytest shows
+any failure, followed by what the other ranks were doing. Nothing here loads torch before the first marked test runs.
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ import shlex
 import unittest
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, cast
 
 import pytest
 
 from lightrft.errors import ConfigError, RankFailedError, SimWarning
 from lightrft.sim import pytest_report
 from lightrft.sim.mark import SIGNATURE, SimMark
+from lightrft.sim.process_pool import shared
 
 if TYPE_CHECKING:
     from lightrft.sim.divergence import Report
+    from lightrft.sim.process_world import ProcessWorld
     from lightrft.sim.world import SimWorld
 
 __all__ = ["sim_world"]
 
 _SIZE = "_sim_size"
-_world_of = pytest.StashKey["SimWorld"]()
+_WORLD = "_sim_world"
+_world_of = pytest.StashKey["SimWorld | ProcessWorld"]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,13 +46,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Describe the mark for ``pytest --markers``."""
+    """Describe the mark for ``pytest --markers``; keep the warm process behind real ranks for the whole session."""
+    shared.hold(config)
     config.addinivalue_line(
         "markers",
         f"{SIGNATURE}: run the body of the test on simulated torch.distributed ranks, once for each seed. ranks: how "
         "many, or a list to make one test for each size. seeds: how many (0, 1, ...), or a list; with several the "
-        "order in which ranks run is drawn from the seed. The rest goes to lightrft.sim.SimWorld.",
+        "order in which ranks run is drawn from the seed. world: 'sim', 'process' for real processes, or a list to "
+        "make one test for each. The rest goes to lightrft.sim.SimWorld, or to ProcessWorld.",
     )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the warm process behind real ranks, if there is one."""
+    shared.let_go(config)
 
 
 # -- the mark ---------------------------------------------------------------------------------------------------------
@@ -66,15 +76,23 @@ def _mark_of(item: Any) -> SimMark | None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Make one test for each size, if the mark names several."""
+    """Make one test for each size and each world, if the mark names several."""
     mark = _mark_of(metafunc.definition)
     if mark is not None and mark.each_size:
         metafunc.fixturenames.append(_SIZE)
         metafunc.parametrize(_SIZE, mark.sizes, ids=[f"ranks={size}" for size in mark.sizes], indirect=True)
+    if mark is not None and mark.each_world:
+        metafunc.fixturenames.append(_WORLD)
+        metafunc.parametrize(_WORLD, mark.worlds, ids=[f"world={world}" for world in mark.worlds], indirect=True)
 
 
 @pytest.fixture(name=_SIZE)
 def _sim_size(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(name=_WORLD)
+def _sim_world(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
@@ -92,13 +110,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 # -- worlds -----------------------------------------------------------------------------------------------------------
 
 
-def _new_world(item: pytest.Item, mark: SimMark) -> SimWorld:
-    from lightrft.sim.world import SimWorld
+def _new_world(item: pytest.Item, mark: SimMark) -> SimWorld | ProcessWorld:
+    import lightrft.sim
 
     callspec = getattr(item, "callspec", None)
-    size = callspec.params.get(_SIZE, mark.sizes[0]) if callspec is not None else mark.sizes[0]
+    params = callspec.params if callspec is not None else {}
+    size, world = params.get(_SIZE, mark.sizes[0]), params.get(_WORLD, mark.worlds[0])
+    make = lightrft.sim.ProcessWorld if world == "process" else lightrft.sim.SimWorld
     try:
-        return SimWorld(size, seed=_seeds(item, mark)[0], **mark.options)
+        return make(size, seed=_seeds(item, mark)[0], **mark.options[world])
     except ConfigError as error:
         problem = f"@pytest.mark.sim: {error}"
     pytest.fail(problem, pytrace=False)
@@ -119,9 +139,10 @@ def _replay(item: pytest.Item, seed: int | None) -> str:
 def sim_world(request: pytest.FixtureRequest) -> Any:
     """The world of a marked test; in other tests a function that makes worlds.
 
-    With ``@pytest.mark.sim(...)`` this is the :class:`~lightrft.sim.SimWorld` on whose ranks the body runs: another
-    fixture may look at its trace after the test. Without the mark, ``sim_world(8, seed=1)`` makes a world, for a test
-    that looks at runs from outside; it takes the arguments of ``SimWorld``, and its reports name the test to run again.
+    With ``@pytest.mark.sim(...)`` this is the :class:`~lightrft.sim.SimWorld` (or ``ProcessWorld``) on whose ranks the
+    body runs: another fixture may look at its trace after the test. Without the mark, ``sim_world(8, seed=1)`` makes a
+    world, for a test that looks at runs from outside; it takes the arguments of ``SimWorld``, and its reports name the
+    test to run again.
     """
     item = request.node
     mark = _mark_of(item)
@@ -178,7 +199,7 @@ def _run_examples(function: Any, arguments: dict[str, Any], run: Callable[..., N
 
 def _run_seeds(
     item: pytest.Function,
-    world: SimWorld,
+    world: SimWorld | ProcessWorld,
     seeds: Sequence[int],
     function: Callable[..., Any],
     arguments: dict[str, Any],
@@ -188,7 +209,8 @@ def _run_seeds(
     for seed in seeds:
         world.seed = seed
         world.replay = _replay(item, seed if several else None)
-        world.warn = functools.partial(_warn, item, SimWarning)
+        if _is_simulated(world):
+            world.warn = functools.partial(_warn, item, SimWarning)
         failure = None
         try:
             results = world.run(function, **arguments)
@@ -208,17 +230,25 @@ def _warn(item: pytest.Item, category: type[Warning], message: str) -> None:
     warnings.warn_explicit(message, category, os.fspath(file), (line or 0) + 1)
 
 
-def _raise_failure(item: pytest.Function, world: SimWorld, failure: RankFailedError) -> NoReturn:
+def _raise_failure(item: pytest.Function, world: SimWorld | ProcessWorld, failure: RankFailedError) -> NoReturn:
     """Raise what the rank raised, as if the test had run without ranks: pytest shows it in its own way."""
     __tracebackhide__ = True
     cause, report = failure.__cause__, cast("Report", failure.report)
-    assert cause is not None
+    if cause is None:  # a process died
+        raise failure
+    kind = "simulated ranks" if _is_simulated(world) else "real processes"
     if not isinstance(cause, (pytest.skip.Exception, pytest.xfail.Exception)):
-        pytest_report.remember(item, f"simulated ranks, seed {world.seed}", str(report))
+        pytest_report.remember(item, f"{kind}, seed {world.seed}", str(report))
     elif not _all_raised(world.size, cause, report):
-        pytest_report.remember(item, "simulated ranks", "A test is skipped on all ranks or on none.")
+        pytest_report.remember(item, kind, "A test is skipped on all ranks or on none.")
         raise failure
     raise cause
+
+
+def _is_simulated(world: SimWorld | ProcessWorld) -> TypeGuard[SimWorld]:
+    from lightrft.sim.world import SimWorld
+
+    return isinstance(world, SimWorld)
 
 
 def _all_raised(size: int, cause: BaseException, report: Report) -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightrft.sim import places
+from lightrft.sim import places, works
 from lightrft.sim.accelerator import DeviceState
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class SimRank:
         state: its process-global state while another rank runs.
         accelerator: its simulated GPU.
         outstanding: asynchronous operations it has not waited for.
+        abandoned: those of them that it had not waited for when it ended.
         handles: its process groups, in order of creation.
     """
 
@@ -39,6 +40,7 @@ class SimRank:
         self.state = state
         self.accelerator = DeviceState(self.local_rank, gpus_per_node, cuda_available=cuda)
         self.outstanding: dict[SimWork, None] = {}
+        self.abandoned: list[SimWork] = []
         self.handles: list[SimProcessGroup] = []
         self.threads: list[Task] = []
         self.main: Task | None = None
@@ -78,6 +80,10 @@ class SimRank:
         """Number of the next send or receive on ``group``."""
         self._messages[group] = self._messages.get(group, 0) + 1
         return self._messages[group]
+
+    def let_go(self) -> None:
+        """The calling thread, one of the rank's, ends, and will wait for nothing any more."""
+        works.let_go([*self.outstanding, *self.abandoned])
 
     def adopt_groups(self) -> None:
         """Make the rank's groups known to C++ on the calling thread."""

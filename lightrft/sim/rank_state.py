@@ -13,14 +13,23 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed import distributed_c10d as c10d
 from torch.utils import _device
 
+from lightrft.sim.current import current_task
+from lightrft.sim.frozen import freeze_imports
+from lightrft.sim.imports import ImportWatcher
+from lightrft.sim.library_state import LibraryState
+from lightrft.sim.loggers import RankLoggers
 from lightrft.sim.random_state import fresh_states, generators
 from lightrft.sim.rank_local import RankLocalModules
+
+if TYPE_CHECKING:
+    from lightrft.sim.places import Place
 
 __all__ = ["ProcessState", "StateSwitcher"]
 
@@ -109,9 +118,9 @@ class ProcessState:
         "generators",
         "groups",
         "init_method",
+        "libraries",
         "log_disable",
-        "log_handlers",
-        "log_level",
+        "loggers",
         "main",
         "modules",
         "path",
@@ -146,11 +155,38 @@ class ProcessState:
         self.warning_once = dict(warnings.onceregistry)  # type: ignore[attr-defined]
         self.warning_default = warnings.defaultaction  # type: ignore[attr-defined]
         self.modules: Any = None
-        self.log_handlers = list(logging.root.handlers)
-        self.log_level = logging.root.level
+        self.libraries: Any = None
+        self.loggers: list[dict[str, Any]] = []
         self.log_disable = logging.root.manager.disable
         self.signals: dict[int, Any] = {}
-        self.atexit: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+        self.atexit: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Place]] = []
+
+
+_MANY_MODULES = 50
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Effects:
+    """What executing a module may change in the process, as it is at one moment."""
+
+    environ: dict[bytes, bytes]
+    path: list[str]
+    filters: list[Any]
+    flags: tuple[Any, ...]
+    libraries: list[Any]
+    modules: int
+
+    def spread(self, after: _Effects, state: ProcessState) -> None:
+        """Change for ``state`` what differs between this moment and ``after``; what the rank set itself it keeps."""
+        for key, value in after.environ.items():
+            if self.environ.get(key) != value and state.environ.get(key) == self.environ.get(key):
+                state.environ[key] = value
+        state.path[:0] = [entry for entry in after.path if entry not in self.path and entry not in state.path]
+        added = [each for each in after.filters if each not in self.filters and each not in state.warning_filters]
+        if added:
+            state.warning_filters = [*added, *state.warning_filters]
+        flags = zip(state.flags, self.flags, after.flags, strict=True)
+        state.flags = tuple(new if mine == old else mine for mine, old, new in flags)
 
 
 class StateSwitcher:
@@ -166,6 +202,9 @@ class StateSwitcher:
         self._generators = generators()
         self._flags = _read_flags()
         self.modules = RankLocalModules(rank_local)
+        self.libraries = LibraryState()
+        self._states: list[ProcessState] = []
+        self.loggers = RankLoggers()
         self.any_chdir = False
         self._cwd = os.getcwd()
         self._environs: list[dict[bytes, bytes]] = []
@@ -176,14 +215,19 @@ class StateSwitcher:
         original = ProcessState(self._os_environ._data)
         original.groups = c10d._world  # type: ignore[assignment]
         original.backend, original.init_method = c10d._backend, c10d._default_pg_init_method
-        original.argv, original.path, original.log_handlers = sys.argv, sys.path, logging.root.handlers
+        original.argv, original.path = sys.argv, sys.path
+        original.loggers = self.loggers.originals
         original.warning_filters, original.warning_once = warnings.filters, warnings.onceregistry  # type: ignore[attr-defined]
         original.cwd = self._cwd
         environ = dict(self._os_environ._data)
         path, argv, filters = list(sys.path), list(sys.argv), list(warnings.filters)
         original.generators = [generator.begin() for generator in self._generators]
+        self.libraries.begin()
+        imports = ImportWatcher(self._before_import, self._after_import)
+        imports.begin()
         self.modules.begin()
         original.modules = self.modules.pristine()
+        original.libraries = self.libraries.new_state()
         isolation = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
         isolation(True)
         try:
@@ -202,6 +246,8 @@ class StateSwitcher:
             if os.getcwd() != self._cwd:
                 os.chdir(self._cwd)
             self.modules.end()
+            imports.end()
+            self.libraries.end()
 
     def new_state(self, environ: dict[str, str], seed: int) -> ProcessState:
         """The state of a process that has just started, with ``environ`` added to the environment.
@@ -217,7 +263,36 @@ class StateSwitcher:
         self._environs.append(data)
         state.generators = fresh_states(seed)
         state.modules = self.modules.pristine()
+        state.libraries = self.libraries.new_state()
+        self._states.append(state)
         return state
+
+    def _before_import(self) -> _Effects:
+        return _Effects(
+            environ=dict(self._os_environ._data),
+            path=list(sys.path),
+            filters=list(warnings.filters),
+            flags=_read_flags(),
+            libraries=self.libraries.read(),
+            modules=len(sys.modules),
+        )
+
+    def _after_import(self, before: _Effects) -> None:
+        """What executing a module did to one rank's process it does to all."""
+        after = self._before_import()
+        task = current_task()
+        assert task is not None
+        mine = task.rank.state
+        self.libraries.spread(before.libraries, mine.libraries)
+        if len(sys.modules) > before.modules + _MANY_MODULES:
+            freeze_imports()
+        for state in self._states:
+            if state is not mine:
+                before.spread(after, state)
+
+    def is_local(self, module: str) -> bool:
+        """Whether every rank has its own globals of the module of this name, or of those that need it."""
+        return self.modules.matches(module) or self.libraries.matches(module)
 
     def save(self, state: ProcessState) -> None:
         """Take the running rank's state out of the process."""
@@ -231,8 +306,6 @@ class StateSwitcher:
         state.excepthook = sys.excepthook
         state.default_device = _device.CURRENT_DEVICE
         state.flags = self._flags = _read_flags()
-        state.log_handlers = logging.root.handlers
-        state.log_level = logging.root.level
         state.log_disable = logging.root.manager.disable
         state.warning_filters = warnings.filters
         state.warning_show = warnings.showwarning
@@ -241,6 +314,7 @@ class StateSwitcher:
         state.warning_default = warnings.defaultaction  # type: ignore[attr-defined]
         for generator in self._generators:
             generator.save(state.generators)
+        self.libraries.save(state.libraries)
         if self.modules.active:
             self.modules.save(state.modules)
 
@@ -267,11 +341,10 @@ class StateSwitcher:
             warnings._filters_mutated()  # type: ignore[attr-defined]
         else:
             warnings.filters = state.warning_filters
-        log = logging.root
-        log.handlers = state.log_handlers
-        if log.level != state.log_level or log.manager.disable != state.log_disable:
-            log.level, log.manager.disable = state.log_level, state.log_disable
-            log.manager._clear_cache()  # type: ignore[attr-defined]
+        self.loggers.load(state.loggers)
+        manager = logging.root.manager
+        if manager.disable != state.log_disable:
+            manager.disable = state.log_disable
         warnings.showwarning = state.warning_show
         warnings._showwarnmsg_impl = state.warning_show_impl  # type: ignore[attr-defined]
         warnings.onceregistry = state.warning_once  # type: ignore[attr-defined]
@@ -282,6 +355,7 @@ class StateSwitcher:
             wanted = state.cwd or self._cwd
             if wanted != _real_getcwd():
                 _real_chdir(wanted)
+        self.libraries.load(state.libraries)
         if self.modules.active:
             self.modules.load(state.modules)
 

@@ -72,6 +72,7 @@ class Task:
         "polled",
         "queued",
         "rank",
+        "registered_at",
         "revivals",
         "scheduler",
         "thread",
@@ -95,6 +96,8 @@ class Task:
         self.revivals = 0
         self.wakes = 0
         self.ident = 0
+        self.registered_at: Place | None = None
+        """Where the exit function that it runs was registered: the line to show if that has none of its own."""
         self.thread: threading.Thread | None = None
         self.joiners: list[Task] = []
         self.number = 0

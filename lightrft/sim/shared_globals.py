@@ -1,53 +1,124 @@
-"""Finds module globals of the user's code that two ranks write to.
+"""Finds state of the user's modules to which two ranks write.
 
-In real processes each rank has its own; here all ranks share them unless the module is rank-local. Two kinds are
-watched at every switch: names that some function rebinds (found in its bytecode), and dicts, lists and sets that some
-function refers to by a global name.
+In real processes each rank has its own; here all ranks share it unless the module is rank-local. Bytecode shows what
+some function may write to: globals, class attributes, attributes of functions and of instances, mutable default
+arguments, caches. Only that is watched, at every switch, and only until two ranks have written to it.
 """
 
 from __future__ import annotations
 
-import dis
 import functools
+import importlib._bootstrap
 import sys
-from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType, ModuleType
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterator, Mapping
+from operator import itemgetter
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
 
-from lightrft.sim.places import is_user_file
+import torch
 
-__all__ = ["SharedGlobals"]
+from lightrft.sim.bytecode import INSIDE, WRITES, uses_of
+from lightrft.sim.contents import Contents, has_containers, is_container, is_instance, mark
+from lightrft.sim.current import current_task
+from lightrft.sim.patching import Patch
+from lightrft.sim.surveys import (
+    Modules,
+    Survey,
+    classes_of,
+    full_name,
+    merged,
+    named_members,
+    rank_read_by,
+    survey_of,
+    user_modules,
+)
+
+if TYPE_CHECKING:
+    from lightrft.sim.scheduler import Task
+
+__all__ = ["SharedGlobals", "patches"]
 
 _MISSING = object()
-_MOST_ITEMS = 64
-_DEFINITIONS = (FunctionType, type, ModuleType)
 
 
 class _Watched:
-    __slots__ = ("last", "module", "name", "namespace", "writers")
+    """A name in some namespace, what it is bound to, and the contents of that."""
 
-    def __init__(self, module: str, name: str, namespace: dict[str, Any]) -> None:
+    def __init__(self, module: str, name: str, what: str, namespace: Mapping[str, Any], key: str) -> None:
         self.module = module
-        self.name = name
+        self.label = f"{module}.{name}"
+        self.what = what
         self.namespace = namespace
-        self.last = self.fingerprint()
-        self.writers: set[int] = set()
+        self.key = key
+        self.writers: list[int] = []
+        self.reset()
 
-    def fingerprint(self) -> Any:
-        value = self.namespace.get(self.name, _MISSING)
-        kind = type(value)
-        if kind is dict:
-            items = tuple(map(id, value.values())) if len(value) <= _MOST_ITEMS else ()
-        elif kind is list or kind is set:
-            items = tuple(map(id, value)) if len(value) <= _MOST_ITEMS else ()
-        else:
-            return id(value)
-        return id(value), len(value), items
+    def reset(self) -> None:
+        value = self.namespace.get(self.key, _MISSING)
+        self.contents = Contents()
+        self.contents.add(value)
+        self.last = mark(value), self.contents.look()
+
+    def changed(self) -> bool:
+        return (mark(self.namespace.get(self.key, _MISSING)), self.contents.look()) != self.last
+
+    def matters(self) -> bool:
+        return True
+
+    def warning(self) -> str:
+        first, second = sorted(self.writers)
+        return (
+            f"{self.label} is one {self.what} for all simulated ranks, and ranks {first} and {second} wrote to it; on "
+            f"a cluster each rank has its own. If that matters, {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        value = self.namespace.get(self.key)
+        if is_instance(value) and type(value).__module__ != self.module:
+            return "make it inside the function that the ranks run"
+        return _rank_local(self.module)
+
+
+class _WatchedCache:
+    """A function with ``functools.lru_cache`` whose results depend on who calls it."""
+
+    def __init__(self, module: str, name: str, cached: Any, reads: str) -> None:
+        self.module = module
+        self.label = f"{module}.{name}"
+        self.contents = Contents()
+        self.namespace: Mapping[str, Any] = {}
+        self.key = ""
+        self.writers: list[int] = []
+        self._reads = reads
+        self.info = cached.cache_info
+        self._hits = self.info().hits
+        self.reset()
+
+    def reset(self) -> None:
+        self.last = self.info()
+
+    def changed(self) -> bool:
+        return bool(self.info() != self.last)
+
+    def matters(self) -> bool:
+        """Whether any result was given out a second time."""
+        return bool(self.info().hits > self._hits)
+
+    def warning(self) -> str:
+        first, second = sorted(self.writers)
+        return (
+            f"{self.label} caches its results for all simulated ranks, and ranks {first} and {second} called it, "
+            f"though it depends on {self._reads}; on a cluster each rank has a cache of its own. If that matters, "
+            f"{_rank_local(self.module)}"
+        )
+
+
+def _rank_local(module: str) -> str:
+    return f"run with SimWorld(rank_local=[{module!r}]) or --rank-local {module}"
 
 
 class SharedGlobals:
-    """The globals watched in one run.
+    """What is watched in one run.
 
     Args:
         is_local: says whether a module of this name is rank-local, and so of no interest.
@@ -55,119 +126,234 @@ class SharedGlobals:
 
     def __init__(self, is_local: Callable[[str], bool]) -> None:
         self._is_local = is_local
-        self._watched: list[_Watched] = []
+        self._known: dict[str, _Watched | _WatchedCache] = {}
+        self._watched: list[_Watched | _WatchedCache] = []
+        self._found: list[_Watched | _WatchedCache] = []
         self._modules = 0
-        self._known: set[str] = set()
-        self._attributes_set: set[str] = set()
-        self._attributes_read: set[str] = set()
-        self.watching = False
+        self._main: Any = None
+        self._importing: dict[Task, int] = {}
+        self._prepare()
 
-    def begin(self) -> None:
-        """Look through the modules that are loaded now."""
-        self._scan()
-
-    def _scan(self) -> None:
-        self._modules = len(sys.modules)
-        found: list[tuple[str, ModuleType]] = []
-        for name, module in list(sys.modules.items()):
-            if _is_of_user(module) and name not in self._known:
-                self._known.add(name)
-                if name not in ("__main__", "__mp_main__") and not self._is_local(name):
-                    found.append((name, module))
-        codes = {name: [_names_in(code) for code in _codes(module)] for name, module in found}
-        for names in codes.values():
-            for each in names:
-                self._attributes_set |= each.attributes_set
-                self._attributes_read |= each.attributes_read
-        for name, module in found:
-            keys = self._candidates(vars(module), codes[name])
-            self._watched += [_Watched(name, key, vars(module)) for key in sorted(keys)]
-        self.watching = True
-
-    def _candidates(self, namespace: dict[str, Any], codes: list[_Names]) -> set[str]:
-        """Names that somebody rebinds, and names of containers that somebody refers to."""
-        rebound: set[str] = set().union(*(names.rebound for names in codes))
-        read = set(self._attributes_read).union(*(names.read for names in codes))
-        plain = {key for key in self._attributes_set if not isinstance(namespace.get(key), _DEFINITIONS)}
-        mutable = {key for key in read if type(namespace.get(key)) in (dict, list, set)}
-        return (rebound | plain | mutable) & namespace.keys()
+    def begin(self, modules: Modules) -> None:
+        """Look through the user's modules."""
+        self._main = sys.modules.get("__main__")
+        self._scan(modules)
 
     def look(self, rank: int) -> None:
         """``rank`` is about to leave the baton: note what it has written."""
-        for watched in self._watched:
-            now = watched.fingerprint()
-            if now != watched.last:
-                watched.last = now
-                watched.writers.add(rank)
+        if self._watched and self._glance() != self._last:
+            self._note_writes(rank)
         if len(sys.modules) != self._modules:
-            self._scan()
+            self._scan(user_modules())
 
     def warnings(self) -> Iterator[str]:
-        """One message for each global that several ranks wrote to."""
+        """One message for each thing that several ranks wrote to."""
+        for watched in sorted(self._found, key=lambda each: each.label):
+            if watched.matters():
+                yield watched.warning()
+
+    def import_begins(self, task: Task) -> None:
+        """``task`` imports a module that was not imported before."""
+        depth = self._importing.get(task, 0)
+        self._importing[task] = depth + 1
+        if not depth:
+            self.look(task.rank.index)
+
+    def import_ends(self, task: Task) -> None:
+        """What was written meanwhile (a registry was filled, say) is written once in any process."""
+        self._importing[task] -= 1
+        if not self._importing[task] and len(sys.modules) != self._modules:
+            self._note_writes(None)
+            self._scan(user_modules())
+
+    def is_importing(self, task: Task) -> bool:
+        """Whether ``task`` is executing a module that no rank has imported before."""
+        return bool(self._importing.get(task))
+
+    # -- a look -------------------------------------------------------------------------------------------------
+
+    def _glance(self) -> Any:
+        try:
+            bound = [tuple(map(id, get(namespace))) for get, namespace in self._bound]
+            absent = [name in namespace for name, namespace in self._absent] if self._absent else None
+            caches = [info() for info in self._caches] if self._caches else None
+            return bound, absent, caches, self._contents.glance()
+        except (KeyError, RuntimeError):  # a name is gone; a finalizer has written to what is just looked at
+            return None
+
+    def _note_writes(self, rank: int | None) -> None:
         for watched in self._watched:
-            if len(watched.writers) > 1:
-                some = ", ".join(map(str, sorted(watched.writers)[:4]))
-                yield (
-                    f"{watched.module}.{watched.name} is one global for all simulated ranks, and ranks {some} wrote to "
-                    f"it; on a cluster each rank has its own. If that matters, run with "
-                    f"SimWorld(rank_local=[{watched.module!r}]) or --rank-local {watched.module}"
-                )
+            if watched.changed():
+                if rank is not None and rank not in watched.writers:
+                    watched.writers.append(rank)
+                watched.reset()
+        self._found += [each for each in self._watched if len(each.writers) > 1]
+        self._watched = [each for each in self._watched if len(each.writers) < 2]
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Arrange what is watched so that one glance at all of it is cheap."""
+        names: dict[int, tuple[Mapping[str, Any], list[str]]] = {}
+        self._absent: list[tuple[str, Mapping[str, Any]]] = []
+        self._contents = Contents()
+        for watched in self._watched:
+            self._contents.join(watched.contents)
+            if watched.key in watched.namespace:
+                names.setdefault(id(watched.namespace), (watched.namespace, []))[1].append(watched.key)
+            elif watched.key:
+                self._absent.append((watched.key, watched.namespace))
+        self._caches = [watched.info for watched in self._watched if isinstance(watched, _WatchedCache)]
+        self._bound = [(itemgetter(keys[0], *keys), namespace) for namespace, keys in names.values()]
+        self._last = self._glance()
+
+    # -- what to watch ------------------------------------------------------------------------------------------
+
+    def _scan(self, modules: Modules) -> None:
+        self._modules = len(sys.modules)
+        modules = [(name, module) for name, module in modules if self._is_of_interest(name, module)]
+        everything = _merged(tuple(survey_of(module) for _, module in modules))
+        for name, module in modules:
+            for watched in _Candidates(name, module, everything).find(self._known):
+                self._known[watched.label] = watched
+                self._watched.append(watched)
+        self._prepare()
+
+    def _is_of_interest(self, name: str, module: Any) -> bool:
+        """Scripts are out of it: every rank that runs one has its own ``__main__``."""
+        if name == "__mp_main__" or (name == "__main__" and module is not self._main):
+            return False
+        return not self._is_local(name)
 
 
-_of_user: WeakKeyDictionary[ModuleType, bool] = WeakKeyDictionary()
+_latest: list[tuple[tuple[Survey, ...], Survey]] = []
 
 
-def _is_of_user(module: Any) -> bool:
-    """Whether a module is the user's own; found out once for each."""
-    if not isinstance(module, ModuleType):
-        return False
-    known = _of_user.get(module)
-    if known is None:
-        known = _of_user[module] = is_user_file(vars(module).get("__file__"))
-    return known
+def _merged(surveys: tuple[Survey, ...]) -> Survey:
+    """All surveys as one; most runs of a process see the same modules."""
+    if not _latest or len(_latest[0][0]) != len(surveys) or any(map(_differ, _latest[0][0], surveys)):
+        _latest[:] = [(surveys, merged(surveys))]
+    return _latest[0][1]
 
 
-def _codes(module: ModuleType) -> Iterator[CodeType]:
-    for value in list(vars(module).values()):
-        if isinstance(value, FunctionType) and value.__module__ == module.__name__:
-            yield from _nested(value.__code__)
-        elif isinstance(value, type) and value.__module__ == module.__name__:
-            for member in list(vars(value).values()):
-                function = getattr(member, "__func__", member)
-                if isinstance(function, FunctionType):
-                    yield from _nested(function.__code__)
+def _differ(one: Survey, other: Survey) -> bool:
+    return one is not other
 
 
-def _nested(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _nested(constant)
+class _Candidates:
+    """What of one module may be written to, by its own functions or by those of others."""
+
+    def __init__(self, name: str, module: ModuleType, everything: Survey) -> None:
+        self._name = name
+        self._module = module
+        self._own = survey_of(module)
+        self._all = everything
+        self._members = list(named_members(module))
+
+    def find(self, known: Mapping[str, Any]) -> Iterator[_Watched | _WatchedCache]:
+        """Those that are not ``known`` yet by their labels."""
+        for what, name, namespace, key in (*self._globals(), *self._of_classes(), *self._of_functions()):
+            if f"{self._name}.{name}" not in known:
+                yield _Watched(self._name, name, what, namespace, key)
+        for name, member in self._members:
+            if isinstance(member, functools._lru_cache_wrapper) and f"{self._name}.{name}" not in known:
+                reads = rank_read_by(member.__wrapped__)
+                if reads:
+                    yield _WatchedCache(self._name, name, member, reads)
+
+    def _globals(self) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
+        namespace = vars(self._module)
+        for key, value in namespace.copy().items():
+            bound_anew = key in self._own.rebound or (key in self._all.assigned and not _is_definition(value))
+            if not key.startswith("__") and (bound_anew or self._changes(key, value, self._own.names.get(key, 0))):
+                yield "global", key, namespace, key
+        for key in sorted(self._own.rebound - namespace.keys()):
+            yield "global", key, namespace, key
+
+    def _of_classes(self) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
+        for cls in classes_of(self._module):
+            by_methods = (self._all.on_classes.get(full_name(base), ()) for base in cls.__mro__)
+            written = set(self._all.assigned_of.get(cls.__name__, ())).union(*by_methods)
+            for key, value in vars(cls).copy().items():
+                is_data = not key.startswith("__") and not hasattr(type(value), "__get__")
+                if is_data and (key in self._all.assigned or self._changes(key, value, 0)):
+                    written.add(key)
+            namespace = vars(cls)
+            for key in sorted(written):
+                if not _is_definition(namespace.get(key)):
+                    yield "class attribute", f"{cls.__qualname__}.{key}", namespace, key
+
+    def _of_functions(self) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
+        for name, function in self._members:
+            if not isinstance(function, FunctionType):
+                continue
+            if function.__name__ in self._all.assigned_of:
+                for key in sorted(self._all.assigned_of[function.__name__] - {"__wrapped__"}):
+                    yield "function attribute", f"{name}.{key}", vars(function), key
+            for key, value in list(vars(function).items()):
+                if key not in self._all.assigned and self._changes(key, value, 0):
+                    yield "function attribute", f"{name}.{key}", vars(function), key
+            if function.__defaults__ or function.__kwdefaults__:
+                yield from self._defaults(name, function)
+
+    def _defaults(self, name: str, function: FunctionType) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
+        code, values = function.__code__, function.__defaults__ or ()
+        defaults = dict(zip(code.co_varnames[code.co_argcount - len(values) : code.co_argcount], values, strict=True))
+        defaults.update(function.__kwdefaults__ or {})
+        for key, value in defaults.items():
+            if is_container(value) and _is_written(value, uses_of(code).parameters.get(key, 0)):
+                yield "default argument", f"{name}({key}=...)", defaults, key
+
+    def _changes(self, key: str, value: Any, level: int) -> bool:
+        """Whether somebody may change the contents of ``value``, which is bound to ``key``."""
+        if is_container(value):
+            return _is_written(value, max(level, self._all.attributes.get(key, 0)))
+        named = key in self._own.names or key in self._all.attributes
+        return named and is_instance(value) and self._is_changed_instance(key, value)
+
+    def _is_changed_instance(self, key: str, value: Any) -> bool:
+        if key in self._all.assigned_of or isinstance(value, (torch.nn.Module, dict)):
+            return True
+        if any(self._all.on_instances.get(full_name(cls)) for cls in type(value).__mro__):
+            return True
+        attributes = self._all.attributes
+        return any(
+            name in self._all.assigned or (is_container(part) and _is_written(part, attributes.get(name, 0)))
+            for name, part in getattr(value, "__dict__", {}).copy().items()
+        )
 
 
-class _Names(NamedTuple):
-    """Names that one code object uses."""
-
-    rebound: frozenset[str]
-    read: frozenset[str]
-    attributes_set: frozenset[str]
-    attributes_read: frozenset[str]
+def _is_written(value: Any, level: int) -> bool:
+    return level == WRITES or (level == INSIDE and has_containers(value))
 
 
-_OPCODES = {
-    "STORE_GLOBAL": 0,
-    "LOAD_GLOBAL": 1,
-    "STORE_ATTR": 2,
-    "LOAD_ATTR": 3,
-    "LOAD_METHOD": 3,
-}
+def _is_definition(value: Any) -> bool:
+    return isinstance(value, (FunctionType, type, ModuleType))
 
 
-@functools.lru_cache(maxsize=8192)
-def _names_in(code: CodeType) -> _Names:
-    names: list[set[str]] = [set(), set(), set(), set()]
-    for instruction in dis.get_instructions(code):
-        kind = _OPCODES.get(instruction.opname)
-        if kind is not None:
-            names[kind].add(instruction.argval)
-    return _Names(*map(frozenset, names))
+def _enter_import(original: Any) -> Any:
+    def enter(self: Any) -> None:
+        original(self)
+        task = current_task()
+        if task is not None:
+            task.rank.world.shared.import_begins(task)
+
+    return enter
+
+
+def _exit_import(original: Any) -> Any:
+    def leave(self: Any, *exc: Any) -> None:
+        original(self, *exc)
+        task = current_task()
+        if task is not None:
+            task.rank.world.shared.import_ends(task)
+
+    return leave
+
+
+_LOCK: Any = importlib._bootstrap._ModuleLockManager  # type: ignore[attr-defined] # around the import of every module
+_PATCHES = [Patch(_LOCK, "__enter__", _enter_import), Patch(_LOCK, "__exit__", _exit_import)]
+
+
+def patches() -> list[Patch]:
+    """What tells when a rank imports a module."""
+    return _PATCHES

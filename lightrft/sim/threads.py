@@ -60,6 +60,29 @@ class LockWait:
         return f"{self._through} (held by rank {holder.rank.index})"
 
 
+class ImportWait:
+    """What a task waits in that imports a module which another rank is executing."""
+
+    def __init__(self, module: str, executing: int | None, place: Place) -> None:
+        self._module = module
+        self.waits_for = executing
+        self.place = place
+
+    def describe(self) -> str:
+        by = "" if self.waits_for is None else f", which rank {self.waits_for} is executing for all ranks"
+        return f"import of {self._module}{by}"
+
+
+def _import_wait(task: Task) -> ImportWait | None:
+    """The import that a lock is wanted for, if that is what it is wanted for."""
+    frame = sys._getframe(3)
+    if frame.f_code.co_filename != "<frozen importlib._bootstrap>" or frame.f_code.co_name != "acquire":
+        return None
+    lock = frame.f_locals["self"]
+    executing = next((other.rank.index for other in task.scheduler.tasks if other.ident == lock.owner), None)
+    return ImportWait(lock.name, executing, caller_place(4))
+
+
 class JoinWait:
     """What a task waits in that joins a thread."""
 
@@ -96,7 +119,7 @@ class SimLock:
     def _wait(self, task: Task, timeout: float) -> bool:
         scheduler = task.scheduler
         deadline = None if timeout < 0 else scheduler.now + round(timeout * 1e9)
-        waiting = LockWait(self, caller_place(3), called_library_function(3))
+        waiting = _import_wait(task) or LockWait(self, caller_place(3), called_library_function(3))
         while True:
             self._waiters.append(task)
             try:
@@ -189,6 +212,7 @@ def _spawn(function: Any, args: Any, kwargs: Any) -> tuple[Any, Task]:
         except (Killed, ProcessExit):
             pass
         finally:
+            child.rank.let_go()
             child.scheduler.finish(child)
             current.bind(None)
 
@@ -318,7 +342,7 @@ def _atexit_register(original: Any) -> Any:
         task = current_task()
         if task is None:
             return original(function, *args, **kwargs)
-        task.rank.state.atexit.append((function, args, kwargs))
+        task.rank.state.atexit.append((function, args, kwargs, caller_place(2)))
         return function
 
     return register

@@ -7,7 +7,7 @@ is an error, as it would corrupt the data on a cluster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightrft.sim.calls import Call, Meeting, Message
     from lightrft.sim.rank import SimRank
 
-__all__ = ["CoalescedWork", "CollectiveWork", "DoneWork", "MessageWork", "SimWork", "nanoseconds"]
+__all__ = ["CoalescedWork", "CollectiveWork", "DoneWork", "MessageWork", "SimWork", "let_go", "nanoseconds"]
 
 _WITHOUT_FUTURE = frozenset({"reduce_scatter", "reduce_scatter_single", "reduce_scatter_single_coalesced"})
 
@@ -39,6 +39,8 @@ class SimWork(dist.Work):
     """What all handles share; a subclass says how to wait (:meth:`_wait`) and whether that would block."""
 
     call: Call
+    abandoned = False
+    """Nobody will wait any more; ``wait()`` returns at once."""
     _future: SimFuture | None = None
 
     def wait(self, timeout: timedelta | None = None) -> bool:
@@ -48,7 +50,7 @@ class SimWork(dist.Work):
             CollectiveTimeoutError: it was not complete after ``timeout``, in virtual time.
             RefusedError: an input or output was written to since the operation was issued.
         """
-        if not self.call.done:
+        if not self.call.done and not self.abandoned:
             self._wait(nanoseconds(timeout))
             self._tell_future()
         return True
@@ -112,6 +114,20 @@ class SimWork(dist.Work):
     def _tell_future(self) -> None:
         if self._future is not None:
             self._future.set_result(list(self._outputs()))
+
+
+def let_go(works: Iterable[SimWork]) -> None:
+    """Take works that the calling thread has issued, and that nobody waited for, out of torch's register.
+
+    A functional collective enters its work there until somebody waits for its outputs; a register is kept for every
+    thread, to the end of the process.
+    """
+    if not getattr(torch._C._distributed_c10d, "_get_work_registry_size", lambda: 1)():
+        return
+    for work in works:
+        work.abandoned = True
+        for output in work._outputs():
+            torch.ops._c10d_functional.wait_tensor(output)
 
 
 class DoneWork(SimWork):

@@ -20,7 +20,8 @@ from lightrft.sim.adoption import LockAdoption
 from lightrft.sim.calls import Call, Event, Group, Meeting, Message, Wait
 from lightrft.sim.clock import still_during_collection
 from lightrft.sim.collectives import ORDERS
-from lightrft.sim.host import frozen_heap, one_core, patched, same_parallelism, stack_size
+from lightrft.sim.frozen import frozen_heap
+from lightrft.sim.host import one_core, patched, same_parallelism, stack_size
 from lightrft.sim.own_time import TimedScheduler
 from lightrft.sim.point_to_point import unmatched
 from lightrft.sim.profiles import check_profile
@@ -30,6 +31,7 @@ from lightrft.sim.run_report import RunReport, Usage, make_report
 from lightrft.sim.scheduler import MOST_REVIVALS, Killed, Scheduler, Task
 from lightrft.sim.shared_globals import SharedGlobals
 from lightrft.sim.stall import StallWatcher
+from lightrft.sim.surveys import user_modules
 
 if TYPE_CHECKING:
     from lightrft.sim.determinism import Observer
@@ -230,13 +232,15 @@ class SimWorld:
                 is_call=lambda waiting: isinstance(waiting, Call),
             )
             self.stopwatch = self.scheduler if isinstance(self.scheduler, TimedScheduler) else None
-            self.shared = SharedGlobals(self.switcher.modules.matches)
+            self.shared = SharedGlobals(self.switcher.is_local)
             self.ranks = [self._new_rank(index) for index in range(self.size)]
-            self.shared.begin()
             locks = LockAdoption()
             stack.callback(locks.restore)
             fn = locks.adopt(fn)
             args, kwargs = tuple(map(locks.adopt, args)), {key: locks.adopt(value) for key, value in kwargs.items()}
+            modules = user_modules()
+            locks.adopt_modules(modules)
+            self.shared.begin(modules)
             with stack_size(_STACK_BYTES), one_core():
                 for rank in self.ranks:
                     self._start(rank, fn, args, kwargs, results)
@@ -284,7 +288,7 @@ class SimWorld:
             if not task.killed:
                 results[rank.index] = self._call_main(fn, args, kwargs)
                 threads.join_leftover(task)
-                self._run_atexit(rank)
+                self._run_atexit(task)
                 if self._observer is not None:
                     self._observer.returned(rank)
                 self._note_leftovers(rank)
@@ -297,6 +301,7 @@ class SimWorld:
         except BaseException as error:  # noqa: BLE001 - a rank may raise anything; the run reports it
             self._fail(rank, error)
         finally:
+            rank.let_go()
             torch._C._distributed_c10d._unregister_all_process_groups()
             task.scheduler.finish(task)
             current.bind(None)
@@ -309,17 +314,17 @@ class SimWorld:
                 raise
             return None
 
-    def _run_atexit(self, rank: SimRank) -> None:
-        entries = rank.state.atexit
+    def _run_atexit(self, task: Task) -> None:
+        entries = task.rank.state.atexit
         while entries:
-            function, args, kwargs = entries.pop()
+            function, args, kwargs, task.registered_at = entries.pop()
             function(*args, **kwargs)
+        task.registered_at = None
 
     def _switch(self, leaving: SimRank | None, entering: SimRank) -> None:
         if leaving is not None:
             self.switcher.save(leaving.state)
-            if self.shared.watching:
-                self.shared.look(leaving.index)
+            self.shared.look(leaving.index)
         self.switcher.load(entering.state)
 
     def _drive(self) -> None:
@@ -366,6 +371,7 @@ class SimWorld:
         for rank in self.ranks:
             rank.handles.clear()
             rank.outstanding.clear()
+            rank.abandoned.clear()
             rank.threads.clear()
             rank.main = None
         for group in self.groups.values():
@@ -482,6 +488,7 @@ class SimWorld:
         for work in rank.outstanding:
             if not work.call.done:
                 self._left(rank.index, work.call.place, f"{work.call.describe()} was never waited for")
+        rank.abandoned += rank.outstanding
         rank.outstanding.clear()
         tables = rank.tables()
         if tables.pg_map:

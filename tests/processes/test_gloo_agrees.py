@@ -1,24 +1,20 @@
 """The same small programs on real gloo processes and on simulated ranks: values, refusals, and what gloo corrupts.
 
-The processes are started once, run all programs one after the other and write down what came of each:
-``python test_gloo_agrees.py RANK SIZE DIRECTORY``.
+Each world runs all programs once, one after the other, and gives back what came of each.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
 import warnings
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as fc
 import torch.distributed.nn.functional as dnn
+
+from lightrft.sim import ProcessWorld, SimWorld
 
 SIZE = 3
 ALL = list(range(SIZE))
@@ -694,41 +690,23 @@ def run_all(rank):
     return found
 
 
-def process(rank, directory):
-    """What each of the real processes does."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(directory / "store"), SIZE)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE, timeout=timedelta(seconds=20))
-    (directory / f"found{rank}").write_bytes(pickle.dumps(run_all(rank)))
+def main():
+    """What each rank does."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    found = run_all(dist.get_rank())
     dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="session")
-def real(tmp_path_factory):
+def real():
     """By rank, what came of every program on real processes."""
-    directory = tmp_path_factory.mktemp("gloo")
-    command = [sys.executable, "-W", "ignore", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen([*command, str(rank), str(directory)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in ALL
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in running]
-    assert [process.returncode for process in running] == [0] * SIZE, "\n".join(errors)
-    return [pickle.loads((directory / f"found{rank}").read_bytes()) for rank in ALL]
+    return ProcessWorld(SIZE, limit=120).run(main)
 
 
 @pytest.fixture(scope="session")
 def simulated():
     """The same on simulated ranks that behave as gloo."""
-    from lightrft.sim import SimWorld
-
-    def main():
-        dist.init_process_group("gloo")
-        found = run_all(dist.get_rank())
-        dist.destroy_process_group()
-        return found
-
     return SimWorld(SIZE, profile="gloo").run(main)
 
 
@@ -758,7 +736,3 @@ def test_what_gloo_corrupts_is_refused_or_poisoned(real, simulated):
             assert torch.tensor(simulated[1][name][1]).isnan().all(), name
         else:
             assert any(simulated[rank][name][0] == "error" for rank in ALL), name
-
-
-if __name__ == "__main__":
-    process(int(sys.argv[1]), Path(sys.argv[2]))

@@ -112,7 +112,7 @@ def test_the_choices_are_those_of_the_simulator():
         ("-n 8 -m no/module", "'no/module' is none"),
         ("-n 8 -m no_such_module.x", "there is no module 'no_such_module' in"),
         ("-n 8 --rank-local no_such_module script.py", "--rank-local: there is no module 'no_such_module' in"),
-        ("-n 8 --flight-record no/such script.py", "--flight-record: there is no folder 'no'"),
+        ("-n 8 --flight-record script.py/record/ script.py", "script.py' is no folder"),
     ],
 )
 def test_a_command_line_that_cannot_work_is_one_line_that_says_why(script, capsys, line, complaint):
@@ -391,10 +391,11 @@ def test_the_flight_record_is_written_on_success_and_on_failure(script, capsys):
     fine = script(GROUP + "dist.barrier()" + LEAVE)
     assert sim_without_report("-n", "2", "--flight-record", "fine_", fine) == 0
     assert capsys.readouterr() == ("", "")
+    assert sim("-n", "2", "--flight-record", "new/folder/of_", fine) == 0
     stuck = script(GROUP + "if rank:\n    dist.barrier()" + LEAVE, "stuck.py")
     assert sim("-n", "2", "--flight-record", "stuck_", stuck) == 1
     assert capsys.readouterr().err.endswith("\nflight record: stuck_0 ... stuck_1\n")
-    assert all(Path(name).stat().st_size for name in ("fine_0", "fine_1", "stuck_0", "stuck_1"))
+    assert all(Path(name).stat().st_size for name in ("fine_0", "fine_1", "new/folder/of_1", "stuck_0", "stuck_1"))
 
 
 def test_check_determinism_stops_at_what_differs(script, capsys):

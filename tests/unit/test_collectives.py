@@ -641,6 +641,34 @@ def test_who_comes_late_to_a_monitored_barrier_is_told():
     assert "rank 0, which monitors it, has failed or never came" in late
 
 
+@pytest.mark.parametrize("reads", [2100, 3900])  # until the first rank, or everybody, has given up
+def test_who_computes_past_the_end_of_a_monitored_barrier_does_not_save_the_others(reads):
+    def body():
+        if dist.get_rank() == 2:
+            for _ in range(reads):
+                time.monotonic()  # a microsecond each: nobody else wakes up meanwhile
+        try:
+            dist.monitored_barrier(timeout=timedelta(milliseconds=1))
+        except RuntimeError as error:
+            return str(error)
+
+    first, second, late = on_ranks(3, body)
+    assert first == "[Rank 0]: Rank 2 failed to pass monitoredBarrier in 1 ms"
+    assert "rank 0, which monitors it, has failed" in second
+    assert "rank 0, which monitors it, has failed" in late
+
+
+def test_who_waits_in_a_monitored_barrier_that_its_first_rank_gave_up_is_told():
+    def body():
+        time.sleep([0, 0, 1.5][dist.get_rank()])
+        try:
+            dist.monitored_barrier(timeout=timedelta(seconds=1))
+        except RuntimeError as error:
+            return round(time.monotonic(), 2), str(error)
+
+    assert [when for when, _ in on_ranks(3, body)] == [1.0, 2.0, 1.5]
+
+
 # -- nothing is forgotten ---------------------------------------------------------------------------------------------
 
 

@@ -1,13 +1,15 @@
 """Functional collectives, which go through C++ and back, and the ones that autograd knows."""
 
+import threading
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as fc
 import torch.distributed.nn.functional as dnn
 
-from lightrft.errors import RankFailedError
-from lightrft.sim import SimWorld
+from lightrft.errors import DeadlockError, RankFailedError
+from lightrft.sim import SimWorld, works
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch 2.13 renames some of them
 
@@ -304,3 +306,65 @@ def test_gradients_are_reduced_by_hooks_on_the_rank_that_runs_backward():
 
     with pytest.warns(match="never waited for"):
         assert on_ranks(SIZE, body) == [1] * SIZE
+
+
+# -- what nobody waits for --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def left_in_register(monkeypatch):
+    """How many works torch's register holds when a thread of a rank has ended; one number for each thread."""
+    register = getattr(torch._C._distributed_c10d, "_get_work_registry_size", None)
+    if register is None:
+        pytest.skip("this release of torch does not show its register")
+    sizes, let_go = [], works.let_go
+
+    def look(abandoned):
+        before = register()
+        let_go(abandoned)
+        sizes.append((before, register()))
+
+    monkeypatch.setattr(works, "let_go", look)
+    return sizes
+
+
+def issue_three():
+    fc.all_reduce(torch.ones(2), "sum", dist.group.WORLD)
+    fc.all_gather_tensor(torch.ones(2), 0, dist.group.WORLD)
+    fc.all_reduce_coalesced([torch.ones(2), torch.ones(3)], "sum", dist.group.WORLD)
+
+
+def test_a_run_that_fails_leaves_nothing_in_torch_s_register(left_in_register):
+    def body():
+        issue_three()
+        if dist.get_rank() == 1:
+            raise ValueError("no luck")
+        dist.barrier()
+
+    with pytest.raises(RankFailedError, match="no luck"):
+        on_ranks(SIZE, body)
+    assert left_in_register == [(4, 0)] * SIZE
+
+
+def test_works_that_can_never_complete_are_let_go_too(left_in_register):
+    def body():
+        if dist.get_rank() != 1:
+            fc.all_reduce(torch.ones(2), "sum", dist.group.WORLD)
+            dist.barrier()
+
+    with pytest.raises(DeadlockError):
+        on_ranks(SIZE, body)
+    assert sorted(left_in_register) == [(0, 0), (1, 0), (1, 0)]
+
+
+@pytest.mark.filterwarnings("ignore::lightrft.errors.SimWarning")
+def test_outputs_that_a_rank_or_its_thread_drops_are_let_go(left_in_register):
+    def body():
+        thread = threading.Thread(target=issue_three)
+        thread.start()
+        thread.join()
+        issue_three()
+        dist.barrier()
+
+    on_ranks(SIZE, body)
+    assert left_in_register == [(4, 0)] * 2 * SIZE

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 import lightrft
 from lightrft.errors import ConfigError, DeadlockError
-from lightrft.sim import SimWorld, pytest_plugin
-from lightrft.sim.mark import WORLD_OPTIONS, SimMark
+from lightrft.sim import ProcessWorld, SimWorld, pytest_plugin
+from lightrft.sim.mark import PROCESS_OPTIONS, WORLD_OPTIONS, SimMark
 
 pytest_plugins = "pytester"
 
@@ -81,11 +81,15 @@ def test_the_plugin_is_registered_and_loads_no_torch():
 def test_the_mark_passes_on_every_option_of_a_world():
     parameters = inspect.signature(SimWorld).parameters
     assert set(WORLD_OPTIONS) == set(parameters) - {"size", "seed"}
+    parameters = inspect.signature(ProcessWorld).parameters
+    assert set(PROCESS_OPTIONS) == set(parameters) - {"size", "seed", "unknown"}
 
 
 def test_the_mark_the_option_and_the_fixture_are_described(run):
     result = run("", "--markers")
-    result.stdout.fnmatch_lines(["@pytest.mark.sim(ranks, ?, seeds=1, gpus_per_node=*): run the body of the test on *"])
+    result.stdout.fnmatch_lines(
+        ["@pytest.mark.sim(ranks, ?, seeds=1, world='sim', gpus_per_node=*): run the body of the test on *"]
+    )
     run("", "--help").stdout.fnmatch_lines(["*--sim-seed=SEED*"])
     run("", "--fixtures").stdout.fnmatch_lines(["sim_world -- *", "*The world of a marked test*"])
 
@@ -450,13 +454,31 @@ def given(*args: object, **kwargs: object) -> SimpleNamespace:
             "seeds=[1.5]: expected how many seeds to run, at least 1, or a list of seeds",
         ),
         (given(8, seed=3), "unknown argument 'seed': expected one of ranks, seeds, world, gpus_per_node, "),
-        (given(8, world="process"), "world='process' is not available: expected 'sim'"),
+        (given(8, world="thread"), "world='thread': expected 'sim', 'process', or a list of both"),
+        (given(8, world=[]), "world=[]: expected 'sim', 'process', or a list of both"),
+        (
+            given(8, world="process", schedule="random"),
+            "schedule is for simulated ranks (world='sim') only, and this test has world='process': leave it out",
+        ),
+        (
+            given(8, limit=5),
+            "limit is for real processes (world='process') only, and this test has world='sim': leave it out",
+        ),
     ],
 )
 def test_arguments_that_cannot_work_are_named(mark, complaint):
     with pytest.raises(ConfigError) as caught:
         SimMark.of([mark])
     assert str(caught.value).startswith(complaint)
+
+
+def test_each_world_of_a_mark_gets_its_own_options():
+    mark = SimMark.of([given(2, seeds=3, world=["sim", "process"], profile="gloo", limit=5, gpus_per_node=1)])
+    assert mark.worlds == ("sim", "process")
+    assert mark.options == {
+        "sim": {"gpus_per_node": 1, "profile": "gloo", "schedule": "random"},
+        "process": {"gpus_per_node": 1, "limit": 5},
+    }
 
 
 def test_a_mark_that_cannot_work_is_found_before_anything_runs(run):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import functools
 import os
 import queue
 import signal
@@ -17,6 +18,8 @@ import torch.distributed as dist
 
 from lightrft.errors import BlockedOutsideError, DeadlockError, RankFailedError
 from lightrft.sim import SimWorld
+
+from .helpers_shared import locks
 
 MODULE_LOCK = threading.Lock()
 
@@ -55,6 +58,39 @@ def test_a_lock_of_the_module_made_before_the_run_is_seen_too():
         SimWorld(2).run(with_group(body))
     assert MODULE_LOCK.acquire(blocking=False)
     MODULE_LOCK.release()
+
+
+@pytest.mark.parametrize("name", ["LOCK", "Cache.lock", "Cache.Inner.lock", "CACHE.lock"])
+def test_a_lock_of_another_module_made_before_the_run_is_seen_too(name):
+    owner, _, attribute = f"locks.{name}".rpartition(".")
+    owner = functools.reduce(getattr, owner.split(".")[1:], locks)
+    before = getattr(owner, attribute)
+
+    def body(rank):
+        with getattr(owner, attribute):
+            dist.barrier()
+
+    with pytest.raises(DeadlockError, match="Lock.acquire"):
+        SimWorld(2, stall_limit=2).run(with_group(body))
+    assert getattr(owner, attribute) is before
+    assert before.acquire(blocking=False)
+    before.release()
+
+
+def test_cached_properties_of_one_class_are_computed_by_all_ranks():
+    def body(rank):
+        model = locks.Model()
+        threads = [threading.Thread(target=lambda: model.ranks) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return model.ranks, model.computed
+
+    before = vars(vars(locks.Model)["ranks"]).get("lock")
+    once = 1 if before else 2  # from Python 3.12 on, nothing keeps two threads from computing it
+    assert SimWorld(2, stall_limit=2).run(with_group(body)) == [([0, 1], once)] * 2
+    assert vars(vars(locks.Model)["ranks"]).get("lock") is before
 
 
 def test_a_lock_that_is_passed_on_works():
@@ -266,6 +302,38 @@ def test_other_threads_are_waited_for_at_the_end_of_a_rank():
 
     SimWorld(2).run(with_group(body))
     assert sorted(done) == [0, 1]
+
+
+def test_a_collective_as_an_exit_function_is_shown_where_it_was_registered():
+    def body(rank):
+        if rank == 0:
+            atexit.register(dist.barrier)
+
+    def run():
+        dist.init_process_group("gloo")
+        body(dist.get_rank())
+
+    with pytest.raises(DeadlockError) as caught:
+        SimWorld(2).run(run)
+    row = next(row for row in caught.value.report.rows if 0 in row.ranks)
+    assert row.place.source == "atexit.register(dist.barrier)"
+
+
+def test_an_import_that_another_rank_executes_is_shown_as_such(tmp_path, monkeypatch):
+    (tmp_path / "meets_when_imported.py").write_text("import torch.distributed as dist\ndist.barrier()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run():
+        dist.init_process_group("gloo")
+        import meets_when_imported  # noqa: F401
+
+    with pytest.raises(
+        DeadlockError, match="waits in import of meets_when_imported, which rank 2 is executing"
+    ) as caught:
+        SimWorld(3).run(run)
+    assert culprits(caught) == [2]
+    row = next(row for row in caught.value.report.rows if 0 in row.ranks)
+    assert row.place.source.startswith("import meets_when_imported")
 
 
 def test_atexit_functions_run_at_the_end_of_their_rank():

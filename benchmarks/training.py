@@ -1,0 +1,61 @@
+"""Training of real libraries: whole commands beside torchrun, and the simulator's own share of a step."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from benchmarks.groups import ROOT, in_fresh_process, now
+from benchmarks.quiet import quietest
+
+RANKS = 8
+REPETITIONS = 3
+
+COMMANDS = {
+    "FSDP2": ["examples/sim/fsdp2.py"],
+    "ZeRO-2": ["examples/sim/deepspeed_zero.py", "--stage", "2"],
+    "ZeRO-3": ["examples/sim/deepspeed_zero.py", "--stage", "3"],
+}
+"""Ten steps of a tiny transformer each."""
+
+
+@dataclass(frozen=True)
+class Commands:
+    """Seconds from command to exit, for each repetition."""
+
+    simulated: list[float]
+    torchrun: list[float]
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast the simulated ranks are: the median over neighbours."""
+        ratios = sorted(real / ours for ours, real in zip(self.simulated, self.torchrun, strict=True))
+        return ratios[len(ratios) // 2]
+
+
+@functools.cache
+def commands(name: str) -> Commands:
+    """The same script by ``lightrft sim`` and by ``torchrun``, in turns, 8 ranks each."""
+    script = COMMANDS[name]
+    simulated = ["lightrft", "sim", "-n", str(RANKS), "--no-report"]
+    real = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    pairs = quietest(lambda: (_seconds([*simulated, *script]), _seconds([*real, *script])), REPETITIONS)
+    return Commands([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
+
+
+def _seconds(command: list[str]) -> float:
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    begin = now()
+    done = subprocess.run([sys.executable, "-m", *command], env=environ, cwd=ROOT, capture_output=True, check=False)
+    seconds = now() - begin
+    assert done.returncode == 0, done.stderr.decode()
+    return seconds
+
+
+@functools.cache
+def shares() -> list[dict[str, float]]:
+    """For some steps of FSDP2 on 8 simulated ranks: ``step`` in ms, and ``share`` that the simulator takes of it."""
+    return quietest(lambda: in_fresh_process("training_child"), REPETITIONS)
