@@ -217,6 +217,11 @@ def test_whoever_sent_first_is_heard_first_in_a_second_round_too():
     assert on_ranks(4, body)[0] == [[1, 2, 3], [3, 1, 2]]
 
 
+def test_nothing_cannot_be_received_from_anybody():
+    with pytest.raises(RankFailedError, match="recv: a tensor of no elements from any source is refused by gloo"):
+        on_ranks(2, lambda: dist.irecv(torch.zeros(0)))
+
+
 def test_in_a_group_the_source_is_a_global_rank_and_the_work_knows_the_one_in_the_group():
     def body():
         rank = dist.get_rank()
