@@ -121,6 +121,17 @@ class Acceptance:
                     "call it under torch.no_grad(), or give it .data"
                 )
 
+    def dense(self, operation: str, tensor: Tensor) -> None:
+        """An output that no backend copies into, of an operation that copies its inputs."""
+        if not tensor.is_contiguous():
+            self._not_contiguous(operation, tensor)
+
+    def any_source(self, tensors: Sequence[Tensor]) -> None:
+        """A receive from whoever sends first."""
+        self.feature("any_source", "recv without a source")
+        if not all(tensor.numel() for tensor in tensors):
+            _refuse("recv: a tensor of no elements from any source is refused by gloo: name the source")
+
     def gathered_input(self, operation: str, tensor: Tensor) -> None:
         """The input of ``all_gather_single``."""
         if not self.profile.raw_input and tensor.requires_grad and torch.is_grad_enabled():

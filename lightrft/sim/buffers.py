@@ -82,7 +82,14 @@ def is_poisoned(tensor: Tensor) -> bool:
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
     """Equality bit by bit: a NaN equals itself."""
-    return torch.equal(left.detach().reshape(-1).view(torch.uint8), right.detach().reshape(-1).view(torch.uint8))
+    return torch.equal(_bytes(left), _bytes(right))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    if flat.stride(0) != 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def span(tensor: Tensor) -> tuple[int, int]:

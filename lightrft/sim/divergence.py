@@ -24,6 +24,7 @@ from lightrft.sim.blame import POINT_TO_POINT, cover, deadlock_suspects, odd_ran
 from lightrft.sim.calls import Call, Group, Meeting, Signature
 from lightrft.sim.other_threads import exceptions_of_threads, frame_of_thread
 from lightrft.sim.places import UNKNOWN, Place, is_simulator_file, place_of_frame
+from lightrft.sim.point_to_point import other_tags
 from lightrft.sim.scheduler import Killed
 
 if TYPE_CHECKING:
@@ -177,6 +178,19 @@ def _culprits(ranks: Iterable[int], states: Iterable[tuple[int, Place, str]]) ->
     return tuple(Culprit(rank, place) for rank, place, _ in sorted(states) if rank in chosen)
 
 
+def _other_tags(world: SimWorld) -> Iterable[Culprit]:
+    """Those that posted what a waiting rank may have meant, under another tag."""
+    for rank in world.ranks:
+        task = rank.blocked_task()
+        if task is not None and isinstance(task.waiting, Call) and task.waiting.signature.operation in POINT_TO_POINT:
+            for call in other_tags(task.waiting):
+                yield Culprit(call.rank, call.place)
+
+
+def _by_rank(culprit: Culprit) -> tuple[int, Place]:
+    return culprit.rank, culprit.place
+
+
 def _outsiders(calls: Iterable[tuple[Any, int, Place]]) -> tuple[Culprit, ...]:
     """Those outside the largest class, with the places of their calls; an entry is (class, rank, place)."""
     classes: dict[Any, list[int]] = {}
@@ -300,7 +314,7 @@ def verdict(
         return _mismatch_verdict(world, mismatch, states)
     if failures:
         return _failure_verdict(world, failures, states)
-    culprits = _culprits(deadlock_suspects(world), states)
+    culprits = tuple(sorted({*_culprits(deadlock_suspects(world), states), *_other_tags(world)}, key=_by_rank))
     title = ""
     difference: tuple[Row, ...] = ()
     for group in _waited_groups(world):
@@ -411,7 +425,7 @@ def _missing_from(call: Call) -> set[int]:
 
 def leftovers(world: SimWorld, found: Sequence[tuple[int, Place, str]]) -> UnfinishedError:
     """What a run that ended well left unfinished."""
-    culprits = tuple(sorted({Culprit(rank, place) for rank, place, _ in found}, key=lambda c: (c.rank, c.place)))
+    culprits = tuple(sorted({Culprit(rank, place) for rank, place, _ in found}, key=_by_rank))
     behind = min(len(rank.creations) for rank in world.ranks)
     made = [
         (rank, place, f"new_group({list(members)}, {backend})")

@@ -116,6 +116,17 @@ def _shapes_agree(profile: Profile, sent: Any, received: Any) -> bool:
     return sent.numel() == received.numel()
 
 
+def other_tags(call: Call) -> list[Call]:
+    """What was posted between the ends of a message that waits, the other way round, under another tag."""
+    group, me = call.group, call.group.ranks.index(call.rank)
+    if call.signature.operation == "recv":
+        found = [queue for (source, target), queue in group.sends.items() if target == me]
+    else:
+        found = [queue for (source, _), queue in group.receives.items() if source == me]
+    others = [message.call for queue in found for message in queue]
+    return [other for other in others if other.tag != call.tag and call.peer in (other.rank, -1)]
+
+
 def unmatched(group: Group) -> list[Call]:
     """Sends and receives that never met their counterpart, in the order they were posted."""
     queues = [*group.sends.values(), *group.receives.values(), *group.any_receives.values()]

@@ -305,6 +305,7 @@ class SimProcessGroup(GroupHandle):
         accept, output, inputs = self._accept, _as_list(outputs)[0], _first_list(input_lists)
         accept.count("reduce_scatter", "the input list", len(inputs))
         accept.tensors("reduce_scatter", (output,))
+        accept.dense("reduce_scatter", output)
         shape = accept.parts_of_list("reduce_scatter", inputs, output)
         accept.same("reduce_scatter", "the output", output, inputs[self._member])
         reduction = accept.reduction(_reduce_op(opts), inputs, "reduce_scatter")
@@ -490,7 +491,7 @@ class SimProcessGroup(GroupHandle):
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Any:
         """``recv`` from whoever sends first."""
-        self._accept.feature("any_source", "recv without a source")
+        self._accept.any_source(tensors)
         return self._post(post_receive, "recv", tensors, -1, tag)
 
     def _post(self, post: Any, operation: str, tensors: list[Tensor], peer: int, tag: int) -> Any:

@@ -385,6 +385,13 @@ def scatter_into_strides(rank):
     return output.tolist()
 
 
+@corrupted([3.0, 6.0])
+def reduce_scatter_into_strides(rank):
+    output = torch.zeros(4)[::2]
+    dist.reduce_scatter(output, [counted(2, 1) for _ in ALL])
+    return output.tolist()
+
+
 @corrupted([float(SIZE)] * 3)
 def reduce_away_from_the_root(rank):
     tensor = torch.full((3,), float(rank + 1))
@@ -518,6 +525,11 @@ def messages_from_anybody(rank):
         source = dist.recv(tensor)
         found.add((source, tensor.item()))
     return found
+
+
+@refused
+def nothing_from_anybody(rank):
+    dist.irecv(torch.zeros(0))
 
 
 @value

@@ -217,6 +217,28 @@ def test_whoever_sent_first_is_heard_first_in_a_second_round_too():
     assert on_ranks(4, body)[0] == [[1, 2, 3], [3, 1, 2]]
 
 
+def test_a_receive_under_another_tag_is_named_beside_the_send_that_waits():
+    def body():
+        rank = dist.get_rank()
+        if rank == 0:
+            dist.send(number(1), 3, tag=1)
+        if rank == 3:
+            dist.irecv(torch.zeros(1), 0, tag=2)
+        dist.barrier()
+
+    with pytest.raises(DeadlockError) as caught:
+        on_ranks(4, body, profile="gloo")
+    assert {(c.rank, c.place.source.partition("(")[0]) for c in caught.value.report.culprits} == {
+        (0, "dist.send"),
+        (3, "dist.irecv"),
+    }
+
+
+def test_nothing_cannot_be_received_from_anybody():
+    with pytest.raises(RankFailedError, match="recv: a tensor of no elements from any source is refused by gloo"):
+        on_ranks(2, lambda: dist.irecv(torch.zeros(0)))
+
+
 def test_in_a_group_the_source_is_a_global_rank_and_the_work_knows_the_one_in_the_group():
     def body():
         rank = dist.get_rank()

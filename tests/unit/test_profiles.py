@@ -219,6 +219,7 @@ WITH_STRIDES = {
     "broadcast": lambda: dist.broadcast(strided(), 0),
     "reduce": lambda: dist.reduce(strided(), 0),
     "scatter into": lambda: dist.scatter(strided(), at_root(pair(dense))),
+    "reduce_scatter into": lambda: dist.reduce_scatter(strided(), pair(dense)),
     "all_to_all_single from": lambda: dist.all_to_all_single(dense(), strided()),
     "all_to_all_single into": lambda: dist.all_to_all_single(strided(), dense()),
     "send": lambda: dist.isend(strided(), 1 - dist.get_rank()),
@@ -232,7 +233,6 @@ COPIED_BY_GLOO = {
     "gather from": lambda: dist.gather(strided(), at_root(pair(dense))),
     "gather into": lambda: dist.gather(dense(), at_root(pair(strided))),
     "reduce_scatter from": lambda: dist.reduce_scatter(dense(), pair(strided)),
-    "reduce_scatter into": lambda: dist.reduce_scatter(strided(), pair(dense)),
     "reduce_scatter_single from": lambda: reduce_scatter_single(torch.empty(2), strided()),
     "reduce_scatter_single into": lambda: reduce_scatter_single(torch.empty(4)[::2], dense()),
     "all_to_all from": lambda: dist.all_to_all(pair(dense), pair(strided)),
@@ -249,6 +249,17 @@ def test_a_tensor_that_is_not_contiguous_is_refused(name):
 @pytest.mark.parametrize("name", COPIED_BY_GLOO)
 def test_a_tensor_that_is_not_contiguous_is_taken_only_where_gloo_copies_it(name):
     assert accepted(COPIED_BY_GLOO[name]) == [("gloo", "nccl")]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64], ids=str)
+def test_inputs_with_strides_may_be_under_way(dtype):
+    def body():
+        for count in (0, 1, 3):
+            given, found = torch.ones(2 * count).to(dtype)[::2], [torch.zeros(2 * count).to(dtype)[::2] for _ in "ab"]
+            dist.all_gather(found, given, async_op=True).wait()
+            assert [t.tolist() for t in found] == [given.tolist()] * 2
+
+    assert outcome(body, profile="gloo") is None
 
 
 def test_gloo_gets_strides_right_where_it_copies():
