@@ -30,7 +30,7 @@ def test_simulated_ranks_keep_the_contract(check, name):
     check(subject(name))
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 @contracts.process_group.parametrize()
 def test_they_keep_it_in_any_order(check, seed):
     check(subject("simulated gloo", schedule="random", seed=seed))

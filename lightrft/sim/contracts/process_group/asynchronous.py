@@ -307,12 +307,12 @@ def check_coalescing_manager(subject: Subject) -> None:
     def body() -> object:
         size = dist.get_world_size()
         one, two, gathered, part = mine(), mine(1), torch.empty(size), torch.empty(1)
-        with dist._coalescing_manager():
+        with distributed_c10d._coalescing_manager():
             dist.all_reduce(one)
             dist.all_reduce(two)
-        with dist._coalescing_manager():
+        with distributed_c10d._coalescing_manager():
             all_gather_single(gathered, mine(1))
-        with dist._coalescing_manager(async_ops=True) as manager:
+        with distributed_c10d._coalescing_manager(async_ops=True) as manager:
             reduce_scatter_single(part, mine(size))
         manager.wait()
         return lists([one, two, gathered, part])
@@ -330,7 +330,7 @@ def check_coalescing_manager_with_a_device(subject: Subject) -> None:
 
     def body() -> object:
         shared, reduced = mine(), mine()
-        with dist._coalescing_manager(device=device):
+        with distributed_c10d._coalescing_manager(device=device):
             dist.broadcast(shared, 0)
             dist.all_reduce(reduced)
         return lists([shared, reduced])

@@ -32,7 +32,8 @@ contract = Contract(
         "refuses_strided": "other collectives refuse a tensor that is not contiguous",
         "refuses_indivisible": "all_to_all_single refuses a tensor that it cannot split evenly",
         "refuses_leaf_outputs": "an output that requires grad is refused while autograd records",
-        "refuses_destroyed": "a handle of a destroyed group refuses all calls",
+        "refuses_destroyed": "a group that is destroyed refuses all calls",
+        "refuses_missing_peers": "send and recv refuse a rank that does not exist",
         "any_source": "recv from whoever sends first",
         "tags": "tags choose among the messages of a sender",
         "self_send": "isend and irecv to oneself",
@@ -61,7 +62,7 @@ _NOT_GLOOS = {
     "self_send": "gloo connects no rank with itself",
     "device_coalescing": "gloo does not implement it",
     "more_futures": "gloo gives no future of a reduce_scatter",
-    "split_group": "gloo cannot split a communicator",
+    "split_group": "torch splits groups that are bound to an accelerator, which gloo has not",
 }
 _NOT_NCCLS = {
     "bitwise": "nccl has no bitwise reductions",
@@ -97,6 +98,7 @@ LACKS: Mapping[str, Mapping[str, str]] = {
         "refuses_strided": "gloo takes it and gives wrong values",
         "refuses_indivisible": "gloo reads beyond the end of the tensor",
         "refuses_destroyed": "gloo goes on as if nothing had happened",
+        "refuses_missing_peers": "gloo crashes",
     },
     "nccl": {**_NOT_NCCLS, **_REAL, **_OLDER_TORCH},
     "simulated gloo": {**_NOT_GLOOS, **_GLOO_KEEPS, **_OLDER_TORCH},

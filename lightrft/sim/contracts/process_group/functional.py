@@ -15,13 +15,19 @@ from lightrft.sim.contracts.process_group.capabilities import contract
 from lightrft.sim.contracts.process_group.subject import Subject, everybodys, flat, last_rank, lists, mine, total
 
 
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
 @contract.check(601)
 def check_functional_all_reduce(subject: Subject) -> None:
     """The functional `all_reduce` returns the reduction and leaves its input alone."""
 
     def body() -> object:
         tensor = mine()
-        found = [fc.all_reduce(tensor, op, dist.group.WORLD).tolist() for op in ("sum", "avg", "min", "max")]
+        found = [fc.all_reduce(tensor, op, _world()).tolist() for op in ("sum", "avg", "min", "max")]
         return found, tensor.equal(mine())
 
     def expected(_rank: int, size: int) -> object:
@@ -36,7 +42,7 @@ def check_functional_broadcast(subject: Subject) -> None:
     """The functional `broadcast` returns the tensor of its root."""
 
     def body() -> object:
-        return fc.broadcast(mine(), last_rank(), dist.group.WORLD).tolist()
+        return fc.broadcast(mine(), last_rank(), _world()).tolist()
 
     subject.expect(body, lambda _rank, size: everybodys(size)[-1])
 
@@ -47,7 +53,7 @@ def check_functional_all_gather(subject: Subject) -> None:
 
     def body() -> object:
         rows = mine().reshape(1, 2)
-        return [fc.all_gather_tensor(rows, dim, dist.group.WORLD).tolist() for dim in (0, 1)]
+        return [fc.all_gather_tensor(rows, dim, _world()).tolist() for dim in (0, 1)]
 
     subject.expect(body, lambda _rank, size: [everybodys(size), [flat(everybodys(size))]])
 
@@ -60,7 +66,7 @@ def check_functional_reduce_scatter(subject: Subject) -> None:
         size = dist.get_world_size()
         shapes = ((size, 1), (1, size))
         return [
-            fc.reduce_scatter_tensor(mine(size).reshape(shape), "sum", dim, dist.group.WORLD).item()
+            fc.reduce_scatter_tensor(mine(size).reshape(shape), "sum", dim, _world()).item()
             for dim, shape in enumerate(shapes)
         ]
 
@@ -73,9 +79,9 @@ def check_functional_all_to_all(subject: Subject) -> None:
 
     def body() -> object:
         rank, size = dist.get_rank(), dist.get_world_size()
-        even = fc.all_to_all_single(mine(size), None, None, dist.group.WORLD)
+        even = fc.all_to_all_single(mine(size), None, None, _world())
         uneven = fc.all_to_all_single(
-            torch.full((rank * size,), float(rank)), list(range(size)), [rank] * size, dist.group.WORLD
+            torch.full((rank * size,), float(rank)), list(range(size)), [rank] * size, _world()
         )
         return even.tolist(), uneven.tolist()
 
@@ -93,7 +99,7 @@ def check_functional_coalesced(subject: Subject) -> None:
     """The coalesced functional collectives do to each tensor what the others do to one."""
 
     def body() -> object:
-        size, world = dist.get_world_size(), dist.group.WORLD
+        size, world = dist.get_world_size(), _world()
         summed = fc.all_reduce_coalesced([mine(), mine(1)], "sum", world)
         gathered = fc.all_gather_into_tensor_coalesced([mine(), mine(1)], world)
         parts = fc.reduce_scatter_tensor_coalesced([mine(size), mine(2 * size)], "sum", [0, 0], world)
@@ -115,7 +121,7 @@ def check_permute_tensor(subject: Subject) -> None:
 
     def body() -> object:
         size = dist.get_world_size()
-        return fc.permute_tensor(mine(), [(rank + 1) % size for rank in range(size)], dist.group.WORLD).tolist()
+        return fc.permute_tensor(mine(), [(rank + 1) % size for rank in range(size)], _world()).tolist()
 
     subject.expect(body, lambda rank, size: everybodys(size)[rank - 1])
 
@@ -125,7 +131,7 @@ def check_functional_results_wait_when_used(subject: Subject) -> None:
     """The result of a functional collective is waited for when it is used, in any order."""
 
     def body() -> object:
-        results = [fc.all_reduce(mine() + position, "sum", dist.group.WORLD) for position in range(3)]
+        results = [fc.all_reduce(mine() + position, "sum", _world()) for position in range(3)]
         order = (0, 1, 2) if dist.get_rank() else (2, 0, 1)
         found = {position: (results[position] * 1).tolist() for position in order}
         return [found[position] for position in range(3)]
@@ -140,7 +146,7 @@ def check_functional_inputs_may_be_strided(subject: Subject) -> None:
     """Functional collectives take tensors that are not contiguous."""
 
     def body() -> object:
-        return fc.all_reduce(mine(6).reshape(2, 3).t(), "sum", dist.group.WORLD).tolist()
+        return fc.all_reduce(mine(6).reshape(2, 3).t(), "sum", _world()).tolist()
 
     subject.expect(body, lambda _rank, size: [[total(size, 6)[n], total(size, 6)[n + 3]] for n in range(3)])
 
@@ -150,7 +156,7 @@ def check_functional_results_go_on(subject: Subject) -> None:
     """The result of a functional collective may be the input of the next one."""
 
     def body() -> object:
-        world = dist.group.WORLD
+        world = _world()
         return fc.all_gather_tensor(fc.all_reduce(mine(), "sum", world), 0, world).tolist()
 
     subject.expect(body, lambda _rank, size: total(size) * size)
@@ -226,7 +232,7 @@ def check_gradient_of_broadcast(subject: Subject) -> None:
 def check_gradient_of_reduce_scatter(subject: Subject) -> None:
     """Gradients flow through `nn.functional.reduce_scatter`."""
 
-    def call(tensor: Tensor) -> Tensor:
+    def call(tensor: Tensor) -> Any:
         parts = list(tensor.chunk(dist.get_world_size()))
         return dnn.reduce_scatter(torch.empty_like(parts[0]), parts)
 
@@ -265,7 +271,7 @@ def check_gradient_of_functional_all_gather(subject: Subject) -> None:
     """Gradients flow through `all_gather_tensor_autograd`."""
     _differentiates(
         subject,
-        lambda x: fc.all_gather_tensor_autograd(x, 0, dist.group.WORLD),
+        lambda x: fc.all_gather_tensor_autograd(x, 0, _world()),
         lambda xs: _to_all(torch.cat(list(xs)), len(xs)),
     )
 
@@ -275,7 +281,7 @@ def check_gradient_of_functional_reduce_scatter(subject: Subject) -> None:
     """Gradients flow through `reduce_scatter_tensor_autograd`."""
     _differentiates(
         subject,
-        lambda x: fc.reduce_scatter_tensor_autograd(x, "sum", 0, dist.group.WORLD),
+        lambda x: fc.reduce_scatter_tensor_autograd(x, "sum", 0, _world()),
         lambda xs: _summed(xs).chunk(len(xs)),
     )
 
@@ -283,7 +289,7 @@ def check_gradient_of_functional_reduce_scatter(subject: Subject) -> None:
 @contract.check(630)
 def check_gradient_of_functional_all_to_all(subject: Subject) -> None:
     """Gradients flow through `all_to_all_single_autograd`."""
-    _differentiates(subject, lambda x: fc.all_to_all_single_autograd(x, None, None, dist.group.WORLD), _exchanged)
+    _differentiates(subject, lambda x: fc.all_to_all_single_autograd(x, None, None, _world()), _exchanged)
 
 
 @contract.check(631)

@@ -274,7 +274,7 @@ def check_a_group_may_be_made_again(subject: Subject) -> None:
     backend = subject.backend
 
     def body() -> object:
-        found = []
+        found: list[object] = []
         for _ in range(2):
             dist.destroy_process_group()
             found.append(dist.is_initialized())

@@ -94,13 +94,14 @@ def check_distributed_tensors(subject: Subject) -> None:
     device = subject.device
 
     def body() -> object:
-        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+        from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
         mesh = init_device_mesh(device, (2, 2), mesh_dim_names=("dp", "tp"))
         whole = torch.arange(32.0).reshape(8, 4)
         tensor = distribute_tensor(whole, mesh, [Shard(0), Shard(1)])
         moved = tensor.redistribute(mesh, [Replicate(), Shard(0)])
         right = moved.to_local().equal(whole.chunk(2)[mesh.get_local_rank("tp")])
-        return right, tensor.full_tensor().equal(whole), (moved @ moved.T).full_tensor().equal(whole @ whole.T)
+        product: DTensor = moved @ moved.T  # type: ignore[assignment]
+        return right, tensor.full_tensor().equal(whole), product.full_tensor().equal(whole @ whole.T)
 
     subject.expect(body, lambda _rank, _size: (True, True, True), ranks=4, least=4)

@@ -141,7 +141,7 @@ def check_all_reduce_premul_sum(subject: Subject) -> None:
 
     def body() -> object:
         tensor = mine()
-        dist.all_reduce(tensor, dist._make_nccl_premul_sum(0.5))
+        dist.all_reduce(tensor, dist._make_nccl_premul_sum(0.5))  # type: ignore[attr-defined]
         return tensor.tolist()
 
     subject.expect(body, lambda _rank, size: [value / 2 for value in total(size)])

@@ -74,8 +74,7 @@ def check_an_output_of_another_dtype(subject: Subject) -> None:
     def scatter() -> None:
         reduce_scatter_single(torch.empty(2, dtype=torch.float64), mine(2 * dist.get_world_size()))
 
-    subject.refuses(gather)
-    subject.refuses(scatter)
+    subject.refuses(gather, scatter)
 
 
 @contract.check(907)
@@ -131,8 +130,7 @@ def check_strided_messages(subject: Subject) -> None:
     def receive() -> None:
         dist.irecv(mine(4)[::2], (dist.get_rank() + 1) % dist.get_world_size())
 
-    subject.refuses(send, least=2)
-    subject.refuses(receive, least=2)
+    subject.refuses(send, receive, least=2)
 
 
 @contract.check(912, "refuses_strided")
@@ -173,9 +171,11 @@ def check_an_average_of_booleans(subject: Subject) -> None:
 @contract.check(917)
 def check_the_smallest_complex_number(subject: Subject) -> None:
     """MIN, MAX and PRODUCT of complex numbers are refused."""
-    subject.refuses(lambda: dist.all_reduce(mine(dtype=torch.complex64), dist.ReduceOp.MIN))
-    subject.refuses(lambda: dist.all_reduce(mine(dtype=torch.complex64), dist.ReduceOp.MAX))
-    subject.refuses(lambda: dist.all_reduce(mine(dtype=torch.complex64), dist.ReduceOp.PRODUCT))
+    subject.refuses(
+        lambda: dist.all_reduce(mine(dtype=torch.complex64), dist.ReduceOp.MIN),
+        lambda: dist.all_reduce(mine(dtype=torch.complex64), dist.ReduceOp.MAX),
+        lambda: dist.all_reduce(mine(dtype=torch.complex64), dist.ReduceOp.PRODUCT),
+    )
 
 
 @contract.check(918)
@@ -201,17 +201,15 @@ def check_inputs_of_scatter(subject: Subject) -> None:
 
 
 @contract.check(920)
-def check_messages_to_oneself_or_to_nobody(subject: Subject) -> None:
-    """`send` refuses the own rank, and ranks that do not exist."""
-    subject.refuses(lambda: dist.send(mine(), dist.get_rank()), least=2)
-    subject.refuses(lambda: dist.send(mine(), dist.get_world_size()), least=2)
+def check_messages_to_oneself(subject: Subject) -> None:
+    """`send` refuses the own rank."""
+    subject.refuses(lambda: dist.send(mine(), dist.get_rank()))
 
 
 @contract.check(921)
 def check_impossible_ranks(subject: Subject) -> None:
     """`new_group` refuses ranks that do not exist, or come twice."""
-    subject.refuses(lambda: dist.new_group([0, dist.get_world_size()]))
-    subject.refuses(lambda: dist.new_group([0, 0]))
+    subject.refuses(lambda: dist.new_group([0, dist.get_world_size()]), lambda: dist.new_group([0, 0]))
 
 
 @contract.check(922)
@@ -240,7 +238,7 @@ def check_one_default_group(subject: Subject) -> None:
     subject.refuses(lambda: dist.init_process_group(backend))
 
 
-@contract.check(924)
+@contract.check(924, "refuses_destroyed")
 def check_a_group_that_is_destroyed(subject: Subject) -> None:
     """`torch.distributed` refuses a group that has been destroyed."""
 
@@ -254,7 +252,7 @@ def check_a_group_that_is_destroyed(subject: Subject) -> None:
 
 @contract.check(925, "refuses_destroyed")
 def check_a_handle_that_is_destroyed(subject: Subject) -> None:
-    """So does the group's own handle."""
+    """The handle of a group that has been destroyed refuses all calls."""
 
     def body() -> None:
         group = dist.new_group()
@@ -318,3 +316,13 @@ def check_refusals_reach_the_caller(subject: Subject) -> None:
 
     error = subject.fails(body, ranks=1).error
     assert isinstance(error.__cause__, (RuntimeError, ValueError)), repr(error.__cause__)
+
+
+@contract.check(930, "refuses_missing_peers", probed=False)
+def check_messages_to_nobody(subject: Subject) -> None:
+    """`send` and `recv` refuse a rank that does not exist."""
+    subject.refuses(
+        lambda: dist.send(mine(), dist.get_world_size()),
+        lambda: dist.recv(mine(), dist.get_world_size()),
+        least=2,
+    )

@@ -101,9 +101,9 @@ class Subject:
             if value != wanted:
                 raise AssertionError(f"rank {rank} of {len(found)} has\n  {value!r}\nand should have\n  {wanted!r}")
 
-    def refuses(self, body: Body, ranks: int = 3, *, least: int = 1) -> None:
-        """``body()`` raises on every rank, and the group works afterwards."""
-        self.expect(_Refused(body), lambda _rank, size: ("refused", float(size)), ranks, least=least)
+    def refuses(self, *bodies: Body, ranks: int = 3, least: int = 1) -> None:
+        """Each of ``bodies`` raises on every rank, and the group works afterwards."""
+        self.expect(_Refused(bodies), lambda _rank, size: ["refused", float(size)] * len(bodies), ranks, least=least)
 
     def fails(self, body: Body, ranks: int = 3) -> Failure:
         """How the run of ``body`` fails; a run that does not is an error."""
@@ -130,21 +130,24 @@ def _on_rank(body: Body, backend: str | None, device: str, bound: bool) -> Any:
 
 
 class _Refused:
-    """Calls a function that should raise, and then shows that the group still works."""
+    """Calls functions that should raise, and shows after each that the group still works."""
 
-    def __init__(self, body: Body) -> None:
-        self.body = body
+    def __init__(self, bodies: Sequence[Body]) -> None:
+        self.bodies = bodies
 
-    def __call__(self) -> tuple[str, float]:
-        try:
-            result = self.body()
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, OverflowError):
-            outcome = "refused"
-        else:
-            outcome = f"accepted, with the result {result!r}"
-        tensor = torch.ones(1)
-        dist.all_reduce(tensor)
-        return outcome, tensor.item()
+    def __call__(self) -> list[str | float]:
+        found: list[str | float] = []
+        for body in self.bodies:
+            try:
+                result = body()
+            except (RuntimeError, ValueError, TypeError, IndexError):
+                found.append("refused")
+            else:
+                found.append(f"accepted, with the result {result!r}")
+            tensor = torch.ones(1)
+            dist.all_reduce(tensor)
+            found.append(tensor.item())
+        return found
 
 
 def mine(count: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
