@@ -1,5 +1,7 @@
 """The contract of process groups, checked of nccl on as many ranks as there are GPUs."""
 
+import os
+
 import pytest
 import torch
 
@@ -11,6 +13,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="session")
 def nccl():
+    count = torch.cuda.device_count()
+    if not count:
+        (pytest.fail if os.environ.get("LIGHTRFT_REQUIRE_GPU") == "1" else pytest.skip)("no GPU")
+
     def world(size):
         return ProcessWorld(size, backend="nccl")
 
@@ -20,7 +26,7 @@ def nccl():
         name="nccl",
         lacks=LACKS["nccl"],
         device="cuda",
-        most_ranks=torch.cuda.device_count(),
+        most_ranks=count,
     )
 
 

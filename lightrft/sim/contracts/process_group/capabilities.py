@@ -16,7 +16,7 @@ contract = Contract(
     prefix="PG",
     capabilities={
         "float8": "tensors of float8_e4m3fn and float8_e5m2 travel",
-        "float8_reductions": "and are reduced",
+        "float8_reductions": "tensors of float8_e4m3fn and float8_e5m2 are reduced",
         "complex_reduce_scatter": "complex tensors are reduced and scattered",
         "odd_dtype_messages": "int16, uint16, uint32 and uint64 travel in messages",
         "bitwise": "BAND, BOR and BXOR",
@@ -100,7 +100,12 @@ LACKS: Mapping[str, Mapping[str, str]] = {
         "refuses_destroyed": "gloo goes on as if nothing had happened",
         "refuses_missing_peers": "gloo crashes",
     },
-    "nccl": {**_NOT_NCCLS, **_REAL, **_OLDER_TORCH},
+    "nccl": {
+        **_NOT_NCCLS,
+        **_REAL,
+        **_OLDER_TORCH,
+        "refuses_missing_peers": "not documented of nccl",
+    },
     "simulated gloo": {**_NOT_GLOOS, **_GLOO_KEEPS, **_OLDER_TORCH},
     "simulated nccl": {**_NOT_NCCLS, **_OLDER_TORCH},
     "strict, on gloo": {**_NOT_GLOOS, **_STRICT, **_OLDER_TORCH},
