@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from lightrft.sim.contracts.process_group.capabilities import contract
-from lightrft.sim.contracts.process_group.subject import Subject, members, mine
+from lightrft.sim.contracts.process_group.subject import Again, Subject, members, mine
 
 
 @contract.check(701)
@@ -276,9 +276,10 @@ def check_a_group_may_be_made_again(subject: Subject) -> None:
     def body() -> object:
         found: list[object] = []
         for _ in range(2):
+            again = Again(backend)
             dist.destroy_process_group()
             found.append(dist.is_initialized())
-            dist.init_process_group(backend)
+            again.init()
             found.append(members(dist.group.WORLD))
         return found
 

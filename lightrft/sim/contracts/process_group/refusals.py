@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from lightrft.sim.contracts.process_group.capabilities import contract
 from lightrft.sim.contracts.process_group.subject import (
+    Again,
     Subject,
     all_gather_single,
     mine,
@@ -218,6 +219,7 @@ def check_no_group_before_the_first(subject: Subject) -> None:
     backend = subject.backend
 
     def body() -> object:
+        again = Again(backend)
         dist.destroy_process_group()
         try:
             dist.all_reduce(torch.ones(1))
@@ -225,7 +227,7 @@ def check_no_group_before_the_first(subject: Subject) -> None:
             outcome = "refused"
         else:
             outcome = "accepted"
-        dist.init_process_group(backend)
+        again.init()
         return outcome
 
     subject.expect(body, lambda _rank, _size: "refused")
@@ -301,7 +303,7 @@ def check_exceptions_reach_the_caller(subject: Subject) -> None:
             raise KeyError("the reward model")
         dist.all_reduce(mine())
 
-    error = subject.fails(body).error
+    error = subject.fails(body)
     assert isinstance(error.__cause__, KeyError), repr(error.__cause__)
     assert error.__cause__.args == ("the reward model",), error.__cause__
     assert "rank 1" in str(error), error
@@ -314,7 +316,7 @@ def check_refusals_reach_the_caller(subject: Subject) -> None:
     def body() -> None:
         all_gather_single(torch.empty(2 * dist.get_world_size() + 1), mine())
 
-    error = subject.fails(body, ranks=1).error
+    error = subject.fails(body, ranks=1)
     assert isinstance(error.__cause__, (RuntimeError, ValueError)), repr(error.__cause__)
 
 

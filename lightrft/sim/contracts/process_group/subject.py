@@ -7,17 +7,18 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 from unittest import SkipTest
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from lightrft.errors import SimulationError
 
 __all__ = [
-    "Failure",
+    "Again",
     "Subject",
     "all_gather_single",
     "everybodys",
@@ -43,16 +44,6 @@ class World(Protocol):
 
     def run(self, fn: Callable[..., Any], /, *args: Any) -> list[Any]:
         """Run ``fn`` on every rank, with the variables of torchrun set; what it returned, by rank."""
-
-
-class Failure(NamedTuple):
-    """How a run failed."""
-
-    error: SimulationError
-
-    def tells(self, *words: str) -> bool:
-        """Whether the message contains all of ``words``."""
-        return all(word in str(self.error) for word in words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +96,12 @@ class Subject:
         """Each of ``bodies`` raises on every rank, and the group works afterwards."""
         self.expect(_Refused(bodies), lambda _rank, size: ["refused", float(size)] * len(bodies), ranks, least=least)
 
-    def fails(self, body: Body, ranks: int = 3) -> Failure:
-        """How the run of ``body`` fails; a run that does not is an error."""
+    def fails(self, body: Body, ranks: int = 3) -> SimulationError:
+        """The error with which the run of ``body`` ends; a run that does not fail is one too."""
         try:
             found = self.run(body, ranks, least=ranks)
         except SimulationError as error:
-            return Failure(error)
+            return error
         raise AssertionError(f"the run did not fail: the ranks returned {found!r}")
 
 
@@ -127,6 +118,23 @@ def _on_rank(body: Body, backend: str | None, device: str, bound: bool) -> Any:
         if dist.is_initialized():
             dist.destroy_process_group()
     return result
+
+
+class Again:
+    """Makes another default group after this one.
+
+    Ranks meet in the store of the first one: a new server at the same address might not be there yet when a rank that
+    is ahead looks for it.
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        self._backend = backend
+        self._rank, self._size = dist.get_rank(), dist.get_world_size()
+        self._store = dist.PrefixStore("again", distributed_c10d._get_default_store())
+
+    def init(self) -> None:
+        """Make the group; the first one must be gone by now."""
+        dist.init_process_group(self._backend, store=self._store, rank=self._rank, world_size=self._size)
 
 
 class _Refused:
