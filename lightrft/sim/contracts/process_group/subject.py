@@ -130,7 +130,8 @@ class Again:
     def __init__(self, backend: str | None) -> None:
         self._backend = backend
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
-        self._store = dist.PrefixStore("again", distributed_c10d._get_default_store())
+        store = distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore("again", store)  # type: ignore[attr-defined]
 
     def init(self) -> None:
         """Make the group; the first one must be gone by now."""
