@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -114,10 +115,16 @@ def _on_rank(body: Body, backend: str | None, device: str, bound: bool) -> Any:
             torch.cuda.set_device(own)
             stack.enter_context(torch.device(own))
         dist.init_process_group(backend, device_id=own if bound else None)
+        atexit.register(_keep, distributed_c10d._get_default_store())
+        dist.barrier()  # nobody leaves while others still connect
         result = body()
         if dist.is_initialized():
             dist.destroy_process_group()
     return result
+
+
+def _keep(store: object) -> None:
+    """An exit function that keeps the store: rank 0 serves it, and may be done before others have made their groups."""
 
 
 class Again:
