@@ -17,7 +17,8 @@ Each class also inherits the builtin that it specialises, so that code which kno
     │   └── StaleWeightsError                the engine holds no weights, or old ones
     ├── WeightSyncError (RuntimeError)       the weights that arrived are not the weights that were expected
     ├── OffloadStateError (RuntimeError)     offload and load did not come in pairs
-    └── CheckpointError (OSError)            a checkpoint is missing, incomplete or does not fit
+    ├── CheckpointError (OSError)            a checkpoint is missing, incomplete or does not fit
+    └── ContractError (AssertionError)       an implementation has what it is declared to lack
 
 Every one of them can be pickled.
 """
@@ -30,6 +31,7 @@ __all__ = [
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
     "ConfigError",
+    "ContractError",
     "DeadlockError",
     "EngineStateError",
     "LightRFTError",
@@ -117,6 +119,10 @@ class OffloadStateError(LightRFTError, RuntimeError):
 
 class CheckpointError(LightRFTError, OSError):
     """A checkpoint is missing, incomplete or does not fit what it is loaded into."""
+
+
+class ContractError(LightRFTError, AssertionError):
+    """An implementation is declared to lack a capability, and passes a check that needs it."""
 
 
 class SimWarning(UserWarning):

@@ -37,6 +37,7 @@ class Place(NamedTuple):
 UNKNOWN = Place("<unknown>", 0, "?")
 
 _LIGHTRFT = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_CONTRACTS = os.path.join(_LIGHTRFT, "sim", "contracts") + os.sep  # ranks run it as they run a user's code
 _paths = sysconfig.get_paths()
 _STDLIB = tuple({os.path.realpath(_paths[k]) + os.sep for k in ("stdlib", "platstdlib")})
 _SITE = tuple(
@@ -61,6 +62,8 @@ def _classify(file: str) -> int:
     if file.startswith("<"):
         return _SIMULATOR
     path = os.path.realpath(file)
+    if path.startswith(_CONTRACTS):
+        return _USER
     if path.startswith(_LIGHTRFT) or (f"{os.sep}torch{os.sep}" in path and path.startswith(_SITE)):
         return _SIMULATOR
     if path.startswith(_SITE):

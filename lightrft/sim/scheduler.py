@@ -261,11 +261,13 @@ class Scheduler:
             when, _, task, wakes = heapq.heappop(self._timers)
             if task.finished or task.wakes != wakes:
                 continue  # woken by something else before its time
-            self.now = max(self.now, when)
-            if self.now >= self.watch_at:
+            until = max(self.now, when)
+            while self.watch_at <= until:
+                self.now = max(self.now, self.watch_at)
                 self._watch()
                 if self.closing:
                     return True
+            self.now = until
             task.by_deadline = True
             self.wake(task)
             return True
