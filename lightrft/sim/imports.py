@@ -16,30 +16,22 @@ from typing import Any
 
 from lightrft.sim.current import current_task
 
-__all__ = ["ImportWatcher"]
+__all__ = ["ExecutionHook", "ImportWatcher"]
 
 
-class ImportWatcher(importlib.abc.MetaPathFinder):
-    """Brackets every import that a rank does; the imports inside it count as part of it.
+class ExecutionHook(importlib.abc.MetaPathFinder):
+    """A finder that leaves finding to those that follow, and stands in when a rank executes a module."""
 
-    Args:
-        before: called before the module is executed.
-        after: called with what ``before`` returned, once the module has been executed without an error.
-    """
-
-    def __init__(self, before: Callable[[], Any], after: Callable[[Any], None]) -> None:
-        self._before = before
-        self._after = after
+    def __init__(self) -> None:
         self._finding: set[str] = set()
-        self._importing: set[int] = set()
 
-    def begin(self) -> None:
-        """Watch from now on."""
-        sys.meta_path.insert(0, self)
+    def wants(self, name: str) -> bool:
+        """Whether to stand in for the module of this name."""
+        raise NotImplementedError
 
-    def end(self) -> None:
-        """Watch no longer."""
-        sys.meta_path.remove(self)
+    def execute(self, module: ModuleType, run: Callable[[], None]) -> None:
+        """Execute ``module`` by calling ``run``, with whatever is to be done before and after."""
+        raise NotImplementedError
 
     def find_spec(
         self,
@@ -47,9 +39,8 @@ class ImportWatcher(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None = None,  # noqa: ARG002 - the interface of finders
         target: ModuleType | None = None,  # noqa: ARG002
     ) -> importlib.machinery.ModuleSpec | None:
-        """Find the module by the finders that follow, and have its execution bracketed."""
-        task = current_task()
-        if task is None or id(task) in self._importing or fullname in self._finding:
+        """Find the module by the finders that follow, with a loader that calls :meth:`execute`."""
+        if current_task() is None or fullname in self._finding or not self.wants(fullname):
             return None
         self._finding.add(fullname)
         try:
@@ -60,25 +51,11 @@ class ImportWatcher(importlib.abc.MetaPathFinder):
             spec.loader = _Loader(spec.loader, self)
         return spec
 
-    def execute(self, run: Callable[[], None]) -> None:
-        """Execute a module."""
-        task = id(current_task())
-        if task in self._importing:
-            run()
-            return
-        self._importing.add(task)
-        try:
-            before = self._before()
-            run()
-            self._after(before)
-        finally:
-            self._importing.discard(task)
-
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, inner: Any, watcher: ImportWatcher) -> None:
+    def __init__(self, inner: Any, hook: ExecutionHook) -> None:
         self._inner = inner
-        self._watcher = watcher
+        self._hook = hook
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         module: ModuleType | None = self._inner.create_module(spec)
@@ -91,4 +68,45 @@ class _Loader(importlib.abc.Loader):
         module.__loader__ = self._inner
         if module.__spec__ is not None:
             module.__spec__.loader = self._inner
-        self._watcher.execute(lambda: self._inner.exec_module(module))
+        self._hook.execute(module, lambda: self._inner.exec_module(module))
+
+
+class ImportWatcher(ExecutionHook):
+    """Brackets every import that a rank does; the imports inside it count as part of it.
+
+    Args:
+        before: called before the module is executed.
+        after: called with what ``before`` returned, once the module has been executed without an error.
+    """
+
+    def __init__(self, before: Callable[[], Any], after: Callable[[Any], None]) -> None:
+        super().__init__()
+        self._before = before
+        self._after = after
+        self._importing: set[int] = set()
+
+    def begin(self) -> None:
+        """Watch from now on."""
+        sys.meta_path.insert(0, self)
+
+    def end(self) -> None:
+        """Watch no longer."""
+        sys.meta_path.remove(self)
+
+    def wants(self, name: str) -> bool:  # noqa: ARG002 - any module
+        """Every module, unless it is imported by one that is being executed."""
+        return id(current_task()) not in self._importing
+
+    def execute(self, module: ModuleType, run: Callable[[], None]) -> None:  # noqa: ARG002 - whichever it is
+        """Execute a module, and tell what it was like before and after."""
+        task = id(current_task())
+        if task in self._importing:
+            run()
+            return
+        self._importing.add(task)
+        try:
+            before = self._before()
+            run()
+            self._after(before)
+        finally:
+            self._importing.discard(task)

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightrft.sim.environ import torchrun_environ
 from lightrft.sim.places import is_user_file
 from lightrft.sim.process_errors import PackedError, pack_error
 from lightrft.sim.process_pickle import dumps
@@ -178,21 +179,13 @@ def _load(rank: int, body: int) -> Callable[[], Any]:
 
 def rank_environ(settings: Settings, rank: int) -> dict[str, str]:
     """The variables that torchrun would set."""
-    local = rank % settings.gpus_per_node
-    values = {
-        "RANK": rank,
-        "LOCAL_RANK": local,
-        "WORLD_SIZE": settings.size,
-        "LOCAL_WORLD_SIZE": min(settings.gpus_per_node, settings.size - rank + local),
-        "GROUP_RANK": rank // settings.gpus_per_node,
-        "GROUP_WORLD_SIZE": -(-settings.size // settings.gpus_per_node),
-        "ROLE_RANK": rank,
-        "ROLE_WORLD_SIZE": settings.size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": settings.port,
-        "OMP_NUM_THREADS": settings.environ.get("OMP_NUM_THREADS", "1"),
-    }
-    return {name: str(value) for name, value in values.items()}
+    return torchrun_environ(
+        rank,
+        settings.size,
+        gpus_per_node=settings.gpus_per_node,
+        port=settings.port,
+        threads=settings.environ.get("OMP_NUM_THREADS", "1"),
+    )
 
 
 def _threads() -> int:

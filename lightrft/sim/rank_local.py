@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import random
 import sys
 from collections import deque
@@ -24,6 +21,7 @@ import torch
 
 from lightrft.errors import ConfigError
 from lightrft.sim.current import current_task
+from lightrft.sim.imports import ExecutionHook
 from lightrft.sim.threads import RAW_LOCK, RAW_RLOCK, SimLock, SimRLock
 
 __all__ = ["RankLocalModules"]
@@ -254,14 +252,14 @@ def _copy_item(value: Any, memo: dict[int, Any]) -> Any:
         return value
 
 
-class RankLocalModules(importlib.abc.MetaPathFinder):
+class RankLocalModules(ExecutionHook):
     """The modules named ``names`` and everything below them, imported before or during the run."""
 
     def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
         self.names = tuple(names)
         self.active = bool(self.names)
         self._locals: list[_Local] = []
-        self._finding: set[str] = set()
 
     def begin(self) -> None:
         """Remember what the modules hold that are already imported."""
@@ -307,23 +305,14 @@ class RankLocalModules(importlib.abc.MetaPathFinder):
             if local.late:
                 local.show() if imported else local.hide()
 
-    def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None = None,  # noqa: ARG002 - the interface of finders
-        target: ModuleType | None = None,  # noqa: ARG002
-    ) -> importlib.machinery.ModuleSpec | None:
-        """See a rank-local module being imported during the run."""
-        if not self.matches(fullname) or fullname in self._finding or current_task() is None:
-            return None
-        self._finding.add(fullname)
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._finding.discard(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self)
-        return spec
+    def wants(self, name: str) -> bool:
+        """The modules that are rank-local."""
+        return self.matches(name)
+
+    def execute(self, module: ModuleType, run: Callable[[], None]) -> None:
+        """Execute a rank-local module for the running rank."""
+        run()
+        self.executed(module)
 
     def executed(self, module: ModuleType) -> None:
         """A rank has just executed a module: the first one to do so gives all ranks their functions and classes."""
@@ -343,20 +332,3 @@ class RankLocalModules(importlib.abc.MetaPathFinder):
 
 def _below(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
-
-
-class _Loader(importlib.abc.Loader):
-    def __init__(self, inner: Any, owner: RankLocalModules) -> None:
-        self._inner = inner
-        self._owner = owner
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        module: ModuleType | None = self._inner.create_module(spec)
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._inner
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._inner
-        self._inner.exec_module(module)
-        self._owner.executed(module)

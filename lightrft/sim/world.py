@@ -20,6 +20,7 @@ from lightrft.sim.adoption import LockAdoption
 from lightrft.sim.calls import Call, Event, Group, Meeting, Message, Wait
 from lightrft.sim.clock import still_during_collection
 from lightrft.sim.collectives import ORDERS
+from lightrft.sim.environ import torchrun_environ
 from lightrft.sim.frozen import frozen_heap
 from lightrft.sim.host import one_core, patched, same_parallelism, stack_size
 from lightrft.sim.own_time import TimedScheduler
@@ -249,22 +250,15 @@ class SimWorld:
         return results
 
     def _new_rank(self, index: int) -> SimRank:
-        local = index % self.gpus_per_node
-        environ = {
-            "RANK": index,
-            "LOCAL_RANK": local,
-            "WORLD_SIZE": self.size,
-            "LOCAL_WORLD_SIZE": min(self.gpus_per_node, self.size - index + local),
-            "GROUP_RANK": index // self.gpus_per_node,
-            "GROUP_WORLD_SIZE": -(-self.size // self.gpus_per_node),
-            "ROLE_RANK": index,
-            "ROLE_WORLD_SIZE": self.size,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": _MASTER_PORT,
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        }
+        environ = torchrun_environ(
+            index,
+            self.size,
+            gpus_per_node=self.gpus_per_node,
+            port=_MASTER_PORT,
+            threads=os.environ.get("OMP_NUM_THREADS", "1"),
+        )
         seed = self.seed * 1_000_003 + index
-        state = self.switcher.new_state({key: str(value) for key, value in environ.items()}, seed)
+        state = self.switcher.new_state(environ, seed)
         return SimRank(self, index, state, self.gpus_per_node, self.cuda)
 
     def _start(self, rank: SimRank, fn: Any, args: Any, kwargs: Any, results: list[Any]) -> None:

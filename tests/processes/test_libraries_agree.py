@@ -28,7 +28,6 @@ class Case:
     programs: tuple[str, ...]
     loss: float = 2e-6
     weight: float | None = 1e-6
-    sizes: tuple[int, ...] = SIZES
 
     def __str__(self):
         return "-".join((self.module, *self.programs))
@@ -91,8 +90,6 @@ def compare(case, simulated, real):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_simulated_ranks_end_as_real_processes_do(case, size, tmp_path):
-    if size not in case.sizes:
-        pytest.skip(f"{case} needs another number of ranks")
     simulated = case.run(SimWorld(size), tmp_path / "simulated")
     real = case.run(ProcessWorld(size), tmp_path / "real")
     for ours, theirs in zip(simulated, real, strict=True):

@@ -140,7 +140,7 @@ def ulysses():
 # -- accelerate -------------------------------------------------------------------------------------------------------
 
 
-def _accelerate(accelerator, steps=2, **batches):
+def _accelerate(accelerator, steps=2):
     model = qwen2()
     optimizer = tiny.sgd(model.parameters())
     loader = DataLoader(Tokens(), batch_size=1, shuffle=False)

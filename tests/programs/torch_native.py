@@ -51,6 +51,20 @@ def _train(model, optimizer, steps=3, clip=None, first=0):
     return losses, norms
 
 
+def _train_on_batches_of(model, rank):
+    """Some steps on the batches of one rank of the data dimension; losses of each."""
+    optimizer = tiny.sgd(model.parameters())
+    losses = []
+    for step in range(3):
+        ids = tiny.batch(step, rank=rank)
+        loss = tiny.loss_of(model(ids), ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return losses
+
+
 def ddp(find_unused_parameters=False):
     tiny.start()
     model = tiny.transformer()
@@ -264,15 +278,7 @@ def tensor_parallel():
     model = tiny.transformer()
     for block in model.blocks:
         parallelize_module(block, mesh, {"widen": ColwiseParallel(), "narrow": RowwiseParallel()})
-    optimizer = tiny.sgd(model.parameters())
-    losses = []
-    for step in range(3):
-        ids = tiny.batch(step, rank=0)
-        loss = tiny.loss_of(model(ids), ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
+    losses = _train_on_batches_of(model, rank=0)
     result = tiny.told(losses, model)
     tiny.end()
     return result
@@ -310,15 +316,7 @@ def two_dimensional():
         parallelize_module(block, mesh["model"], {"widen": ColwiseParallel(), "narrow": RowwiseParallel()})
         fully_shard(block, mesh=mesh["data"])
     fully_shard(model, mesh=mesh["data"])
-    optimizer = tiny.sgd(model.parameters())
-    losses = []
-    for step in range(2):
-        ids = tiny.batch(step, rank=mesh["data"].get_local_rank())
-        loss = tiny.loss_of(model(ids), ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
+    losses = _train_on_batches_of(model, rank=mesh["data"].get_local_rank())
     result = tiny.told(losses, model)
     tiny.end()
     return result

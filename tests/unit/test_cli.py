@@ -288,6 +288,14 @@ def test_a_module_runs_as_python_dash_m_runs_it(script, capsys):
     assert shown == ["package package"] + 2 * ["__main__ package package.train ['--lr', '1'] True"]
 
 
+def test_a_module_that_is_rank_local_runs_too(script, capsys):
+    script("", "local_package/__init__.py")
+    script("from local_package import state; state.seen.append(1); print(__name__, state.seen)", "local_package/run.py")
+    script("seen = []", "local_package/state.py")
+    assert sim("-n", "2", "--no-report", "--rank-local", "local_package", "-m", "local_package.run") == 0
+    assert capsys.readouterr().out == "__main__ [1]\n" * 2
+
+
 def test_a_package_runs_its_main(script, capsys):
     script("", "package_with_main/__init__.py")
     script("import sys; print(__spec__.name, sys.argv[1:])", "package_with_main/__main__.py")

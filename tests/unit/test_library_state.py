@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,6 +231,14 @@ def test_an_unknown_version_gives_one_notice(library, monkeypatch):
 )
 def test_versions_are_compared_by_their_first_two_numbers(installed, known):
     assert (LIBRARY.notice(installed) == "") is known
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+def test_the_page_names_the_versions_that_were_looked_through(library):
+    oldest, newest = (".".join(map(str, version)) for version in (library.oldest, library.newest))
+    versions = oldest if oldest == newest else f"{oldest} to {newest}"
+    page = Path(__file__).parents[2] / "docs" / "libraries.md"
+    assert f"| {library.name} | {versions} |" in page.read_text()
 
 
 @pytest.mark.parametrize("name", [library.name for library in LIBRARIES])
