@@ -1,8 +1,13 @@
-"""The environment that torchrun gives a rank."""
+"""What a rank finds when it starts, on simulated ranks and on real processes: torchrun's environment, and a seed."""
 
 from __future__ import annotations
 
-__all__ = ["torchrun_environ"]
+__all__ = ["rank_seed", "torchrun_environ"]
+
+
+def rank_seed(seed: int, rank: int) -> int:
+    """The seed of ``rank`` in a world of ``seed``, for the generators of torch, Python and NumPy."""
+    return seed * 1_000_003 + rank
 
 
 def torchrun_environ(rank: int, size: int, *, gpus_per_node: int, port: int, threads: str) -> dict[str, str]:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightrft.sim.environ import torchrun_environ
+from lightrft.sim.environ import rank_seed, torchrun_environ
 from lightrft.sim.places import is_user_file
 from lightrft.sim.process_errors import PackedError, pack_error
 from lightrft.sim.process_pickle import dumps
@@ -170,7 +170,7 @@ def _load(rank: int, body: int) -> Callable[[], Any]:
         filters, function = pickle.load(file)
     warnings.resetwarnings()
     warnings.filters.extend(filters)  # type: ignore[attr-defined]
-    seed = settings.seed * 1_000_003 + rank
+    seed = rank_seed(settings.seed, rank)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - what a program draws from is seeded
     torch.manual_seed(seed)

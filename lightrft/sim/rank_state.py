@@ -173,7 +173,6 @@ class _Effects:
     path: list[str]
     filters: list[Any]
     flags: tuple[Any, ...]
-    libraries: list[Any]
     modules: int
 
     def spread(self, after: _Effects, state: ProcessState) -> None:
@@ -267,24 +266,26 @@ class StateSwitcher:
         self._states.append(state)
         return state
 
-    def _before_import(self) -> _Effects:
+    def _before_import(self) -> tuple[_Effects, list[Any]]:
+        return self._effects(), self.libraries.read()
+
+    def _effects(self) -> _Effects:
         return _Effects(
             environ=dict(self._os_environ._data),
             path=list(sys.path),
             filters=list(warnings.filters),
             flags=_read_flags(),
-            libraries=self.libraries.read(),
             modules=len(sys.modules),
         )
 
-    def _after_import(self, before: _Effects) -> None:
+    def _after_import(self, found: tuple[_Effects, list[Any]]) -> None:
         """What executing a module did to one rank's process it does to all."""
-        after = self._before_import()
+        (before, libraries), after = found, self._effects()
         task = current_task()
         assert task is not None
         mine = task.rank.state
-        self.libraries.spread(before.libraries, mine.libraries)
-        if len(sys.modules) > before.modules + _MANY_MODULES:
+        self.libraries.spread(libraries, mine.libraries)
+        if after.modules > before.modules + _MANY_MODULES:
             freeze_imports()
         for state in self._states:
             if state is not mine:

@@ -20,7 +20,7 @@ from lightrft.sim.adoption import LockAdoption
 from lightrft.sim.calls import Call, Event, Group, Meeting, Message, Wait
 from lightrft.sim.clock import still_during_collection
 from lightrft.sim.collectives import ORDERS
-from lightrft.sim.environ import torchrun_environ
+from lightrft.sim.environ import rank_seed, torchrun_environ
 from lightrft.sim.frozen import frozen_heap
 from lightrft.sim.host import one_core, patched, same_parallelism, stack_size
 from lightrft.sim.own_time import TimedScheduler
@@ -257,7 +257,7 @@ class SimWorld:
             port=_MASTER_PORT,
             threads=os.environ.get("OMP_NUM_THREADS", "1"),
         )
-        seed = self.seed * 1_000_003 + index
+        seed = rank_seed(self.seed, index)
         state = self.switcher.new_state(environ, seed)
         return SimRank(self, index, state, self.gpus_per_node, self.cuda)
 
