@@ -68,7 +68,8 @@ def _flags(name: str, known: Setting) -> Iterator[str]:
 
 
 def _add(group: argparse._ArgumentGroup, name: str, known: Setting) -> None:
-    text = f"{known.help} (default: {_default(known)})".replace("%", "%%")
+    text = known.help if known.default is None else f"{known.help} (default: {_default(known)})"
+    text = text.replace("%", "%%")
     if known.kind is not bool:
         group.add_argument(f"--{name}", default=known.default, help=text, **_reader(known))
         return
@@ -99,4 +100,5 @@ def _default(known: Setting) -> str:
 
 def _row(name: str, known: Setting) -> str:
     flags = ", ".join(f"`{flag}`" for flag in _flags(name, known))
-    return f"| {flags} | {_default(known)} | {known.values()} | {known.help} |"
+    values = "" if known.kind is bool else known.values()
+    return f"| {flags} | {_default(known)} | {values} | {known.help} |"

@@ -29,13 +29,13 @@ def get_strategy(args: Any = None, **overrides: Any) -> StrategyBase:
     """The strategy that ``args`` asks for: the one that ``strategy`` names, else FSDP with ``fsdp``, else DeepSpeed.
 
     Args:
-        args: parsed arguments, a mapping, an object with attributes, a ``StrategyConfig``, or ``None`` for the defaults.
+        args: parsed arguments, a mapping, an object with attributes, a ``StrategyConfig``, or ``None`` (the defaults).
             The strategy keeps it as ``strategy.args``; with overrides it keeps the resulting ``StrategyConfig``.
         overrides: settings that win over those of ``args``.
 
     Raises:
-        ConfigError: if the configuration cannot be built, no strategy has the name, or a package is missing; the message
-            names the extra to install.
+        ConfigError: if the configuration cannot be built, no strategy has the name, or a package is missing; the
+            message names the extra to install.
     """
     kind = type(args) if isinstance(args, StrategyConfig) else StrategyConfig
     config = kind.from_args(args, **overrides)
@@ -65,9 +65,7 @@ def register_strategy(name: str, cls: type[StrategyBase], *, override: bool = Fa
     Raises:
         ConfigError: if the name is taken, or ``cls`` is no such class.
     """
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"name={name!r}: expected the name of a strategy, a string that is not empty")
-    _check_class(cls)
+    _check(name, cls)
     holder = _holder(name)
     if not override and holder not in {None, _path(cls)}:
         raise ConfigError(
@@ -87,9 +85,11 @@ def _class_of(name: str) -> type[StrategyBase]:
     return found
 
 
-def _check_class(cls: Any) -> None:
+def _check(name: Any, cls: Any) -> None:
     from lightrft.strategy.strategy_base import StrategyBase
 
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"name={name!r}: expected the name of a strategy, a string that is not empty")
     if not isinstance(cls, type) or not issubclass(cls, StrategyBase):
         raise ConfigError(f"{cls!r}: expected a class that inherits from {_path(StrategyBase)}")
     if inspect.isabstract(cls):
