@@ -1,0 +1,1 @@
+"""One training interface over DeepSpeed, FSDP2 and a fake backend."""
