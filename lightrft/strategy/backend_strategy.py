@@ -266,7 +266,7 @@ class BackendStrategy(StrategyBase):
             save_latest=save_latest,
         ) as path:
             self._write(prepared, path)
-        return str(folder.path / tag)
+        return str(folder.save_dir / tag)
 
     def load_ckpt(
         self,
@@ -284,16 +284,16 @@ class BackendStrategy(StrategyBase):
         prepared = self._remembering(model, optimizer, scheduler)
         self.drop_partial_accumulation(model)
         folder = self._folder(load_dir)
-        found = folder.find(tag)
+        path = folder.find(tag)
         whole = not load_module_only
-        self._read(prepared, found.path, Loading(strict=load_module_strict, optimizer=whole and load_optimizer_states))
+        self._read(prepared, path, Loading(strict=load_module_strict, optimizer=whole and load_optimizer_states))
         if not whole:
-            return str(found.path), {}
-        prepared.steps = found.steps
+            return str(path), {}
+        prepared.steps = folder.info(path).steps
         if load_lr_scheduler_states and prepared.scheduler is not None:
-            prepared.scheduler.load_state_dict(folder.load_scheduler_state(found.path))
-        folder.restore_random_state(found.path)
-        return str(found.path), folder.load_client_state(found.path)
+            prepared.scheduler.load_state_dict(folder.load_scheduler_state(path))
+        folder.restore_random_state(path)
+        return str(path), folder.load_client_state(path)
 
     def _remembering(self, model: torch.nn.Module, optimizer: Optimizer | None, scheduler: Any) -> Prepared:
         prepared = self.prepared.of(model)
