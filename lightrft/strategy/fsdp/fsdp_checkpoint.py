@@ -37,7 +37,8 @@ _FOLDER = "dcp"
 
 def save(folder: Path, entries: Mapping[str, Any]) -> None:
     """Write ``entries`` below ``folder``. *Collective*."""
-    dcp.save(dict(entries), checkpoint_id=str(folder / _FOLDER))
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    dcp.save(dict(entries), checkpoint_id=str(folder / _FOLDER), planner=planner)
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -57,7 +58,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 def load(folder: Path, entries: dict[str, Any]) -> None:
     """Read ``entries``: tensors in place, other values into the dict. *Collective*."""
-    dcp.load(entries, checkpoint_id=str(folder / _FOLDER))
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    dcp.load(entries, checkpoint_id=str(folder / _FOLDER), planner=planner)
 
 
 # -- Weights ----------------------------------------------------------------------------------------------------------
