@@ -167,6 +167,10 @@ class BackendStrategy(StrategyBase):
         prepared = Prepared(optimizer=stepping, scheduler=scheduler, training=training)
         return self.prepared.add(prepared, model=wrapped, module=self.unwrap_model(wrapped))
 
+    def _known(self, model: torch.nn.Module, optimizer: Optimizer | None = None) -> Prepared:  # noqa: ARG002
+        """What is known of ``model``; a backend may take in one that was never prepared, with its ``optimizer``."""
+        return self.prepared.of(model)
+
     def _check_shard_size(self, shard_size: int) -> None:
         if shard_size != -1 and (shard_size < 1 or self.world_size % shard_size):
             fitting = [size for size in range(1, self.world_size + 1) if self.world_size % size == 0]
@@ -208,7 +212,7 @@ class BackendStrategy(StrategyBase):
 
     def _trained(self, model: torch.nn.Module, optimizer: Optimizer | None) -> Prepared:
         """What is known of ``model``, which is being trained with ``optimizer``."""
-        prepared = self.prepared.of(model)
+        prepared = self._known(model, optimizer)
         if not prepared.training:
             raise ConfigError(
                 f"{type(prepared.module).__name__} was prepared for evaluation: pass it to prepare() with trainable "
@@ -219,7 +223,7 @@ class BackendStrategy(StrategyBase):
         return prepared
 
     def drop_partial_accumulation(self, model: torch.nn.Module) -> int:
-        prepared = self.prepared.of(model)
+        prepared = self._known(model)
         dropped = prepared.micro_steps
         if dropped:
             warnings.warn(
@@ -296,7 +300,7 @@ class BackendStrategy(StrategyBase):
         return str(found.path), folder.load_client_state(found.path)
 
     def _remembering(self, model: torch.nn.Module, optimizer: Optimizer | None, scheduler: Any) -> Prepared:
-        prepared = self.prepared.of(model)
+        prepared = self._known(model, optimizer)
         prepared.optimizer = optimizer if optimizer is not None else prepared.optimizer
         prepared.scheduler = scheduler if scheduler is not None else prepared.scheduler
         return prepared
@@ -306,7 +310,7 @@ class BackendStrategy(StrategyBase):
     def offload_model(self, model: torch.nn.Module) -> None:
         import torch
 
-        prepared = self.prepared.of(model)
+        prepared = self._known(model)
         if prepared.offloaded_at is not None:
             raise OffloadStateError(
                 f"offload_model at {call_site()}: the model is offloaded already, since {prepared.offloaded_at}; "
@@ -317,7 +321,7 @@ class BackendStrategy(StrategyBase):
         prepared.offloaded_at = call_site()
 
     def reload_model(self, model: torch.nn.Module) -> None:
-        prepared = self.prepared.of(model)
+        prepared = self._known(model)
         if prepared.offloaded_at is None:
             raise OffloadStateError(f"reload_model at {call_site()}: the model was not offloaded")
         self._move_model(prepared, self.device)
