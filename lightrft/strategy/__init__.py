@@ -1,0 +1,1 @@
+"""One interface over training backends and inference engines."""
