@@ -235,10 +235,10 @@ class FakeStrategy(BackendStrategy):
     # -- Checkpoints --------------------------------------------------------------------------------------------------
 
     def _write(self, prepared: Prepared, folder: Path) -> None:
-        LAYOUTS[self.mirrors].write(prepared, folder, self.get_rank(), self.world_size)
+        LAYOUTS[self.mirrors].write(prepared, self._flat(prepared), folder, self.get_rank())
 
     def _read(self, prepared: Prepared, folder: Path, loading: Loading) -> None:
-        LAYOUTS[self.mirrors].read(prepared, folder, self.get_rank(), loading)
+        LAYOUTS[self.mirrors].read(prepared, self._flat(prepared), folder, loading)
 
     def full_parameters(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.unwrap_model(model).named_parameters():
