@@ -59,7 +59,9 @@ class StrategyConfig:
     zero_stage: int = setting(2, _DISTRIBUTED, "ZeRO stage of DeepSpeed", choices=(1, 2, 3), refused=_NO_STAGE)
     fsdp_cpu_offload: bool = setting(False, _DISTRIBUTED, "keep FSDP's optimizer states on the CPU")
     adam_offload: bool = setting(False, _DISTRIBUTED, "keep DeepSpeed's Adam states on the CPU")
-    zpg: int = setting(1, _DISTRIBUTED, "ranks that hold a second copy of ZeRO-3 parameters, split", at_least=1)
+    zpg: int = setting(
+        1, _DISTRIBUTED, "ZeRO-3 keeps a second copy of the parameters within groups of N ranks; 1: none", at_least=1
+    )
     overlap_comm: bool = setting(False, _DISTRIBUTED, "overlap DeepSpeed's communication with the backward pass")
     grad_accum_dtype: str | None = setting(
         None, _DISTRIBUTED, "dtype in which gradients are accumulated; by default the backend's own", choices=_DTYPES

@@ -55,7 +55,7 @@ class Setting:
             return self._one(name, value)
         length = len(self.default)
         if not isinstance(value, list | tuple) or len(value) != length:
-            raise ConfigError(f"{name}={value!r}: expected {length} numbers, such as {self.default}")
+            raise ConfigError(f"{name}={value!r}: expected {self.values()}, such as {self.default}")
         return tuple(self._number(name, each, float) for each in value)
 
     def _one(self, name: str, value: Any) -> Any:
@@ -64,7 +64,7 @@ class Setting:
         elif not isinstance(value, self.kind):
             raise ConfigError(self._wrong_type(name, value, _KINDS[self.kind]))
         if self.choices and value not in self.choices:
-            raise ConfigError(f"{name}={value!r}: expected {any_of(self.choices)}{self._reason(value)}")
+            raise ConfigError(f"{name}={value!r}: expected {self.values()}{self._reason(value)}")
         if value == "":
             raise ConfigError(f"{name}='': expected a string that is not empty, or None")
         return value
@@ -78,7 +78,7 @@ class Setting:
             raise ConfigError(self._wrong_type(name, value, _KINDS[kind]))
         value = kind(value)
         if (kind is float and not math.isfinite(value)) or not self._within(value):
-            raise ConfigError(f"{name}={value!r}: expected {self.range()}")
+            raise ConfigError(f"{name}={value!r}: expected {self.values()}")
         return value
 
     def _within(self, value: float) -> bool:
@@ -95,36 +95,25 @@ class Setting:
             return bool(value)
         raise ConfigError(self._wrong_type(str(self.off_flag), value, _KINDS[bool]))
 
-    def range(self) -> str:
-        """The range of a number in words: ``"a number above 0, at most 1"``."""
+    def values(self) -> str:
+        """The values that are allowed, in words: ``"a number, above 0, at most 1"``."""
+        if self.choices:
+            return any_of(self.choices)
+        kind = f"{len(self.default)} numbers" if self.kind is tuple else _KINDS[self.kind]
         ends = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
-        words = [f"{end} {value:g}" for end, value in ends.items() if value is not None]
-        return " ".join([_KINDS[float if self.kind is tuple else self.kind], ", ".join(words)]).strip()
+        return ", ".join([kind, *(f"{end} {value}" for end, value in ends.items() if value is not None)])
 
     def _wrong_type(self, name: str, value: Any, expected: str) -> str:
         message = f"{name}={value!r}: expected {expected}, got {type(value).__name__}"
-        if not isinstance(value, str) or self.kind is str:
+        if not isinstance(value, str):
             return message
-        # YAML reads 1e-6 as a string, and the environment holds nothing else.
-        plain = _read(value, bool if self.kind is bool else float)
-        return message if plain is None else f"{message}: write it without quotes, or convert it with {plain}"
+        return f"{message}: convert it first (the environment holds strings, and YAML reads 1e-6 as one)"
 
 
 def any_of(choices: Iterable[Any]) -> str:
     """``"1, 2 or 3"``: the values that are allowed, in words."""
     *first, last = [str(choice) for choice in choices]
     return f"{', '.join(first)} or {last}" if first else last
-
-
-def _read(text: str, kind: type) -> str | None:
-    """How Python would convert ``text``, if it says a value of that kind; else ``None``."""
-    if kind is bool:
-        return f"text == {text!r}" if text.strip().lower() in {"true", "false", "0", "1", "yes", "no"} else None
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return f"int({text!r})" if number.is_integer() and text.strip().lstrip("+-").isdigit() else f"float({text!r})"
 
 
 def setting(default: Any, group: str, text: str, **limits: Any) -> Any:
