@@ -41,10 +41,14 @@ class Make:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._settings = dict(settings)
 
+    @property
+    def world_size(self) -> int:
+        """Ranks, also before there is a process group."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
     def __call__(self, **more: Any) -> StrategyBase:
         """A strategy with ``more`` settings, one sequence of each rank in a step unless they say otherwise."""
-        size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-        batch = {"train_batch_size": size // more.get("sp_size", 1)} if "train_batch_size" not in more else {}
+        batch = {} if "train_batch_size" in more else {"train_batch_size": self.world_size // more.get("sp_size", 1)}
         return get_strategy({**self._settings, **batch, **more})
 
 
