@@ -63,7 +63,9 @@ class DeepSpeedLayout:
                 take_states(prepared.optimizer, one, joined([part[index] for part in parts]))
 
     def _rank_files(self, folder: Path) -> list[Path]:
-        ranks = itertools.takewhile(lambda path: path.is_file(), (folder / self._rank_file(r) for r in itertools.count()))
+        ranks = itertools.takewhile(
+            lambda path: path.is_file(), (folder / self._rank_file(r) for r in itertools.count())
+        )
         found = list(ranks)
         if not found:
             raise CheckpointError(f"{folder} holds no optimizer states: load with load_optimizer_states=False")

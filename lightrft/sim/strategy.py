@@ -266,6 +266,4 @@ class FakeStrategy(BackendStrategy):
 def get_fake_strategy(args: Any = None) -> FakeStrategy:
     """A FakeStrategy with the settings of ``args``, or the defaults."""
     config = StrategyConfig.from_args(args)
-    return FakeStrategy(
-        config.seed, config.max_norm, config.micro_train_batch_size, config.train_batch_size, args=args
-    )
+    return FakeStrategy(config.seed, config.max_norm, config.micro_train_batch_size, config.train_batch_size, args=args)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,15 +106,6 @@ class BackendStrategy(StrategyBase):
     def _move_optimizer(self, prepared: Prepared, device: torch.device) -> None:
         """Move the states of the optimizer."""
 
-    @abstractmethod
-    def full_parameters(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """The whole parameters of ``model``, one after the other, each only until the next is asked for. *Collective*.
-
-        Yields:
-            The name in a checkpoint, and the tensor, whole on every rank, in the dtype that the model computes in. A
-            parameter that is tied to another one comes once.
-        """
-
     # -- Preparing ----------------------------------------------------------------------------------------------------
 
     def prepare(self, *models_or_pairs: Any, is_rlhf: bool = False) -> Any:  # noqa: ARG002 - see StrategyBase
@@ -161,11 +152,19 @@ class BackendStrategy(StrategyBase):
         if self.prepared.find(model) is not None:
             raise ConfigError(f"{type(model).__name__} is prepared already: prepare each model once")
         self._check_shard_size(shard_size)
+        self._share_sequences(model, training=training)
         wrapped, stepping = self._shard(
             model, optimizer, training=training, shard_size=shard_size, reshard_after_forward=reshard_after_forward
         )
         prepared = Prepared(optimizer=stepping, scheduler=scheduler, training=training)
         return self.prepared.add(prepared, model=wrapped, module=self.unwrap_model(wrapped))
+
+    def _share_sequences(self, model: torch.nn.Module, *, training: bool) -> None:
+        """Let the attention of ``model`` work on slices; a frozen model without any may see whole sequences."""
+        from lightrft.strategy.utils import sequence_parallel
+
+        if self.groups.sp is not None and (training or hasattr(self.unwrap_model(model), "config")):
+            sequence_parallel.enable(model, self.groups.sp)
 
     def _known(self, model: torch.nn.Module, optimizer: Optimizer | None = None) -> Prepared:  # noqa: ARG002
         """What is known of ``model``; a backend may take in one that was never prepared, with its ``optimizer``."""
@@ -270,7 +269,7 @@ class BackendStrategy(StrategyBase):
             save_latest=save_latest,
         ) as path:
             self._write(prepared, path)
-        return str(folder.path / tag)
+        return str(folder.save_dir / tag)
 
     def load_ckpt(
         self,
@@ -290,14 +289,14 @@ class BackendStrategy(StrategyBase):
         folder = self._folder(load_dir)
         found = folder.find(tag)
         whole = not load_module_only
-        self._read(prepared, found.path, Loading(strict=load_module_strict, optimizer=whole and load_optimizer_states))
+        self._read(prepared, found, Loading(strict=load_module_strict, optimizer=whole and load_optimizer_states))
         if not whole:
-            return str(found.path), {}
-        prepared.steps = found.steps
+            return str(found), {}
+        prepared.steps = folder.info(found).steps
         if load_lr_scheduler_states and prepared.scheduler is not None:
-            prepared.scheduler.load_state_dict(folder.load_scheduler_state(found.path))
-        folder.restore_random_state(found.path)
-        return str(found.path), folder.load_client_state(found.path)
+            prepared.scheduler.load_state_dict(folder.load_scheduler_state(found))
+        folder.restore_random_state(found)
+        return str(found), folder.load_client_state(found)
 
     def _remembering(self, model: torch.nn.Module, optimizer: Optimizer | None, scheduler: Any) -> Prepared:
         prepared = self._known(model, optimizer)

@@ -267,5 +267,3 @@ def check_an_optimizer_needs_no_arguments(subject: Subject) -> None:
     for moved, decays in subject.run(_defaults):
         if not 0.002 < moved < 0.004 or decays != [0.0, 0.1]:
             raise AssertionError(f"the first step moved weights by {moved}, and the weight decays are {decays}")
-
-

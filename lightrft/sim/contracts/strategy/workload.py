@@ -14,7 +14,18 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from lightrft.strategy.strategy_base import StrategyBase
 
-__all__ = ["BATCH", "Recipe", "Told", "Transformer", "close", "micro_batches", "plain", "train", "transformer", "weights"]
+__all__ = [
+    "BATCH",
+    "Recipe",
+    "Told",
+    "Transformer",
+    "close",
+    "micro_batches",
+    "plain",
+    "train",
+    "transformer",
+    "weights",
+]
 
 VOCABULARY, WIDTH, HEADS, LENGTH = 24, 16, 2, 8
 BATCH = 32
