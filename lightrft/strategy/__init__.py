@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 """One interface over training backends and inference engines.
 
 ``get_strategy(args)`` gives the strategy that a trainer calls; ``StrategyConfig`` holds its settings. Importing this
@@ -38,6 +37,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-=======
-"""Training strategies: one interface over every backend."""
->>>>>>> part-ckpt
