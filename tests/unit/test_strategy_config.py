@@ -11,7 +11,7 @@ import typing
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightrft.errors import ConfigError
@@ -273,6 +273,7 @@ def test_everything_that_does_not_fit_the_world_is_told_at_once():
     ]
 
 
+@settings(deadline=None)
 @given(train=st.integers(1, 400), micro=st.integers(1, 8), sp=st.integers(1, 8), tp=st.integers(1, 8), world=st.data())
 def test_the_values_that_a_message_names_do_fit(train, micro, sp, tp, world):
     size = world.draw(st.integers(1, 24))
@@ -299,6 +300,7 @@ def messages(config, size):
     return []
 
 
+@settings(deadline=None)
 @given(micro=st.integers(1, 5), ranks=st.integers(1, 8), sp=st.integers(1, 4), accumulation=st.integers(1, 6))
 def test_k20_accumulation_and_data_parallel_size_take_sequence_parallelism_into_account(micro, ranks, sp, accumulation):
     config = StrategyConfig(
@@ -535,6 +537,7 @@ def configs(draw):
     return StrategyConfig(**chosen, extra_args=draw(extra))
 
 
+@settings(deadline=None)
 @given(configs())
 def test_what_a_configuration_says_makes_the_same_one(config):
     for source in (
@@ -550,6 +553,7 @@ def test_what_a_configuration_says_makes_the_same_one(config):
     assert hash(StrategyConfig(**vars(config))) == hash(config)
 
 
+@settings(deadline=None)
 @given(configs())
 def test_a_copy_is_equal(config):
     for copied in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), config.replace()):
