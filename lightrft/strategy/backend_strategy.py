@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,15 +106,6 @@ class BackendStrategy(StrategyBase):
     def _move_optimizer(self, prepared: Prepared, device: torch.device) -> None:
         """Move the states of the optimizer."""
 
-    @abstractmethod
-    def full_parameters(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """The whole parameters of ``model``, one after the other, each only until the next is asked for. *Collective*.
-
-        Yields:
-            The name in a checkpoint, and the tensor, whole on every rank, in the dtype that the model computes in. A
-            parameter that is tied to another one comes once.
-        """
-
     # -- Preparing ----------------------------------------------------------------------------------------------------
 
     def prepare(self, *models_or_pairs: Any, is_rlhf: bool = False) -> Any:  # noqa: ARG002 - see StrategyBase
@@ -128,13 +119,13 @@ class BackendStrategy(StrategyBase):
             return None
         if not isinstance(given, (tuple, list)):
             check_model(given)
-            return self._spread(given, training=any(p.requires_grad for p in given.parameters())).model
+            return self._spread(given, training=any(p.requires_grad for p in given.parameters()))
         model, optimizer, scheduler = _parts(given)
         if model is None:
             return tuple(given)
         check_model(model)
-        found = self._spread(model, optimizer=optimizer, scheduler=scheduler, training=optimizer is not None)
-        return (found.model, found.optimizer, found.scheduler)[: len(given)]
+        wrapped = self._spread(model, optimizer=optimizer, scheduler=scheduler, training=optimizer is not None)
+        return (wrapped, self.prepared.of(wrapped).optimizer, scheduler)[: len(given)]
 
     def prepare_model(
         self,
@@ -146,7 +137,7 @@ class BackendStrategy(StrategyBase):
         check_model(model)
         return self._spread(
             model, training=is_training, shard_size=shard_size, reshard_after_forward=reshard_after_forward
-        ).model
+        )
 
     def _spread(
         self,
@@ -157,15 +148,28 @@ class BackendStrategy(StrategyBase):
         training: bool,
         shard_size: int = -1,
         reshard_after_forward: bool = True,
-    ) -> Prepared:
+    ) -> torch.nn.Module:
         if self.prepared.find(model) is not None:
             raise ConfigError(f"{type(model).__name__} is prepared already: prepare each model once")
         self._check_shard_size(shard_size)
+        self._share_sequences(model, training=training)
         wrapped, stepping = self._shard(
             model, optimizer, training=training, shard_size=shard_size, reshard_after_forward=reshard_after_forward
         )
         prepared = Prepared(optimizer=stepping, scheduler=scheduler, training=training)
-        return self.prepared.add(prepared, model=wrapped, module=self.unwrap_model(wrapped))
+        self.prepared.add(prepared, model=wrapped, module=self.unwrap_model(wrapped))
+        return wrapped
+
+    def _share_sequences(self, model: torch.nn.Module, *, training: bool) -> None:
+        """Let the attention of ``model`` work on slices; a frozen model without any may see whole sequences."""
+        from lightrft.strategy.utils import sequence_parallel
+
+        if self.groups.sp is not None and (training or hasattr(self.unwrap_model(model), "config")):
+            sequence_parallel.enable(model, self.groups.sp)
+
+    def _known(self, model: torch.nn.Module, optimizer: Optimizer | None = None) -> Prepared:  # noqa: ARG002
+        """What is known of ``model``; a backend may take in one that was never prepared, with its ``optimizer``."""
+        return self.prepared.of(model)
 
     def _check_shard_size(self, shard_size: int) -> None:
         if shard_size != -1 and (shard_size < 1 or self.world_size % shard_size):
@@ -208,7 +212,7 @@ class BackendStrategy(StrategyBase):
 
     def _trained(self, model: torch.nn.Module, optimizer: Optimizer | None) -> Prepared:
         """What is known of ``model``, which is being trained with ``optimizer``."""
-        prepared = self.prepared.of(model)
+        prepared = self._known(model, optimizer)
         if not prepared.training:
             raise ConfigError(
                 f"{type(prepared.module).__name__} was prepared for evaluation: pass it to prepare() with trainable "
@@ -219,7 +223,7 @@ class BackendStrategy(StrategyBase):
         return prepared
 
     def drop_partial_accumulation(self, model: torch.nn.Module) -> int:
-        prepared = self.prepared.of(model)
+        prepared = self._known(model)
         dropped = prepared.micro_steps
         if dropped:
             warnings.warn(
@@ -284,19 +288,20 @@ class BackendStrategy(StrategyBase):
         prepared = self._remembering(model, optimizer, scheduler)
         self.drop_partial_accumulation(model)
         folder = self._folder(load_dir)
-        path = folder.find(tag)
+        found = folder.find(tag)
         whole = not load_module_only
-        self._read(prepared, path, Loading(strict=load_module_strict, optimizer=whole and load_optimizer_states))
+        self._read(prepared, found, Loading(strict=load_module_strict, optimizer=whole and load_optimizer_states))
         if not whole:
-            return str(path), {}
-        prepared.steps = folder.info(path).steps
-        if load_lr_scheduler_states and prepared.scheduler is not None:
-            prepared.scheduler.load_state_dict(folder.load_scheduler_state(path))
-        folder.restore_random_state(path)
-        return str(path), folder.load_client_state(path)
+            return str(found), {}
+        prepared.steps = folder.info(found).steps
+        state = folder.load_scheduler_state(found)
+        if load_lr_scheduler_states and prepared.scheduler is not None and state is not None:
+            _resume_schedule(prepared.scheduler, state)
+        folder.restore_random_state(found)
+        return str(found), folder.load_client_state(found)
 
     def _remembering(self, model: torch.nn.Module, optimizer: Optimizer | None, scheduler: Any) -> Prepared:
-        prepared = self.prepared.of(model)
+        prepared = self._known(model, optimizer)
         prepared.optimizer = optimizer if optimizer is not None else prepared.optimizer
         prepared.scheduler = scheduler if scheduler is not None else prepared.scheduler
         return prepared
@@ -306,7 +311,7 @@ class BackendStrategy(StrategyBase):
     def offload_model(self, model: torch.nn.Module) -> None:
         import torch
 
-        prepared = self.prepared.of(model)
+        prepared = self._known(model)
         if prepared.offloaded_at is not None:
             raise OffloadStateError(
                 f"offload_model at {call_site()}: the model is offloaded already, since {prepared.offloaded_at}; "
@@ -317,7 +322,7 @@ class BackendStrategy(StrategyBase):
         prepared.offloaded_at = call_site()
 
     def reload_model(self, model: torch.nn.Module) -> None:
-        prepared = self.prepared.of(model)
+        prepared = self._known(model)
         if prepared.offloaded_at is None:
             raise OffloadStateError(f"reload_model at {call_site()}: the model was not offloaded")
         self._move_model(prepared, self.device)
@@ -369,6 +374,13 @@ class BackendStrategy(StrategyBase):
                 "prepare() returned, or create it with create_optimizer(prepared_model)"
             )
         return prepared
+
+
+def _resume_schedule(scheduler: Any, state: Any) -> None:
+    """Let ``scheduler`` go on from ``state``; the optimizer gets the learning rate of that step at once."""
+    scheduler.load_state_dict(state)
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
 
 
 def _parts(given: Any) -> tuple[Any, Any, Any]:
