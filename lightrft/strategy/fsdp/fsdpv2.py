@@ -33,9 +33,9 @@ from lightrft.strategy.fsdp.fsdp_utils import (
     precision_policy,
     sharded_parameters,
 )
-from lightrft.strategy.fsdp.loss_scale import LossScale
 from lightrft.strategy.fsdp.meta_init import Materializer, without_storage
 from lightrft.strategy.prepared import Prepared
+from lightrft.strategy.utils.loss_scale import LossScale
 
 __all__ = ["FSDPV2Strategy"]
 
@@ -131,16 +131,17 @@ class FSDPV2Strategy(BackendStrategy):
             self._meshes[size] = make_mesh(self.device, self.world_size, size)
         return self._meshes[size]
 
-    def _spread(self, model: nn.Module, *, optimizer: Optimizer | None = None, **kwargs: Any) -> Prepared:
-        prepared = super()._spread(model, optimizer=optimizer, **kwargs)
-        parameters = sharded_parameters(model)
+    def _spread(self, model: nn.Module, *, optimizer: Optimizer | None = None, **kwargs: Any) -> nn.Module:
+        wrapped = super()._spread(model, optimizer=optimizer, **kwargs)
+        prepared = self.prepared.of(wrapped)
+        parameters = sharded_parameters(wrapped)
         prepared.backend["parameters"] = parameters
         if prepared.training:
             prepared.backend["masters"] = Masters(parameters.values() if self.config.use_mp_opt else ())
             prepared.backend["loss_scale"] = LossScale() if self.config.fp16 else None
         if optimizer is not None:
             self._adopt(prepared, optimizer)
-        return prepared
+        return wrapped
 
     def create_optimizer(self, model: nn.Module, **kwargs: Any) -> Optimizer:
         prepared = self.prepared.find(model)
@@ -178,10 +179,9 @@ class FSDPV2Strategy(BackendStrategy):
         prepared.backend["mover"] = StateMover(optimizer, prepared.backend["masters"])
         prepared.optimizer = optimizer
 
-    def _trained(self, model: nn.Module, optimizer: Optimizer | None) -> Prepared:
-        known = self.prepared.of(model).optimizer
-        prepared = super()._trained(model, optimizer)
-        if optimizer is not None and optimizer is not known:
+    def _known(self, model: nn.Module, optimizer: Optimizer | None = None) -> Prepared:
+        prepared = super()._known(model, optimizer)
+        if optimizer is not None and optimizer is not prepared.optimizer and prepared.training:
             self._adopt(prepared, optimizer)
         return prepared
 
@@ -192,7 +192,7 @@ class FSDPV2Strategy(BackendStrategy):
             prepared.module.set_requires_gradient_sync(last)  # type: ignore[operator]
             prepared.backend["synchronizing"] = last
         scale: LossScale | None = prepared.backend["loss_scale"]
-        factor = (1.0 if scale is None else scale.value) / self.accumulated_gradient
+        factor = (1.0 if scale is None else scale.scale) / self.accumulated_gradient
         (loss if factor == 1 else loss * factor).backward(**kwargs)
 
     def _micro_step(self, prepared: Prepared) -> None:
@@ -205,7 +205,7 @@ class FSDPV2Strategy(BackendStrategy):
         masters.take_gradients()
         stepped = [masters.of(one) for one in prepared.backend["parameters"].values()]
         gradients = [one.grad for one in stepped if one.grad is not None]
-        shrink = 1.0 if scale is None else 1 / scale.value
+        shrink = 1.0 if scale is None else 1 / scale.scale
         norm = _global_norm(gradients) * shrink
         applied = math.isfinite(norm)
         if applied:
@@ -218,7 +218,7 @@ class FSDPV2Strategy(BackendStrategy):
         for one in stepped:
             one.grad = None
         if scale is not None:
-            scale.update(overflowed=not applied)
+            scale.update(overflow=not applied)
         return Step(norm=norm, applied=applied)
 
     def _forget_gradients(self, prepared: Prepared) -> None:
@@ -244,7 +244,7 @@ class FSDPV2Strategy(BackendStrategy):
             entries |= checkpoint.optimizer_entries(prepared.optimizer, {one: name for name, one in kept.items()})
         scale: LossScale | None = prepared.backend.get("loss_scale")
         if scale is not None:
-            entries["loss_scale"] = torch.tensor([scale.value, scale.good_steps], dtype=torch.float64)
+            entries["loss_scale"] = torch.tensor([scale.scale, scale.good_steps], dtype=torch.float64)
         checkpoint.save(folder, entries)
 
     def _read(self, prepared: Prepared, folder: Path, loading: Loading) -> None:
@@ -269,7 +269,7 @@ class FSDPV2Strategy(BackendStrategy):
         if optimizer is not None:
             checkpoint.set_optimizer(optimizer, entries, names)
         if "loss_scale" in entries:
-            scale.value, scale.good_steps = entries["loss_scale"][0].item(), int(entries["loss_scale"][1].item())
+            scale.scale, scale.good_steps = entries["loss_scale"][0].item(), int(entries["loss_scale"][1].item())
 
     def full_parameters(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         low = low_precision(self.config)

@@ -14,10 +14,26 @@ from lightrft.errors import ConfigError
 
 __all__ = ["Materializer", "without_storage"]
 
+_WHERE = {
+    "_commit_hash",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+}
+"""Arguments of ``from_pretrained`` that say where files are."""
+
 _LOADING = {
+    "_from_auto",
+    "_from_pipeline",
     "adapter_kwargs",
     "adapter_name",
     "device_map",
+    "disable_mmap",
     "dtype",
     "ignore_mismatched_sizes",
     "key_mapping",
@@ -32,7 +48,7 @@ _LOADING = {
     "variant",
     "weights_only",
 }
-"""Arguments of ``from_pretrained`` that say how weights are loaded, not what the model is."""
+"""Arguments that say how weights are loaded."""
 
 
 @contextmanager
@@ -77,10 +93,13 @@ def _built_from_config(cls: Any, path: Any, *args: Any, config: Any = None, **kw
     if kwargs.get("quantization_config") is not None:
         raise ConfigError("a quantized model cannot be built with meta_init: use init_model_context() without it")
     wants_info = kwargs.get("output_loading_info", False)
+    where = {name: kwargs.pop(name) for name in _WHERE & kwargs.keys()}
     about_model = {name: value for name, value in kwargs.items() if name not in _LOADING}
     attention = about_model.pop("attn_implementation", None)
     if config is None or isinstance(config, str):
-        config, about_model = cls.config_class.from_pretrained(config or path, return_unused_kwargs=True, **about_model)
+        loads = cls.config_class.from_pretrained
+        config, about_model = loads(config or path, return_unused_kwargs=True, **where, **about_model)
+        about_model = {name: value for name, value in about_model.items() if name not in _WHERE}
     chosen = {} if attention is None else {"attn_implementation": attention}
     model: nn.Module = cls._from_config(config, *args, **chosen, **about_model).eval()
     return (model, {}) if wants_info else model  # type: ignore[return-value]
@@ -122,9 +141,9 @@ class Materializer:
             new[id(old)] = nn.Parameter(data, requires_grad=old.requires_grad)
             del self._parameters[name]
         for module in model.modules():
-            for name, old in module._parameters.items():
-                if id(old) in new:
-                    module._parameters[name] = new[id(old)]
+            for name, held in module._parameters.items():
+                if id(held) in new:
+                    module._parameters[name] = new[id(held)]
 
     def _check_same(self, kind: str, device: torch.device) -> None:
         mine = {name: (tuple(one.shape), one.dtype) for name, one in self._parameters.items()}
