@@ -24,6 +24,7 @@ __all__ = [
     "offload_policy",
     "precision_policy",
     "sharded_parameters",
+    "whole",
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,6 +112,18 @@ def offload_policy(config: StrategyConfig, device: torch.device) -> OffloadPolic
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor, sharing its memory."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """All of a tensor that may be sharded, on every rank. *Collective*.
+
+    Args:
+        tensor: this rank's part may be in host memory.
+        device: of this rank: where the ranks communicate, and where the result is.
+        dtype: to cast to before parts are exchanged.
+    """
+    part = tensor.detach().to(device=device, dtype=dtype)
+    return part.full_tensor() if isinstance(part, DTensor) else part
 
 
 def sharded_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

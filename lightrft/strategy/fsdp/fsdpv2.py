@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -20,8 +19,8 @@ from torch.optim import Optimizer
 
 from lightrft.errors import CheckpointError, ConfigError
 from lightrft.strategy.backend_strategy import BackendStrategy, Loading, Step
+from lightrft.strategy.fsdp import averaging, fsdp_optimizer
 from lightrft.strategy.fsdp import fsdp_checkpoint as checkpoint
-from lightrft.strategy.fsdp import fsdp_optimizer
 from lightrft.strategy.fsdp.fsdp_optimizer import Masters, StateMover
 from lightrft.strategy.fsdp.fsdp_utils import (
     blocks_of,
@@ -32,9 +31,12 @@ from lightrft.strategy.fsdp.fsdp_utils import (
     offload_policy,
     precision_policy,
     sharded_parameters,
+    whole,
 )
 from lightrft.strategy.fsdp.meta_init import Materializer, without_storage
 from lightrft.strategy.prepared import Prepared
+from lightrft.strategy.utils import saving
+from lightrft.strategy.utils.agreement import Ranks
 from lightrft.strategy.utils.loss_scale import LossScale
 
 __all__ = ["FSDPV2Strategy"]
@@ -224,9 +226,16 @@ class FSDPV2Strategy(BackendStrategy):
     def _forget_gradients(self, prepared: Prepared) -> None:
         forget_gradients(prepared.module)
 
-    @torch.no_grad()
     def moving_average(self, model: nn.Module, ema: nn.Module, beta: float = 0.992, device: str = "cpu") -> None:
-        raise NotImplementedError
+        """As in ``StrategyBase``. A prepared ``ema`` that is kept in 16 bits gets fp32 masters, which take part."""
+        source = self._kept(self._known(model))
+        known = self.prepared.find(ema)
+        if known is None:
+            averaging.move_whole(ema, source, beta=beta, on=torch.device(device), device=self.device)
+            return
+        masters = known.backend.setdefault("masters", Masters(known.backend["parameters"].values()))
+        averaging.move_sharded(self._kept(known), source, beta=beta, device=self.device)
+        masters.give_weights()
 
     # -- Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -275,11 +284,11 @@ class FSDPV2Strategy(BackendStrategy):
         low = low_precision(self.config)
         for name, parameter in sharded_parameters(model).items():
             dtype = low if low is not None and parameter.is_floating_point() else parameter.dtype
-            kept = parameter.detach().to(device=self.device, dtype=dtype)
-            yield name, kept.full_tensor() if isinstance(kept, DTensor) else kept
+            yield name, whole(parameter, self.device, dtype)
 
     def save_model(self, model: nn.Module, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
-        raise NotImplementedError
+        parameters = self.full_parameters(model)
+        saving.save_pretrained(self.unwrap_model(model), parameters, tokenizer, output_dir, Ranks(), **kwargs)
 
     # -- Memory -------------------------------------------------------------------------------------------------------
 
@@ -298,15 +307,12 @@ def _resharding(reshard_after_forward: bool, *, training: bool) -> bool | None:
 
 
 def _recompute_activations(model: nn.Module) -> None:
-    able = next((one for one in model.modules() if hasattr(one, "gradient_checkpointing_enable")), None)
+    able: Any = next((one for one in model.modules() if hasattr(one, "gradient_checkpointing_enable")), None)
     if able is None:
-        warnings.warn(
-            f"gradient_checkpointing: {type(model).__name__} has no gradient_checkpointing_enable(), its activations are "
-            "kept. Give it that method, or leave the setting out",
-            UserWarning,
-            stacklevel=4,
+        raise ConfigError(
+            f"gradient_checkpointing is on, and {type(model).__name__} has no gradient_checkpointing_enable(): give it "
+            "one, as models of transformers have it, or switch the setting off"
         )
-        return
     able.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
