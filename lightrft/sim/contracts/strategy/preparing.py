@@ -85,7 +85,12 @@ def _whole_run(make: Make) -> list[Any]:
     strategy = make(critic_learning_rate=0.02)
     args = SimpleNamespace(actor_learning_rate=0.01, critic_learning_rate=0.02, lr_warmup_ratio=0.0)
     prepared = strategy.prepare_models_and_optimizers(
-        workload.transformer(0), workload.transformer(1), [workload.transformer(2), len], workload.transformer(3), args, 10
+        workload.transformer(0),
+        workload.transformer(1),
+        [workload.transformer(2), len],
+        workload.transformer(3),
+        args,
+        10,
     )
     (actor, optimizer, scheduler), (critic, other, _), (reward, service), initial = prepared
     rates = [one.param_groups[0]["lr"] for one in (optimizer, other)]
