@@ -9,6 +9,7 @@ devices are refused.
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -88,7 +89,8 @@ class FakeStrategy(BackendStrategy):
         super().__init__(seed, max_norm, micro_train_batch_size, train_batch_size, args)
 
     def setup_distributed(self, timeout: timedelta | None = None, num_gpu_per_node: int | None = None) -> None:
-        if environment.is_launched():
+        launched = environment.RankEnvironment.read(os.environ, gpus_per_node=num_gpu_per_node).source != "alone"
+        if launched or dist.is_initialized():
             super().setup_distributed(timeout, num_gpu_per_node)
         self._is_set_up = True
 
