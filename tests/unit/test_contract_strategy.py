@@ -5,6 +5,7 @@ import pytest
 from lightrft.sim import SimWorld, contracts
 from lightrft.sim.contracts.strategy import LACKS, SETTINGS, Subject
 
+
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", SETTINGS)
 @contracts.strategy.parametrize()

@@ -75,7 +75,7 @@ def _forms(make: Make) -> list[Any]:
 
 @contract.check(602)
 def check_what_is_prepared_keeps_its_form(subject: Subject) -> None:
-    """A model, a pair, a triple, None and a tuple of Nones come back in the form that they were given in."""
+    """A model, a pair, a triple, None and a tuple of Nones come back in the form that they were given in (K29)."""
     for found in subject.run(_forms):
         if found != [[False, True, True, False, True], [2, 3, 3], True, True, True, True, True]:
             raise AssertionError(f"found {found}")

@@ -35,7 +35,7 @@ def _agrees(subject: Subject, recipe: Recipe, settings: dict[str, Any]) -> None:
 
 @contract.check(101)
 def check_a_step_is_that_of_one_big_batch(subject: Subject) -> None:
-    """Ranks that train on parts of a batch end with the losses, norms and weights of one process with all of it."""
+    """Ranks that train on parts of a batch end with the losses, norms and weights of one process with all of it (F13)."""
     _agrees(subject, SGD, accumulating(subject.size, 1))
 
 
@@ -53,7 +53,7 @@ def check_gradients_are_clipped_to_the_global_norm(subject: Subject) -> None:
 
 @contract.check(104)
 def check_adamw_with_clipping(subject: Subject) -> None:
-    """AdamW with weight decay and clipping ends as in one process."""
+    """AdamW with weight decay and clipping ends as in one process (K03)."""
     _agrees(subject, CLIPPED, accumulating(subject.size, 1))
 
 
@@ -132,7 +132,7 @@ def _schedule(make: Make, poison: bool) -> list[float]:
 
 @contract.check(107)
 def check_the_scheduler_steps_with_the_optimizer(subject: Subject) -> None:
-    """Each optimizer step is one step of the scheduler, and reaches the learning rate that the optimizer uses."""
+    """Each optimizer step is one step of the scheduler, and reaches the learning rate that the optimizer uses (K17)."""
     for found in subject.run(_schedule, False):
         if found != [0.05, 0.025, 1.0]:
             raise AssertionError(f"learning rates after each step, and whether weights are finite: {found}")
