@@ -67,12 +67,12 @@ class DistributedSampler(Sampler[int]):
         self._unit = num_replicas * _at_least("batch_size", batch_size, 1) if drop_last else num_replicas
         if rank >= num_replicas:
             raise ConfigError(f"rank={rank} with num_replicas={num_replicas}: expected 0 to num_replicas - 1")
-        if self.length < (self._unit if drop_last else 1):
+        if not self.length:
+            raise ConfigError("the data set is empty: expected at least one sample")
+        if drop_last and self.length < self._unit:
             raise ConfigError(
-                f"the data set holds {self.length} samples, less than one batch of {batch_size} for {num_replicas} data "
-                "parallel ranks: take a smaller batch or drop_last=False"
-                if self.length
-                else "the data set is empty: expected at least one sample"
+                f"the data set holds {self.length} samples, less than one batch of {batch_size} for {num_replicas} "
+                "data parallel ranks: take a smaller batch or drop_last=False"
             )
         self.epoch = consumed_samples // self.length
         while self._ends(self.epoch) <= consumed_samples:

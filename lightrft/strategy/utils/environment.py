@@ -115,8 +115,8 @@ def _from_torchrun(environ: Mapping[str, str], gpus_per_node: int | None) -> Ran
         )
     rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
     local_rank = _local_rank(environ, "LOCAL_RANK", rank, world_size, gpus_per_node)
-    if "LOCAL_WORLD_SIZE" in environ and local_rank >= _number(environ, "LOCAL_WORLD_SIZE"):
-        raise ConfigError(f"LOCAL_RANK={local_rank} with LOCAL_WORLD_SIZE={environ['LOCAL_WORLD_SIZE']}: it is too large")
+    if "LOCAL_WORLD_SIZE" in environ and local_rank >= (size := _number(environ, "LOCAL_WORLD_SIZE")):
+        raise ConfigError(f"LOCAL_RANK={local_rank} with LOCAL_WORLD_SIZE={size}: expected a lower local rank")
     return RankEnvironment(
         rank=rank,
         world_size=world_size,
