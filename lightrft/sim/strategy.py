@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim import Optimizer
 
 from lightrft.errors import ConfigError
 from lightrft.sim.fake_checkpoints import LAYOUTS
@@ -30,6 +29,9 @@ from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.prepared import Prepared
 from lightrft.strategy.utils import environment, moving_average, optimizers, saving
 from lightrft.strategy.utils.loss_scale import LossScale
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 __all__ = ["FakeEngine", "FakeStrategy", "get_fake_strategy"]
 

@@ -122,7 +122,7 @@ def test_four_models_are_prepared_at_once(backend):
     def program():
         strategy = get_strategy(args_of(backend))
         models = [workload.transformer(seed) for seed in range(4)]
-        actor, critic, reward_model, ref_model = strategy.prepare(*models, is_rlhf=True)
+        actor, critic, _reward_model, _ref_model = strategy.prepare(*models, is_rlhf=True)
         return [strategy.unwrap_model(one) is given for one, given in zip((actor, critic), models[:2], strict=True)]
 
     assert in_world(program) == [[True, True]] * 2
@@ -189,18 +189,19 @@ def test_the_optimizer_is_loaded_and_offloaded_around_training(backend):
     assert in_world(program) == [2, 2]
 
 
+HIGH_THROUGHPUT = """--zero_stage 2 --engine_tp_size 4 --engine_mem_util 0.9 --enable_engine_sleep
+    --micro_train_batch_size 1 --train_batch_size 128"""
+MEMORY_EFFICIENT = """--fsdp --fsdp_cpu_offload --use_mp_opt --engine_tp_size 2 --engine_mem_util 0.85
+    --enable_engine_sleep --micro_train_batch_size 1 --train_batch_size 64"""
+VISION = "--fsdp --engine_tp_size 4 --mixed_mm_data --packing_samples --enable_engine_sleep --plot_every 20"
+OTHERS = """--bf16 --sp_size 4 --fused_linear_logprob --chunk_size 4096 --log_dir ./logs --plot_every 10
+    --disable_engine_sleep --engine_type sglang --adam_offload"""
+
+
 def test_the_flags_of_the_guide_are_understood():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    for line in (
-        "--zero_stage 2 --engine_tp_size 4 --engine_mem_util 0.9 --enable_engine_sleep --micro_train_batch_size 1 "
-        "--train_batch_size 128",
-        "--fsdp --fsdp_cpu_offload --use_mp_opt --engine_tp_size 2 --engine_mem_util 0.85 --enable_engine_sleep "
-        "--micro_train_batch_size 1 --train_batch_size 64",
-        "--fsdp --engine_tp_size 4 --mixed_mm_data --packing_samples --enable_engine_sleep --plot_every 20",
-        "--bf16 --sp_size 4 --fused_linear_logprob --chunk_size 4096 --log_dir ./logs --plot_every 10 "
-        "--disable_engine_sleep --engine_type sglang --adam_offload",
-    ):
+    for line in (HIGH_THROUGHPUT, MEMORY_EFFICIENT, VISION, OTHERS):
         config = StrategyConfig.from_args(parser.parse_args(line.split()))
         config.check_world(8)
 
