@@ -115,7 +115,7 @@ class FakeStrategy(BackendStrategy):
 
     def create_optimizer(self, model: nn.Module, **kwargs: Any) -> Optimizer:
         prepared = self.prepared.find(model)
-        settings = optimizers.settings(self.config, **kwargs)
+        settings = optimizers.adamw_settings(self.config, kwargs)
         decay = settings.pop("weight_decay")
         groups = optimizers.parameter_groups(model if prepared is None else prepared.module, decay)
         if prepared is None:
@@ -228,7 +228,8 @@ class FakeStrategy(BackendStrategy):
 
     def moving_average(self, model: nn.Module, ema: nn.Module, beta: float = 0.992, device: str = "cpu") -> None:
         source, target = self.unwrap_model(model), self.unwrap_model(ema)
-        moving_average.update(source, target, beta=beta, device=torch.device(device))
+        moving_average.update(source.named_parameters(), target.named_parameters(), beta, device)
+        moving_average.copy_buffers(source.named_buffers(), target.named_buffers())
         self._adopt_weights(ema)
 
     def _adopt_weights(self, model: nn.Module) -> None:

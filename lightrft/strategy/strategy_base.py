@@ -19,7 +19,7 @@ from lightrft.strategy import engine as engines
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.groups import ParallelGroups
 from lightrft.strategy.prepared import Registry
-from lightrft.strategy.utils import collectives, data, environment, leaves, memory, schedulers, seeds
+from lightrft.strategy.utils import collectives, data, environment, leaves, memory, printing, schedulers, seeds
 
 if TYPE_CHECKING:
     import torch
@@ -132,8 +132,7 @@ class StrategyBase(ABC):
 
     def print(self, *message: object) -> None:
         """Print on rank 0, at once; nothing on the others."""
-        if self.is_rank_0():
-            print(*message, flush=True)  # noqa: T201 - this is what it is for
+        printing.print_from_first(self.get_rank(), *message)
 
     def set_seed(self, seed: int) -> None:
         """Seed the generators of Python, NumPy and torch: the same on every rank."""
@@ -483,11 +482,11 @@ class StrategyBase(ABC):
 
     def report_memory(self, prefix: str = "") -> None:
         """Print what memory rank 0 uses."""
-        self.print(memory.report(prefix))
+        self.print(memory.memory_report(prefix, self.device))
 
     def sync_and_clear_cache(self) -> None:
         """Wait for the device, and give back memory that the allocator keeps unused."""
-        memory.sync_and_clear_cache()
+        memory.sync_and_clear_cache(self.device)
 
     # -- Inference engine ---------------------------------------------------------------------------------------------
 

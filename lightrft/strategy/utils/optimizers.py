@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import ConfigError
@@ -10,7 +10,27 @@ from lightrft.errors import ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["parameter_groups"]
+    from lightrft.strategy.config import StrategyConfig
+
+__all__ = ["adamw_settings", "parameter_groups"]
+
+
+def adamw_settings(config: StrategyConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of an AdamW: what is ``given``, and for the rest what ``config`` says.
+
+    Raises:
+        ConfigError: a name is none of ``lr``, ``betas``, ``eps``, ``weight_decay``.
+    """
+    usual = {
+        "lr": config.actor_learning_rate,
+        "betas": config.adam_betas,
+        "eps": 1e-8,
+        "weight_decay": config.weight_decay,
+    }
+    unknown = [name for name in given if name not in usual]
+    if unknown:
+        raise ConfigError(f"create_optimizer got {', '.join(unknown)}: expected some of {', '.join(usual)}")
+    return usual | {name: value for name, value in given.items() if value is not None}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, no_decay: Sequence[str] = ()) -> list[dict[str, Any]]:
