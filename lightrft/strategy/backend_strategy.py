@@ -331,12 +331,13 @@ class BackendStrategy(StrategyBase):
     def _refuse_offloaded(self, prepared: Prepared) -> None:
         if prepared.offloaded_at is not None:
             raise OffloadStateError(
-                f"training at {call_site(3)}: the model is offloaded, since {prepared.offloaded_at}; call reload_model first"
+                f"training at {call_site(3)}: the model is offloaded, since {prepared.offloaded_at}; call reload_model "
+                "first"
             )
         if prepared.optimizer_offloaded_at is not None:
             raise OffloadStateError(
-                f"training at {call_site(3)}: the optimizer is offloaded, since {prepared.optimizer_offloaded_at}; call "
-                "maybe_load_optimizer first"
+                f"training at {call_site(3)}: the optimizer is offloaded, since {prepared.optimizer_offloaded_at}; "
+                "call maybe_load_optimizer first"
             )
 
     def maybe_offload_optimizer(self, optimizer: Optimizer) -> None:

@@ -3,17 +3,7 @@
 import pytest
 
 from lightrft.sim import SimWorld, contracts
-from lightrft.sim.contracts.strategy import Subject
-
-SETTINGS = {
-    "fake, as FSDP": {"strategy": "fake", "fsdp": True},
-    "fake, as DeepSpeed": {"strategy": "fake"},
-    "FSDP": {"fsdp": True},
-    "ZeRO-1": {"zero_stage": 1},
-    "ZeRO-2": {"zero_stage": 2},
-    "ZeRO-3": {"zero_stage": 3},
-}
-LACKS = {name: {} for name in SETTINGS}
+from lightrft.sim.contracts.strategy import LACKS, SETTINGS, Subject
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])

@@ -217,7 +217,9 @@ def test_a_name_is_a_string(name):
 
 @pytest.mark.parametrize("wrong", [object, "FakeStrategy", lambda: None, None])
 def test_only_a_subclass_of_the_base_is_registered(wrong):
-    with pytest.raises(ConfigError, match="expected a class that inherits from lightrft.strategy.strategy_base.Strat"):
+    with pytest.raises(
+        ConfigError, match="expected a class that inherits from lightrft.strategy.strategy_base.StrategyBase"
+    ):
         register_strategy("mine", wrong)
 
 

@@ -15,14 +15,46 @@ from lightrft.strategy.fsdp.fsdpv2 import FSDPV2Strategy
 
 STRATEGIES = [DeepspeedStrategy, FSDPV2Strategy, FakeStrategy]
 
-SURFACE = """
-all_gather all_reduce backward create_optimizer drop_partial_accumulation engine_generate_local engines_sleep
-engines_wake_up full_parameters gather_and_generate get_rank inference_engine_status init_model_context is_rank_0
-load_ckpt maybe_load_optimizer maybe_offload_optimizer maybe_sleep_inference_engine moving_average offload_model
-optimizer_step prepare prepare_model prepare_models_and_optimizers prepare_reward_model print reload_model
-report_memory save_ckpt save_model set_seed setup_dataloader setup_distributed setup_inference_engine
-sync_and_clear_cache unwrap_model update_engine_weights wakeup_inference_engine
-""".split()
+SURFACE = [
+    "all_gather",
+    "all_reduce",
+    "backward",
+    "create_optimizer",
+    "drop_partial_accumulation",
+    "engine_generate_local",
+    "engines_sleep",
+    "engines_wake_up",
+    "full_parameters",
+    "gather_and_generate",
+    "get_rank",
+    "inference_engine_status",
+    "init_model_context",
+    "is_rank_0",
+    "load_ckpt",
+    "maybe_load_optimizer",
+    "maybe_offload_optimizer",
+    "maybe_sleep_inference_engine",
+    "moving_average",
+    "offload_model",
+    "optimizer_step",
+    "prepare",
+    "prepare_model",
+    "prepare_models_and_optimizers",
+    "prepare_reward_model",
+    "print",
+    "reload_model",
+    "report_memory",
+    "save_ckpt",
+    "save_model",
+    "set_seed",
+    "setup_dataloader",
+    "setup_distributed",
+    "setup_inference_engine",
+    "sync_and_clear_cache",
+    "unwrap_model",
+    "update_engine_weights",
+    "wakeup_inference_engine",
+]
 
 
 def public(cls):
@@ -129,6 +161,6 @@ print("done")
 
 
 def test_k01_strategies_need_neither_cuda_nor_the_libraries_below():
-    found = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=120)
+    found = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stdout == "done\n"
