@@ -222,5 +222,12 @@ TRANSFORMERS = Library(
     },
 )
 
-LIBRARIES = (TORCH, DEEPSPEED, ACCELERATE, TRANSFORMERS)
+LIGHTRFT = Library(
+    name="lightrft",
+    oldest=(0, 1),
+    newest=(0, 1),
+    state={"strategy.strategy": ("_registered",)},
+)
+
+LIBRARIES = (TORCH, DEEPSPEED, ACCELERATE, TRANSFORMERS, LIGHTRFT)
 """Every library whose state is switched."""
