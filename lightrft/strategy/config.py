@@ -26,6 +26,7 @@ _ENGINE = "Inference engine"
 _ROLLOUT = "Rollouts"
 _MONITORING = "Monitoring"
 _DTYPES = ("fp32", "bf16", "fp16")
+_SCHEDULES = ("constant", "linear", "cosine_with_min_lr")
 _NO_STAGE = {0: "stage 0 shards nothing; stage 1 trains the same and needs less memory"}
 _DEFAULT_LOG_DIR = "./logs"
 
@@ -52,6 +53,12 @@ class StrategyConfig:
     critic_learning_rate: float = setting(9e-6, _TRAINING, "learning rate of the critic", at_least=0)
     adam_betas: tuple[float, float] = setting((0.9, 0.95), _TRAINING, "the two betas of Adam", at_least=0, below=1)
     weight_decay: float = setting(0.0, _TRAINING, "weight decay, not of biases and norms", at_least=0)
+    lr_scheduler: str = setting(
+        "cosine_with_min_lr", _TRAINING, "how learning rates change after the warm-up", choices=_SCHEDULES
+    )
+    lr_warmup_ratio: float = setting(
+        0.03, _TRAINING, "share of the steps in which learning rates rise to their peak", at_least=0, at_most=1
+    )
     gradient_checkpointing: bool = setting(False, _TRAINING, "recompute activations in the backward pass")
     pretrain: str | None = setting(None, _TRAINING, "path or name of the model to start from")
 

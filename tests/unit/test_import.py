@@ -1,5 +1,6 @@
 """What importing the package loads, seen from a fresh interpreter."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -8,6 +9,12 @@ import textwrap
 import pytest
 
 HEAVY = ["deepspeed", "vllm", "sglang", "transformers"]
+
+LIGHT = [
+    "import lightrft.strategy",
+    "from lightrft.strategy import StrategyConfig, get_strategy, register_strategy",
+    "from lightrft.utils import add_arguments",
+]
 
 # Stand-ins make every heavy library look installed, so that an import is seen whether or not the real one is there.
 WATCH = """
@@ -43,7 +50,14 @@ def load(statement: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import lightrft", "import lightrft.errors", "import lightrft.sim", "from lightrft.sim import SimWorld"],
+    [
+        "import lightrft",
+        "import lightrft.errors",
+        "import lightrft.sim",
+        "from lightrft.sim import SimWorld",
+        *LIGHT,
+        "from lightrft.strategy import FakeStrategy, StrategyBase, is_engine",
+    ],
 )
 def test_k01_importing_loads_no_backend(statement):
     seen = load(statement)
@@ -51,7 +65,7 @@ def test_k01_importing_loads_no_backend(statement):
     assert seen["heavy"] == []
 
 
-@pytest.mark.parametrize("statement", ["import lightrft", "import lightrft.errors"])
+@pytest.mark.parametrize("statement", ["import lightrft", "import lightrft.errors", *LIGHT])
 def test_k01_importing_the_package_loads_no_torch(statement):
     assert not {"torch", "numpy"} & set(load(statement)["modules"])
 
@@ -61,3 +75,13 @@ def test_the_watch_sees_a_heavy_import_even_one_that_is_guarded(name):
     assert load(f"import lightrft, contextlib; exec('with contextlib.suppress(ImportError): import {name}')")[
         "heavy"
     ] == [name]
+
+
+@pytest.mark.parametrize("package", ["lightrft.strategy", "lightrft.utils"])
+def test_every_name_that_a_package_lists_is_there(package):
+    module = importlib.import_module(package)
+    assert set(module.__all__) <= set(dir(module))
+    for name in module.__all__:
+        assert getattr(module, name).__name__ == name
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        _ = module.nothing
