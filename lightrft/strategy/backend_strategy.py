@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightrft.errors import ConfigError, OffloadStateError
+from lightrft.errors import CheckpointError, ConfigError, OffloadStateError
 from lightrft.strategy.prepared import Prepared
 from lightrft.strategy.strategy_base import StrategyBase, call_site, check_model
 from lightrft.strategy.utils.checkpoints import CheckpointFolder
@@ -236,7 +236,7 @@ class BackendStrategy(StrategyBase):
     # -- Checkpoints --------------------------------------------------------------------------------------------------
 
     def _folder(self, save_dir: str) -> CheckpointFolder:
-        return CheckpointFolder(save_dir, rank=self.get_rank(), world_size=self.world_size)
+        return CheckpointFolder(save_dir)
 
     def save_ckpt(
         self,
@@ -266,7 +266,7 @@ class BackendStrategy(StrategyBase):
             save_latest=save_latest,
         ) as path:
             self._write(prepared, path)
-        return str(folder.path / tag)
+        return str(folder.save_dir / tag)
 
     def load_ckpt(
         self,
@@ -284,16 +284,23 @@ class BackendStrategy(StrategyBase):
         prepared = self._remembering(model, optimizer, scheduler)
         self.drop_partial_accumulation(model)
         folder = self._folder(load_dir)
-        found = folder.find(tag)
+        path = folder.find(tag)
+        info = folder.info(path)
+        if info.backend != self.backend:
+            raise CheckpointError(
+                f"{path} was written by the {info.backend} backend, and this is {self.backend}: convert it with "
+                "`lightrft ckpt convert`, or load it with the backend that wrote it"
+            )
         whole = not load_module_only
-        self._read(prepared, found.path, Loading(strict=load_module_strict, optimizer=whole and load_optimizer_states))
+        self._read(prepared, path, Loading(strict=load_module_strict, optimizer=whole and load_optimizer_states))
         if not whole:
-            return str(found.path), {}
-        prepared.steps = found.steps
-        if load_lr_scheduler_states and prepared.scheduler is not None:
-            prepared.scheduler.load_state_dict(folder.load_scheduler_state(found.path))
-        folder.restore_random_state(found.path)
-        return str(found.path), folder.load_client_state(found.path)
+            return str(path), {}
+        prepared.steps = info.steps
+        scheduler_state = folder.load_scheduler_state(path)
+        if load_lr_scheduler_states and prepared.scheduler is not None and scheduler_state is not None:
+            prepared.scheduler.load_state_dict(scheduler_state)
+        folder.restore_random_state(path)
+        return str(path), folder.load_client_state(path)
 
     def _remembering(self, model: torch.nn.Module, optimizer: Optimizer | None, scheduler: Any) -> Prepared:
         prepared = self.prepared.of(model)

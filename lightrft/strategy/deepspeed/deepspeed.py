@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightrft.errors import ConfigError
 from lightrft.strategy.backend_strategy import BackendStrategy, Loading, Step
-from lightrft.strategy.deepspeed import accumulation, parameters, runtime
+from lightrft.strategy.deepspeed import accumulation, parameters, restoring, runtime
 from lightrft.strategy.deepspeed.deepspeed_utils import evaluation_config, evaluation_stage, training_config
 from lightrft.strategy.prepared import Prepared
 
@@ -129,7 +129,7 @@ class DeepspeedStrategy(BackendStrategy):
         engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
 
     def _read(self, prepared: Prepared, folder: Path, loading: Loading) -> None:
-        raise NotImplementedError
+        restoring.restore(prepared.model, folder, strict=loading.strict, optimizer=loading.optimizer)
 
     def save_model(self, model: torch.nn.Module, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
         raise NotImplementedError
