@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,15 +106,6 @@ class BackendStrategy(StrategyBase):
     def _move_optimizer(self, prepared: Prepared, device: torch.device) -> None:
         """Move the states of the optimizer."""
 
-    @abstractmethod
-    def full_parameters(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """The whole parameters of ``model``, one after the other, each only until the next is asked for. *Collective*.
-
-        Yields:
-            The name in a checkpoint, and the tensor, whole on every rank, in the dtype that the model computes in. A
-            parameter that is tied to another one comes once.
-        """
-
     # -- Preparing ----------------------------------------------------------------------------------------------------
 
     def prepare(self, *models_or_pairs: Any, is_rlhf: bool = False) -> Any:  # noqa: ARG002 - see StrategyBase
@@ -161,11 +152,23 @@ class BackendStrategy(StrategyBase):
         if self.prepared.find(model) is not None:
             raise ConfigError(f"{type(model).__name__} is prepared already: prepare each model once")
         self._check_shard_size(shard_size)
+        self._share_sequences(model, training=training)
         wrapped, stepping = self._shard(
             model, optimizer, training=training, shard_size=shard_size, reshard_after_forward=reshard_after_forward
         )
         prepared = Prepared(optimizer=stepping, scheduler=scheduler, training=training)
         return self.prepared.add(prepared, model=wrapped, module=self.unwrap_model(wrapped))
+
+    def _share_sequences(self, model: torch.nn.Module, *, training: bool) -> None:
+        """Let the attention of ``model`` work on slices; a frozen model without any may see whole sequences."""
+        from lightrft.strategy.utils import sequence_parallel
+
+        if self.groups.sp is not None and (training or hasattr(self.unwrap_model(model), "config")):
+            sequence_parallel.enable(model, self.groups.sp)
+
+    def _known(self, model: torch.nn.Module, optimizer: Optimizer | None = None) -> Prepared:  # noqa: ARG002
+        """What is known of ``model``; a backend may take in one that was never prepared, with its ``optimizer``."""
+        return self.prepared.of(model)
 
     def _check_shard_size(self, shard_size: int) -> None:
         if shard_size != -1 and (shard_size < 1 or self.world_size % shard_size):
@@ -208,7 +211,7 @@ class BackendStrategy(StrategyBase):
 
     def _trained(self, model: torch.nn.Module, optimizer: Optimizer | None) -> Prepared:
         """What is known of ``model``, which is being trained with ``optimizer``."""
-        prepared = self.prepared.of(model)
+        prepared = self._known(model, optimizer)
         if not prepared.training:
             raise ConfigError(
                 f"{type(prepared.module).__name__} was prepared for evaluation: pass it to prepare() with trainable "
@@ -219,7 +222,7 @@ class BackendStrategy(StrategyBase):
         return prepared
 
     def drop_partial_accumulation(self, model: torch.nn.Module) -> int:
-        prepared = self.prepared.of(model)
+        prepared = self._known(model)
         dropped = prepared.micro_steps
         if dropped:
             warnings.warn(
@@ -236,7 +239,7 @@ class BackendStrategy(StrategyBase):
     # -- Checkpoints --------------------------------------------------------------------------------------------------
 
     def _folder(self, save_dir: str) -> CheckpointFolder:
-        return CheckpointFolder(save_dir)
+        return CheckpointFolder(save_dir, rank=self.get_rank(), world_size=self.world_size)
 
     def save_ckpt(
         self,
@@ -284,26 +287,26 @@ class BackendStrategy(StrategyBase):
         prepared = self._remembering(model, optimizer, scheduler)
         self.drop_partial_accumulation(model)
         folder = self._folder(load_dir)
-        path = folder.find(tag)
-        info = folder.info(path)
+        found = folder.find(tag)
+        info = folder.info(found)
         if info.backend != self.backend:
             raise CheckpointError(
-                f"{path} was written by the {info.backend} backend, and this is {self.backend}: convert it with "
+                f"{found} was written by the {info.backend} backend, and this is {self.backend}: convert it with "
                 "`lightrft ckpt convert`, or load it with the backend that wrote it"
             )
         whole = not load_module_only
-        self._read(prepared, path, Loading(strict=load_module_strict, optimizer=whole and load_optimizer_states))
+        self._read(prepared, found, Loading(strict=load_module_strict, optimizer=whole and load_optimizer_states))
         if not whole:
-            return str(path), {}
+            return str(found), {}
         prepared.steps = info.steps
-        scheduler_state = folder.load_scheduler_state(path)
+        scheduler_state = folder.load_scheduler_state(found)
         if load_lr_scheduler_states and prepared.scheduler is not None and scheduler_state is not None:
             prepared.scheduler.load_state_dict(scheduler_state)
-        folder.restore_random_state(path)
-        return str(path), folder.load_client_state(path)
+        folder.restore_random_state(found)
+        return str(found), folder.load_client_state(found)
 
     def _remembering(self, model: torch.nn.Module, optimizer: Optimizer | None, scheduler: Any) -> Prepared:
-        prepared = self.prepared.of(model)
+        prepared = self._known(model, optimizer)
         prepared.optimizer = optimizer if optimizer is not None else prepared.optimizer
         prepared.scheduler = scheduler if scheduler is not None else prepared.scheduler
         return prepared
@@ -313,7 +316,7 @@ class BackendStrategy(StrategyBase):
     def offload_model(self, model: torch.nn.Module) -> None:
         import torch
 
-        prepared = self.prepared.of(model)
+        prepared = self._known(model)
         if prepared.offloaded_at is not None:
             raise OffloadStateError(
                 f"offload_model at {call_site()}: the model is offloaded already, since {prepared.offloaded_at}; "
@@ -324,7 +327,7 @@ class BackendStrategy(StrategyBase):
         prepared.offloaded_at = call_site()
 
     def reload_model(self, model: torch.nn.Module) -> None:
-        prepared = self.prepared.of(model)
+        prepared = self._known(model)
         if prepared.offloaded_at is None:
             raise OffloadStateError(f"reload_model at {call_site()}: the model was not offloaded")
         self._move_model(prepared, self.device)

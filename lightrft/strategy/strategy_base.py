@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -199,6 +199,15 @@ class StrategyBase(ABC):
     @abstractmethod
     def unwrap_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """The module inside ``model``, whatever the backend put around it."""
+
+    @abstractmethod
+    def full_parameters(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """The whole parameters of ``model``, one after the other, each only until the next is asked for. *Collective*.
+
+        Yields:
+            The name in a checkpoint, and the tensor, whole on every rank, in the dtype that the model computes in. A
+            parameter that is tied to another one comes once.
+        """
 
     def prepare_reward_model(self, reward_model: Any, shard_size: int = -1) -> Any:
         """Freeze one reward model, or each of a list, and spread it over the ranks. *Collective*.

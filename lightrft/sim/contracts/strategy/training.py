@@ -1,0 +1,269 @@
+"""ST101 and on: gradients, optimizer steps, clipping and accumulation."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+
+from lightrft.errors import ConfigError
+from lightrft.sim.contracts.strategy import workload
+from lightrft.sim.contracts.strategy.capabilities import contract
+from lightrft.sim.contracts.strategy.subject import Make, Subject, refused
+from lightrft.sim.contracts.strategy.workload import BATCH, Recipe, Told
+
+SGD = Recipe()
+CLIPPED = Recipe(optimizer="adamw", max_norm=0.05)
+
+
+def accumulating(size: int, times: int, sp_size: int = 1) -> dict[str, int]:
+    """Settings with which a rank has ``times`` micro-batches in each step."""
+    micro = BATCH * sp_size // (size * times)
+    return {"train_batch_size": BATCH, "micro_train_batch_size": micro, "sp_size": sp_size}
+
+
+def _train(make: Make, recipe: Recipe, settings: dict[str, Any]) -> Told:
+    return workload.train(make(max_norm=recipe.max_norm, **settings), recipe)
+
+
+def _agrees(subject: Subject, recipe: Recipe, settings: dict[str, Any]) -> None:
+    for rank, told in enumerate(subject.run(_train, recipe, settings)):
+        workload.close(told, workload.plain(recipe), what=f"rank {rank}")
+
+
+@contract.check(101)
+def check_a_step_is_that_of_one_big_batch(subject: Subject) -> None:
+    """Ranks that train on parts of a batch end with the losses, norms and weights of one process with all of it."""
+    _agrees(subject, SGD, accumulating(subject.size, 1))
+
+
+@contract.check(102)
+def check_accumulation_averages_micro_batches(subject: Subject) -> None:
+    """Several micro-batches a step end as one big batch does (F13, K04)."""
+    _agrees(subject, SGD, accumulating(subject.size, 4))
+
+
+@contract.check(103)
+def check_gradients_are_clipped_to_the_global_norm(subject: Subject) -> None:
+    """Clipping is by the norm over all ranks and parameters, and the norm before it is told (K03)."""
+    _agrees(subject, Recipe(max_norm=0.05), accumulating(subject.size, 2))
+
+
+@contract.check(104)
+def check_adamw_with_clipping(subject: Subject) -> None:
+    """AdamW with weight decay and clipping ends as in one process."""
+    _agrees(subject, CLIPPED, accumulating(subject.size, 1))
+
+
+def _steps(make: Make) -> list[bool]:
+    strategy = make(train_batch_size=4 * make.world_size, micro_train_batch_size=1)
+    model = workload.transformer()
+    model, optimizer, _ = strategy.prepare((model, SGD.make(model.parameters()), None))
+    stepped = []
+    for _ in range(2):
+        for ids in workload.micro_batches(strategy, 0, 4 * strategy.world_size):
+            strategy.backward(workload.loss_of(model(ids), ids), model, optimizer)
+            stepped.append(strategy.optimizer_step(optimizer, model, None, name="actor") is not None)
+    return stepped
+
+
+@contract.check(105)
+def check_the_optimizer_steps_after_its_last_micro_batch(subject: Subject) -> None:
+    """`optimizer_step` returns a norm after every `accumulated_gradient`-th micro-batch, and None after the others."""
+    for found in subject.run(_steps):
+        if found != [False, False, False, True] * 2:
+            raise AssertionError(f"stepped after these micro-batches: {found}")
+
+
+def _partial(make: Make) -> tuple[int, list[str], Told]:
+    settings = {"train_batch_size": BATCH, "micro_train_batch_size": BATCH // (4 * make.world_size), "max_norm": 0.0}
+    strategy = make(**settings)
+    model = workload.transformer()
+    model, optimizer, _ = strategy.prepare((model, SGD.make(model.parameters()), None))
+    ids = next(workload.micro_batches(strategy, 99))
+    strategy.backward(workload.loss_of(model(ids), ids), model, optimizer)
+    strategy.optimizer_step(optimizer, model, None)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        dropped = strategy.drop_partial_accumulation(model)
+    losses, norms = [], []
+    for step in range(2):
+        total, norm = 0.0, None
+        for ids in workload.micro_batches(strategy, step):
+            loss = workload.loss_of(model(ids), ids)
+            strategy.backward(loss, model, optimizer)
+            norm = strategy.optimizer_step(optimizer, model, None)
+            total += loss.item()
+        losses.append(strategy.all_reduce(total / 4))
+        norms.append(norm if norm is not None else math.nan)
+    told = Told(losses=losses, norms=norms, weights=workload.weights(strategy, model))
+    return dropped, [str(one.message) for one in seen if issubclass(one.category, UserWarning)], told
+
+
+@contract.check(106)
+def check_a_partial_accumulation_does_not_leak(subject: Subject) -> None:
+    """Gradients of micro-batches without a step are dropped with a warning, and change nothing later (K04)."""
+    for dropped, seen, told in subject.run(_partial):
+        if dropped != 1 or not any("1 of 4 micro-batches" in message for message in seen):
+            raise AssertionError(f"dropped {dropped} micro-batches, with the warnings {seen}")
+        workload.close(told, workload.plain(Recipe(steps=2)), what="after dropping")
+
+
+def _schedule(make: Make, poison: bool) -> list[float]:
+    strategy = make(max_norm=0.0)
+    model = workload.transformer()
+    optimizer = SGD.make(model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    model, optimizer, scheduler = strategy.prepare((model, optimizer, scheduler))
+    rates = []
+    for step in range(2):
+        ids = next(workload.micro_batches(strategy, step, strategy.groups.dp_size))
+        loss = workload.loss_of(model(ids), ids)
+        if poison and step == 0 and strategy.get_rank() == strategy.world_size - 1:
+            loss = loss * math.nan
+        strategy.backward(loss, model, optimizer)
+        strategy.optimizer_step(optimizer, model, scheduler)
+        rates.append(optimizer.param_groups[0]["lr"])
+    finite = all(bool(value.isfinite().all()) for value in workload.weights(strategy, model).values())
+    return [*rates, float(finite)]
+
+
+@contract.check(107)
+def check_the_scheduler_steps_with_the_optimizer(subject: Subject) -> None:
+    """Each optimizer step is one step of the scheduler, and reaches the learning rate that the optimizer uses."""
+    for found in subject.run(_schedule, False):
+        if found != [0.05, 0.025, 1.0]:
+            raise AssertionError(f"learning rates after each step, and whether weights are finite: {found}")
+
+
+@contract.check(108, "skips_nan")
+def check_a_nan_on_one_rank_skips_the_step_on_all(subject: Subject) -> None:
+    """A gradient that is not finite on one rank is a skipped step on every rank: scheduler and weights stay (K11, K17)."""
+    for found in subject.run(_schedule, True):
+        if found != [0.1, 0.05, 1.0]:
+            raise AssertionError(f"learning rates after each step, and whether weights are finite: {found}")
+
+
+def _unused(make: Make) -> float:
+    strategy = make(max_norm=1.0)
+    model = workload.transformer()
+    model.unused = torch.nn.Linear(3, 3)
+    model, optimizer, _ = strategy.prepare((model, CLIPPED.make(model.parameters()), None))
+    ids = next(workload.micro_batches(strategy, 0, strategy.groups.dp_size))
+    strategy.backward(workload.loss_of(model(ids), ids), model, optimizer)
+    norm = strategy.optimizer_step(optimizer, model, None)
+    return math.nan if norm is None else norm
+
+
+@contract.check(109)
+def check_a_parameter_without_gradient_is_fine(subject: Subject) -> None:
+    """A parameter that the loss does not reach takes part in no norm and stops nothing (K17)."""
+    for found in subject.run(_unused):
+        if not 0 < found < math.inf:
+            raise AssertionError(f"the norm is {found}")
+
+
+def _unprepared(make: Make) -> list[str]:
+    strategy = make()
+    model = workload.transformer()
+    frozen = strategy.prepare_model(workload.transformer(1).requires_grad_(False))
+    loss = torch.zeros((), requires_grad=True)
+    return [
+        refused(lambda: strategy.backward(loss, frozen, None), ConfigError),  # type: ignore[arg-type]
+        refused(lambda: strategy.prepare(), ConfigError),
+        refused(lambda: strategy.prepare("model"), ConfigError),
+        refused(lambda: strategy.prepare_model(model, shard_size=strategy.world_size + 1), ConfigError),
+        refused(lambda: strategy.all_reduce(1.0, op="median"), ConfigError),
+    ]
+
+
+@contract.check(110)
+def check_what_cannot_be_trained_is_refused(subject: Subject) -> None:
+    """A frozen model in `backward`, nothing or no model in `prepare`, a shard size that does not fit, an unknown reduction: each is a ConfigError that says what is allowed (K08, K19)."""  # noqa: E501
+    for found in subject.run(_unprepared):
+        wanted = ("evaluation", "nothing", "str", f"{subject.size + 1}", "mean")
+        for message, word in zip(found, wanted, strict=True):
+            if word not in message:
+                raise AssertionError(f"expected {word!r} in {message!r}")
+
+
+@contract.check(111)
+def check_tied_weights_stay_tied(subject: Subject) -> None:
+    """An output layer that is the embedding stays so, and gets the gradient of both uses once (K18)."""
+    recipe = Recipe(tied=True)
+    for told in subject.run(_train, recipe, accumulating(subject.size, 2)):
+        workload.close(told, workload.plain(recipe), what="tied weights")
+
+
+def _alternating(make: Make) -> list[dict[str, torch.Tensor]]:
+    strategy = make(max_norm=0.0, train_batch_size=BATCH, micro_train_batch_size=BATCH // (2 * make.world_size))
+    pairs = []
+    for seed in (0, 1):
+        model = workload.transformer(seed)
+        pairs.append(strategy.prepare((model, SGD.make(model.parameters()), None))[:2])
+    for step in range(2):
+        for ids in workload.micro_batches(strategy, step):
+            for model, optimizer in pairs:
+                strategy.backward(workload.loss_of(model(ids), ids), model, optimizer)
+                strategy.optimizer_step(optimizer, model, None)
+    return [workload.weights(strategy, model) for model, _ in pairs]
+
+
+@contract.check(112)
+def check_two_models_are_trained_in_turn(subject: Subject) -> None:
+    """Actor and critic count their micro-batches each for itself."""
+    expected = workload.plain(Recipe(steps=2)).weights
+    for actor, critic in subject.run(_alternating):
+        workload.same(actor, expected, what="the first of two models")
+        if torch.equal(actor["head.weight"], critic["head.weight"]):
+            raise AssertionError("both models have the same weights")
+
+
+def _mixed(make: Make, settings: dict[str, Any]) -> list[float]:
+    recipe = Recipe(steps=3)
+    return workload.train(make(max_norm=0.0, **settings), recipe).losses
+
+
+@contract.check(113, "bf16")
+def check_bfloat16(subject: Subject) -> None:
+    """In bfloat16 the losses are those of float32 within 0.05."""
+    _rounded(subject, {"bf16": True})
+
+
+@contract.check(114, "fp16")
+def check_float16(subject: Subject) -> None:
+    """In float16, with loss scaling, the losses are those of float32 within 0.05."""
+    _rounded(subject, {"fp16": True})
+
+
+def _rounded(subject: Subject, settings: dict[str, Any]) -> None:
+    expected = workload.plain(Recipe(steps=3)).losses
+    for found in subject.run(_mixed, {**settings, **accumulating(subject.size, 1)}):
+        worst = max(abs(one - other) for one, other in zip(found, expected, strict=True))
+        if not worst <= 0.05:
+            raise AssertionError(f"losses {found}, and {expected} in float32")
+
+
+def _defaults(make: Make) -> tuple[float, list[float]]:
+    strategy = make(actor_learning_rate=0.003, weight_decay=0.1)
+    before, after = workload.transformer(), workload.transformer(1)
+    optimizer = strategy.create_optimizer(before)
+    model, optimizer, _ = strategy.prepare((before, optimizer, None))
+    other = strategy.prepare(after)
+    later = strategy.create_optimizer(other)
+    ids = next(workload.micro_batches(strategy, 0, strategy.groups.dp_size))
+    for one, stepping in ((model, optimizer), (other, later)):
+        strategy.backward(workload.loss_of(one(ids), ids), one, stepping)
+        strategy.optimizer_step(stepping, one, None)
+    moved = float((workload.weights(strategy, other)["head.weight"] - workload.transformer(1).head.weight).abs().max())
+    return moved, sorted({group["weight_decay"] for group in optimizer.param_groups})
+
+
+@contract.check(115)
+def check_an_optimizer_needs_no_arguments(subject: Subject) -> None:
+    """`create_optimizer(model)` works before and after `prepare`, with the settings of the strategy (K30)."""
+    for moved, decays in subject.run(_defaults):
+        if not 0.002 < moved < 0.004 or decays != [0.0, 0.1]:
+            raise AssertionError(f"the first step moved weights by {moved}, and the weight decays are {decays}")

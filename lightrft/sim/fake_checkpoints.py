@@ -1,0 +1,212 @@
+"""What a checkpoint folder of FakeStrategy holds: the files that the mirrored backend writes.
+
+Both layouts load at any number of ranks: a flat buffer is cut into parts of equal size, so that parts joined in the
+order of ranks and cut anew are the parts of another world.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from lightrft.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from lightrft.sim.flat_parameters import FlatParameters, Piece
+    from lightrft.strategy.backend_strategy import Loading
+    from lightrft.strategy.prepared import Prepared
+
+__all__ = ["LAYOUTS", "Layout"]
+
+
+class Layout(Protocol):
+    """How one backend lays out a checkpoint folder."""
+
+    def write(self, prepared: Prepared, flat: list[FlatParameters], folder: Path, rank: int) -> None:
+        """Write model and optimizer. *Collective*."""
+
+    def read(self, prepared: Prepared, flat: list[FlatParameters], folder: Path, loading: Loading) -> None:
+        """Take model and optimizer. *Collective*."""
+
+
+class DeepSpeedLayout:
+    """One file with the weights, written by rank 0, and one file of each rank with its part of the optimizer."""
+
+    model_file = "mp_rank_00_model_states.pt"
+
+    @staticmethod
+    def _rank_file(rank: int) -> str:
+        return f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+    def write(self, prepared: Prepared, flat: list[FlatParameters], folder: Path, rank: int) -> None:
+        """Write model and optimizer."""
+        if rank == 0:
+            torch.save({"module": prepared.module.state_dict()}, folder / self.model_file)
+        torch.save([optimizer_part(prepared.optimizer, one) for one in flat], folder / self._rank_file(rank))
+
+    def read(self, prepared: Prepared, flat: list[FlatParameters], folder: Path, loading: Loading) -> None:
+        """Take model and optimizer."""
+        _load_module(prepared.module, _load(folder / self.model_file)["module"], strict=loading.strict)
+        parts = [_load(path) for path in self._rank_files(folder)] if loading.optimizer else []
+        for index, one in enumerate(flat):
+            one.adopt_weights()
+            if loading.optimizer:
+                take_states(prepared.optimizer, one, joined([part[index] for part in parts]))
+
+    def _rank_files(self, folder: Path) -> list[Path]:
+        ranks = itertools.takewhile(
+            lambda path: path.is_file(), (folder / self._rank_file(r) for r in itertools.count())
+        )
+        found = list(ranks)
+        if not found:
+            raise CheckpointError(f"{folder} holds no optimizer states: load with load_optimizer_states=False")
+        return found
+
+
+class FSDPLayout:
+    """The format of ``torch.distributed.checkpoint``: ``model`` and ``optimizer``, by parameter name, whole."""
+
+    def write(self, prepared: Prepared, flat: list[FlatParameters], folder: Path, rank: int) -> None:  # noqa: ARG002
+        """Write model and optimizer."""
+        optimizer: dict[str, Any] = {}
+        for one in flat:
+            optimizer |= joined(_gathered(optimizer_part(prepared.optimizer, one)))
+        state = {"model": prepared.module.state_dict(), "optimizer": optimizer}
+        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+    def read(self, prepared: Prepared, flat: list[FlatParameters], folder: Path, loading: Loading) -> None:
+        """Take model and optimizer."""
+        state = _read_dcp(folder)
+        _load_module(prepared.module, state["model"], strict=loading.strict)
+        for one in flat:
+            one.adopt_weights()
+            if loading.optimizer:
+                take_states(prepared.optimizer, one, state["optimizer"])
+
+
+LAYOUTS: dict[str, Layout] = {"deepspeed": DeepSpeedLayout(), "fsdp": FSDPLayout()}
+
+
+def _read_dcp(folder: Path) -> dict[str, Any]:
+    """All that is in ``folder``, whole, whatever number of ranks wrote it."""
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, Any] = {}
+    try:
+        reader = dcp.FileSystemReader(folder)
+        _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is incomplete, or of another backend: {error}") from error
+    return state
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, or of another backend") from None
+
+
+def _load_module(module: nn.Module, state: dict[str, torch.Tensor], *, strict: bool) -> None:
+    try:
+        module.load_state_dict(state, strict=strict)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint does not fit the model: {error}") from error
+
+
+# -- The optimizer's states -------------------------------------------------------------------------------------------
+# A *part* is what one rank keeps: the elements of its masters and states in the order of the flat buffer, and whatever
+# is kept once for a parameter, such as the number of steps. Parts of all ranks are *joined* to states by name.
+
+MASTER = "master"
+
+
+def optimizer_part(optimizer: Optimizer | None, flat: FlatParameters) -> dict[str, Any]:
+    """What this rank keeps of ``flat``."""
+    states = {
+        piece.name: dict(optimizer.state.get(piece.master, {})) if optimizer is not None else {}
+        for piece in flat.pieces
+    }
+    kinds = sorted({kind for state in states.values() for kind, value in state.items() if _is_elementwise(value)})
+    elements = {kind: torch.cat([_elements(states, piece, kind) for piece in flat.pieces]) for kind in kinds}
+    once = {
+        name: {kind: value for kind, value in state.items() if not _is_elementwise(value)}
+        for name, state in states.items()
+    }
+    shapes = {piece.name: list(piece.parameter.shape) for piece in flat.pieces}
+    return {"elements": {MASTER: flat.masters.detach().float().clone(), **elements}, "once": once, "shapes": shapes}
+
+
+def _is_elementwise(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _elements(states: dict[str, dict[str, Any]], piece: Piece, kind: str) -> torch.Tensor:
+    found = states[piece.name].get(kind)
+    return torch.zeros_like(piece.master, requires_grad=False) if found is None else found.reshape(-1)
+
+
+def _gathered(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of all ranks, in their order. *Collective*."""
+    if not dist.is_initialized():
+        return [part]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return parts
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """States by parameter name: tensors in the shape of the parameter, and what is kept once."""
+    shapes: dict[str, list[int]] = parts[0]["shapes"]
+    states: dict[str, dict[str, Any]] = {name: {} for name in shapes}
+    for part in parts:
+        for name, once in part["once"].items():
+            states[name] |= once
+    for kind in parts[0]["elements"]:
+        flat = torch.cat([_padded(part, kind) for part in parts])
+        offset = 0
+        for name, shape in shapes.items():
+            length = math.prod(shape)
+            states[name][kind] = flat[offset : offset + length].view(shape)
+            offset += length
+    return states
+
+
+def _padded(part: dict[str, Any], kind: str) -> torch.Tensor:
+    """The elements of a part; those of the last rank end before the part does."""
+    elements: torch.Tensor = part["elements"][kind]
+    missing = part["elements"][MASTER].numel() - elements.numel()
+    return torch.cat([elements, elements.new_zeros(missing)]) if missing else elements
+
+
+def take_states(optimizer: Optimizer | None, flat: FlatParameters, states: dict[str, dict[str, Any]]) -> None:
+    """Give the optimizer this rank's part of ``states``.
+
+    Raises:
+        CheckpointError: they are of other parameters.
+    """
+    missing = [piece.name for piece in flat.pieces if piece.name not in states]
+    if missing:
+        raise CheckpointError(f"the checkpoint has no optimizer states of {', '.join(missing[:5])}")
+    for piece in flat.pieces:
+        own = slice(piece.first, piece.first + piece.master.numel())
+        kept = {kind: _cut(value, own) for kind, value in states[piece.name].items()}
+        with torch.no_grad():
+            piece.master.copy_(kept.pop(MASTER))
+        if optimizer is not None and kept:
+            optimizer.state[piece.master] = kept
+    flat.publish()
+
+
+def _cut(value: Any, own: slice) -> Any:
+    return value.reshape(-1)[own].clone() if _is_elementwise(value) else value

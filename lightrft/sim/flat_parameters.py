@@ -1,0 +1,175 @@
+"""The trainable parameters of a model in one flat buffer, of which each rank optimizes its part.
+
+This is how ZeRO and FSDP share the work of an optimizer step, without what makes them complicated: every rank keeps all
+weights, so that forward and backward need no communication.
+
+``weights`` (what the model computes with) has ``world_size`` equal parts. The optimizer of rank *r* sees ``pieces``:
+what of each parameter lies in part *r*. One step is a reduce-scatter of the gradient, a number for its norm, the
+optimizer on the pieces, and an all-gather of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+__all__ = ["FlatParameters", "Piece"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """What of one parameter this rank optimizes.
+
+    Attributes:
+        name: of the parameter.
+        parameter: of the model, whole.
+        first: where the piece begins in the flattened parameter.
+        master: the piece, in the precision of the optimizer; empty if none of the parameter is this rank's.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    first: int
+    master: nn.Parameter
+
+
+class FlatParameters:
+    """Trainable parameters of ``model``, all of one dtype.
+
+    Args:
+        named: the parameters by name; none twice.
+        rank: of this process.
+        world_size: of the default process group.
+        separate_masters: whether the optimizer has weights of its own even where the precision is the same, as that of
+            DeepSpeed does: what is written into the model's weights is then undone by the next step.
+        from_first: whether rank 0's weights count at the start, as with DeepSpeed; else every rank's own part does, as
+            with FSDP.
+    """
+
+    def __init__(
+        self,
+        named: Mapping[str, nn.Parameter],
+        *,
+        rank: int,
+        world_size: int,
+        separate_masters: bool,
+        from_first: bool,
+    ) -> None:
+        self._world_size = world_size
+        self._parameters = dict(named)
+        sizes = [parameter.numel() for parameter in named.values()]
+        self._total = sum(sizes)
+        self._part = -(-self._total // world_size)
+        self._first = rank * self._part
+        any_parameter = next(iter(named.values()))
+        self.weights = any_parameter.detach().new_zeros(self._part * world_size)
+        self._adopt()
+        if world_size > 1 and from_first:
+            dist.broadcast(self.weights, 0)
+        elif world_size > 1:
+            self._gather()
+        shares = self.weights.dtype == torch.float32 and not separate_masters
+        self.masters = self._own if shares else self._own.float().clone()
+        self.pieces = self._cut()
+
+    @property
+    def _own(self) -> torch.Tensor:
+        return self.weights[self._first : self._first + self._part]
+
+    def _adopt(self) -> None:
+        """Move the parameters into the flat buffer: they become views of it."""
+        offset = 0
+        for parameter in self._parameters.values():
+            view = self.weights[offset : offset + parameter.numel()].view(parameter.shape)
+            view.copy_(parameter.detach())
+            parameter.data = view
+            offset += parameter.numel()
+
+    def _cut(self) -> list[Piece]:
+        pieces, offset = [], 0
+        for name, parameter in self._parameters.items():
+            first = min(max(self._first, offset), offset + parameter.numel())
+            last = max(min(self._first + self._part, offset + parameter.numel()), first)
+            own = slice(first - self._first, last - self._first) if last > first else slice(0, 0)
+            master = nn.Parameter(self.masters[own], requires_grad=True)
+            pieces.append(Piece(name=name, parameter=parameter, first=first - offset, master=master))
+            offset += parameter.numel()
+        return pieces
+
+    def reduce_gradients(self, divisor: float) -> torch.Tensor:
+        """Give each piece its gradient: the sum over all ranks divided by ``divisor``, in float32. *Collective*.
+
+        Returns:
+            The sum of squares of the gradient of this rank's part.
+        """
+        flat = torch.zeros(self._part * self._world_size, dtype=torch.float32, device=self.weights.device)
+        gradients = [(piece, piece.parameter.grad) for piece in self.pieces]
+        offset = 0
+        for piece, gradient in gradients:
+            if gradient is not None:
+                flat[offset : offset + piece.parameter.numel()].copy_(gradient.reshape(-1))
+            offset += piece.parameter.numel()
+        own = flat
+        if self._world_size > 1:
+            own = torch.empty_like(self._own, dtype=torch.float32)
+            dist.reduce_scatter_tensor(own, flat)
+        own.div_(divisor)
+        self._hand_out(own)
+        return own.square().sum()
+
+    def _hand_out(self, own: torch.Tensor) -> None:
+        offset = 0
+        for piece in self.pieces:
+            length = piece.master.numel()
+            piece.master.grad = own[offset : offset + length]
+            offset += length
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply the gradient of each piece."""
+        gradients = [piece.master.grad for piece in self.pieces if piece.master.grad is not None]
+        torch._foreach_mul_(gradients, factor)
+
+    def publish(self) -> None:
+        """Let every rank's weights be what the optimizers of all ranks made of them. *Collective*."""
+        with torch.no_grad():
+            if self.masters.data_ptr() != self._own.data_ptr():
+                self._own.copy_(self.masters)
+            if self._world_size > 1:
+                self._gather()
+
+    def _gather(self) -> None:
+        dist.all_gather_into_tensor(self.weights, self._own.clone())
+
+    def adopt_weights(self) -> None:
+        """Let the optimizer go on from the weights that the model has now, as after loading them."""
+        with torch.no_grad():
+            self.masters.copy_(self._own)
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        for piece in self.pieces:
+            piece.parameter.grad = None
+            piece.master.grad = None
+
+    def move(self, device: torch.device) -> None:
+        """Move weights and masters; parameters and pieces stay the same objects."""
+        shares = self.masters.data_ptr() == self._own.data_ptr()
+        self.weights = self.weights.to(device)
+        self.masters = self._own if shares else self.masters.to(device)
+        offset = own = 0
+        for piece in self.pieces:
+            length = piece.parameter.numel()
+            piece.parameter.data = self.weights[offset : offset + length].view(piece.parameter.shape)
+            piece.master.data = self.masters[own : own + piece.master.numel()]
+            offset, own = offset + length, own + piece.master.numel()
+
+
+def repoint(groups: Iterable[dict[str, object]], pieces: Iterable[Piece]) -> None:
+    """Let parameter groups of an optimizer hold the pieces of the parameters that they held."""
+    masters = {piece.parameter: piece.master for piece in pieces}
+    for group in groups:
+        group["params"] = [masters.get(parameter, parameter) for parameter in group["params"]]  # type: ignore[attr-defined]
