@@ -6,16 +6,32 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim import Optimizer
 
-from lightrft.errors import ConfigError
 from lightrft.strategy.backend_strategy import BackendStrategy, Loading, Step
-from lightrft.strategy.deepspeed import accumulation, parameters, restoring, runtime
-from lightrft.strategy.deepspeed.deepspeed_utils import evaluation_config, evaluation_stage, training_config
-from lightrft.strategy.prepared import Prepared
+from lightrft.strategy.deepspeed import (
+    accumulation,
+    averaging,
+    construction,
+    moving,
+    optimizers,
+    parameters,
+    restoring,
+    runtime,
+)
+from lightrft.strategy.deepspeed.deepspeed_utils import (
+    ModelSize,
+    evaluation_config,
+    evaluation_stage,
+    training_config,
+)
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from lightrft.strategy.prepared import Prepared
 
 __all__ = ["DeepspeedStrategy"]
 
@@ -23,8 +39,11 @@ __all__ = ["DeepspeedStrategy"]
 class DeepspeedStrategy(BackendStrategy):
     """Training on DeepSpeed ZeRO, at the stage that ``zero_stage`` says.
 
-    What ``prepare`` returns for a model is DeepSpeed's engine. Its optimizer is the one that was given: PyTorch's
-    schedulers work on it, and what they set reaches DeepSpeed.
+    What ``prepare`` returns for a model is DeepSpeed's engine: one with an optimizer if the model is trained; else one
+    that spreads the weights at stage 3, and one that keeps them whole below. The optimizer that comes back is the
+    object that was given: PyTorch's schedulers work on it, and the learning rates that they set are those that
+    DeepSpeed uses. A trainable model that is prepared without an optimizer gets one with default settings, which
+    ``create_optimizer`` then returns, set as it is asked for.
     """
 
     backend = "deepspeed"
@@ -32,35 +51,31 @@ class DeepspeedStrategy(BackendStrategy):
     # -- Ranks --------------------------------------------------------------------------------------------------------
 
     def setup_distributed(self, timeout: timedelta | None = None, num_gpu_per_node: int | None = None) -> None:
+        """Join the process group, and let DeepSpeed use it."""
         if not self._is_set_up:
             super().setup_distributed(timeout, num_gpu_per_node)
             runtime.connect()
 
     # -- Models -------------------------------------------------------------------------------------------------------
 
-    def init_model_context(self, meta_init: bool = False) -> AbstractContextManager[Any]:
-        return nullcontext()
+    def init_model_context(self, meta_init: bool = False) -> AbstractContextManager[Any]:  # noqa: ARG002 - below
+        """At stage 3, build models spread over the ranks; below, as usual. DeepSpeed builds nothing without storage."""
+        if self.config.zero_stage != 3:
+            return nullcontext()
+        settings = evaluation_config(self.config, ModelSize(elements=1, width=0), stage=3)
+        return construction.partitioned_construction(settings)
 
     def create_optimizer(self, model: torch.nn.Module, **kwargs: Any) -> Optimizer:
+        """As in ``StrategyBase``. For a prepared model it is the engine's, with other settings from now on."""
         prepared = self.prepared.find(model)
-        if prepared is not None:
-            raise NotImplementedError
-        trained = [p for p in model.parameters() if p.requires_grad]
-        if not trained:
-            raise ConfigError(f"{type(model).__name__} has no trainable parameter: an optimizer would step nothing")
-        decays = [p for p in trained if len(parameters.shape_of(p)) > 1]
-        rest = [p for p in trained if len(parameters.shape_of(p)) <= 1]
-        settings = {
-            "lr": self.config.actor_learning_rate,
-            "betas": self.config.adam_betas,
-            "eps": 1e-8,
-            "weight_decay": self.config.weight_decay,
-            **{name: value for name, value in kwargs.items() if value is not None},
-        }
-        groups = [{"params": decays}, {"params": rest, "weight_decay": 0.0}]
-        return runtime.adam_class(offload=self.config.adam_offload)([g for g in groups if g["params"]], **settings)
+        settings = optimizers.settings(self.config, kwargs)
+        if prepared is None:
+            return optimizers.create(model, settings, offload=self.config.adam_offload)
+        trained = self._trained(model, None)
+        return optimizers.change(trained.optimizer, settings, name=type(trained.module).__name__)
 
     def unwrap_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The module inside DeepSpeed's engine."""
         import deepspeed
 
         return model.module if isinstance(model, deepspeed.DeepSpeedEngine) else model
@@ -74,28 +89,31 @@ class DeepspeedStrategy(BackendStrategy):
         shard_size: int,
         reshard_after_forward: bool,
     ) -> tuple[torch.nn.Module, Optimizer | None]:
-        size = parameters.size_of(model)
-        if training:
-            optimizer = self.create_optimizer(model) if optimizer is None else optimizer
-            settings = training_config(
-                self.config,
-                size,
-                accumulation=self.accumulated_gradient,
-                pin_memory=torch.cuda.is_available(),
-                reshard_after_forward=reshard_after_forward,
-            )
-            return self._engine_of(model, settings, optimizer), optimizer
+        if not training:
+            return self._evaluating(model, shard_size, reshard_after_forward=reshard_after_forward), None
+        optimizer = self.create_optimizer(model) if optimizer is None else optimizer
+        optimizers.mark_decay(optimizer)
+        if self.config.gradient_checkpointing:
+            construction.checkpoint_activations(model)
+        settings = training_config(
+            self.config,
+            parameters.size_of(model),
+            shard_size=shard_size,
+            world_size=self.world_size,
+            accumulation=self.accumulated_gradient,
+            pin_memory=torch.cuda.is_available(),
+            reshard_after_forward=reshard_after_forward,
+        )
+        return construction.build_engine(model, settings, optimizer), optimizer
+
+    def _evaluating(self, model: torch.nn.Module, shard_size: int, *, reshard_after_forward: bool) -> torch.nn.Module:
         stage = evaluation_stage(self.config, shard_size, self.world_size)
+        size = parameters.size_of(model)
         settings = evaluation_config(self.config, size, stage=stage, reshard_after_forward=reshard_after_forward)
-        engine = self._engine_of(model, settings)
+        if stage == 3 and shard_size not in (-1, self.world_size):
+            construction.spread_over_groups(model, settings, shard_size)
+        engine: torch.nn.Module = construction.build_engine(model, settings)
         engine.eval()
-        return engine, None
-
-    def _engine_of(self, model: torch.nn.Module, settings: dict[str, Any], optimizer: Optimizer | None = None) -> Any:
-        import deepspeed
-
-        with runtime.fp16_allowed() if self.config.fp16 else nullcontext():
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         return engine
 
     # -- Training -----------------------------------------------------------------------------------------------------
@@ -120,7 +138,12 @@ class DeepspeedStrategy(BackendStrategy):
     def moving_average(
         self, model: torch.nn.Module, ema: torch.nn.Module, beta: float = 0.992, device: str = "cpu"
     ) -> None:
-        raise NotImplementedError
+        """As in ``StrategyBase``; one parameter is whole at a time."""
+        known = self.prepared.find(ema)
+        target = ema if known is None else known.module
+        averaging.move_towards(self.prepared.of(model).module, target, beta=beta, device=torch.device(device))
+        if known is not None:
+            parameters.refresh_masters(known.model)
 
     # -- Checkpoints --------------------------------------------------------------------------------------------------
 
@@ -135,13 +158,20 @@ class DeepspeedStrategy(BackendStrategy):
         raise NotImplementedError
 
     def full_parameters(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """As in ``StrategyBase``; at stage 3 one parameter is gathered at a time."""
         for name, parameter in parameters.full(self.prepared.of(model).module):
             yield name, parameter.data
 
     # -- Memory -------------------------------------------------------------------------------------------------------
 
     def _move_model(self, prepared: Prepared, device: torch.device) -> None:
-        raise NotImplementedError
+        if prepared.offloaded_at is None:
+            moving.offload_weights(prepared.model)
+        else:
+            moving.load_weights(prepared.model, device)
 
     def _move_optimizer(self, prepared: Prepared, device: torch.device) -> None:
-        raise NotImplementedError
+        if prepared.optimizer_offloaded_at is None:
+            moving.offload_optimizer(prepared.model)
+        else:
+            moving.load_optimizer(prepared.model, device)

@@ -34,6 +34,8 @@ def training_config(
     config: StrategyConfig,
     size: ModelSize,
     *,
+    shard_size: int,
+    world_size: int,
     accumulation: int,
     pin_memory: bool = False,
     reshard_after_forward: bool = True,
@@ -44,11 +46,21 @@ def training_config(
         config: of the strategy.
         size: of the model. Buckets are no larger than the model, and at stage 3 parameters of up to ten times the
             model's width stay whole.
+        shard_size: as in ``prepare_model``.
+        world_size: ranks that share what is spread: all, whatever ``sp_size`` is.
         accumulation: micro-batches of one optimizer step.
         pin_memory: page-lock what ``adam_offload`` keeps on the CPU.
         reshard_after_forward: at stage 3, free gathered weights after the forward pass.
+
+    Raises:
+        ConfigError: ``shard_size`` is not that of all ranks.
     """
-    zero = _zero(config, config.zero_stage, size, reshard_after_forward=reshard_after_forward)
+    if shard_size not in (-1, world_size):
+        raise ConfigError(
+            f"shard_size is {shard_size} in a world of {world_size}, for a model that is trained: DeepSpeed spreads it "
+            f"over all ranks: use -1 or {world_size}, or FSDP (--fsdp), which can do that"
+        )
+    zero = _zero(config.zero_stage, size, reshard_after_forward=reshard_after_forward)
     zero["overlap_comm"] = config.overlap_comm
     zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = _bucket(size)
     if config.adam_offload:
@@ -75,14 +87,16 @@ def evaluation_stage(config: StrategyConfig, shard_size: int, world_size: int) -
         world_size: all ranks.
 
     Raises:
-        ConfigError: ``shard_size`` is neither 1 nor all ranks.
+        ConfigError: ``shard_size`` asks for groups of ranks, and the strategy is not at stage 3.
     """
+    if config.zero_stage == 3:
+        return 0 if shard_size == 1 else 3
     if shard_size not in (-1, 1, world_size):
         raise ConfigError(
-            f"shard_size is {shard_size} in a world of {world_size}: DeepSpeed spreads a model over all ranks or over "
-            f"none: use -1 or {world_size}, or 1; FSDP (--fsdp) can do what lies between"
+            f"shard_size is {shard_size} in a world of {world_size} with zero_stage {config.zero_stage}: groups of ranks "
+            "share weights at zero_stage 3 only; use that, or shard_size -1"
         )
-    return 3 if config.zero_stage == 3 and shard_size != 1 else 0
+    return 0
 
 
 def evaluation_config(
@@ -96,7 +110,7 @@ def evaluation_config(
         stage: 0 or 3; DeepSpeed wants an optimizer for the others.
         reshard_after_forward: at stage 3, free gathered weights after use.
     """
-    return _common(config, _zero(config, stage, size, reshard_after_forward=reshard_after_forward))
+    return _common(config, _zero(stage, size, reshard_after_forward=reshard_after_forward))
 
 
 def _common(config: StrategyConfig, zero: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +128,7 @@ def _precision(config: StrategyConfig) -> dict[str, Any]:
     return {"fp16": {"enabled": True}} if config.fp16 else {}
 
 
-def _zero(config: StrategyConfig, stage: int, size: ModelSize, *, reshard_after_forward: bool) -> dict[str, Any]:
+def _zero(stage: int, size: ModelSize, *, reshard_after_forward: bool) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
         zero["stage3_prefetch_bucket_size"] = _bucket(size) // 10

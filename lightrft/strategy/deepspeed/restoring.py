@@ -57,7 +57,9 @@ def _check(engine: Any, saved: SavedEngine, *, strict: bool, optimizer: bool) ->
     ]
     if strict or not have.keys() & found.keys():
         wrong += [f"{name} is missing there" for name in sorted(have.keys() - found.keys())]
-        wrong += [f"{name} is not in the model" for name in sorted(found.keys() - have.keys() - _aliases(engine, saved))]
+        wrong += [
+            f"{name} is not in the model" for name in sorted(found.keys() - have.keys() - _aliases(engine, saved))
+        ]
     groups = engine.optimizer.param_groups
     if optimizer and len(groups) != len(saved.groups):
         wrong.append(f"its optimizer has {len(saved.groups)} parameter groups, and this one {len(groups)}")
@@ -85,9 +87,7 @@ def _pieces(engine: Any) -> Iterator[Piece]:
             mapping = parameter._hp_mapping
             if mapping is not None:
                 here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield Piece(
-                    name=names[parameter], start=here.start, length=here.numel, flat=flat, offset=there.start
-                )
+                yield Piece(name=names[parameter], start=here.start, length=here.numel, flat=flat, offset=there.start)
 
 
 def _flats(engine: Any) -> list[torch.Tensor]:
