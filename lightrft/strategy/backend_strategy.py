@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightrft.errors import ConfigError, OffloadStateError
+from lightrft.errors import CheckpointError, ConfigError, OffloadStateError
 from lightrft.strategy.prepared import Prepared
 from lightrft.strategy.strategy_base import StrategyBase, call_site, check_model
 from lightrft.strategy.utils.checkpoints import CheckpointFolder
@@ -289,11 +289,17 @@ class BackendStrategy(StrategyBase):
         self.drop_partial_accumulation(model)
         folder = self._folder(load_dir)
         found = folder.find(tag)
+        info = folder.info(found)
+        if info.backend != self.backend:
+            raise CheckpointError(
+                f"{found} was written by the {info.backend} backend, and this is {self.backend}: convert it with "
+                "`lightrft ckpt convert`, or load it with the backend that wrote it"
+            )
         whole = not load_module_only
         self._read(prepared, found, Loading(strict=load_module_strict, optimizer=whole and load_optimizer_states))
         if not whole:
             return str(found), {}
-        prepared.steps = folder.info(found).steps
+        prepared.steps = info.steps
         state = folder.load_scheduler_state(found)
         if load_lr_scheduler_states and prepared.scheduler is not None and state is not None:
             _resume_schedule(prepared.scheduler, state)

@@ -1,0 +1,99 @@
+"""Building models, and engines around them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from lightrft.errors import ConfigError
+from lightrft.strategy.deepspeed import runtime
+from lightrft.strategy.deepspeed.parameters import is_partitioned
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+__all__ = ["build_engine", "checkpoint_activations", "partitioned_construction", "spread_over_groups"]
+
+
+@contextmanager
+def partitioned_construction(settings: dict[str, Any]) -> Iterator[None]:
+    """In this context every module is spread over the ranks as soon as it is built, as ZeRO-3 wants it. *Collective*.
+
+    ``from_pretrained`` of transformers fills such modules from disk, each parameter whole on rank 0 for a moment. The
+    dtype is that of ``settings``: DeepSpeed ignores one that it is given beside them on some devices.
+    """
+    import deepspeed
+
+    known = _known_to_transformers(settings)
+    with deepspeed.zero.Init(config_dict_or_path=settings):
+        yield
+    del known  # transformers has a weak reference to it
+
+
+def _known_to_transformers(settings: dict[str, Any]) -> Any:
+    if not all(importlib.util.find_spec(name) for name in ("transformers", "accelerate")):
+        return None
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(settings)
+
+
+def build_engine(model: torch.nn.Module, settings: Mapping[str, Any], optimizer: Optimizer | None = None) -> Any:
+    """DeepSpeed's engine around ``model``. *Collective*.
+
+    Raises:
+        ConfigError: the model was built for stage 3, and the settings are of another one.
+    """
+    import deepspeed
+
+    stage = settings["zero_optimization"]["stage"]
+    if stage != 3 and any(is_partitioned(parameter) for parameter in model.parameters()):
+        raise ConfigError(
+            f"{type(model).__name__} was built in init_model_context() at ZeRO 3, so it is spread over all ranks, and it "
+            "is prepared to be whole on each: build it outside of the context, or leave shard_size at -1"
+        )
+    with runtime.fp16_allowed() if "fp16" in settings else nullcontext():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(settings))
+    return engine
+
+
+def spread_over_groups(model: torch.nn.Module, settings: Mapping[str, Any], shard_size: int) -> None:
+    """Spread ``model`` over ``shard_size`` consecutive ranks, so that each group of them has all of it. *Collective*.
+
+    Raises:
+        ConfigError: it is spread over all ranks already.
+    """
+    import deepspeed
+
+    if any(is_partitioned(parameter) for parameter in model.parameters()):
+        raise ConfigError(
+            f"{type(model).__name__} was built in init_model_context() at ZeRO 3, so it is spread over all ranks: build "
+            f"it outside of the context to spread it over {shard_size} ranks"
+        )
+    dtype = torch.bfloat16 if "bf16" in settings else torch.float16 if "fp16" in settings else None
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
+    firsts = range(0, dist.get_world_size(), shard_size)
+    groups = [dist.new_group(list(range(first, first + shard_size))) for first in firsts]
+    mine = groups[dist.get_rank() // shard_size]
+    deepspeed.zero.Init(module=model, data_parallel_group=mine, config_dict_or_path=dict(settings))
+
+
+def checkpoint_activations(model: torch.nn.Module) -> None:
+    """Let ``model`` compute activations again in the backward pass rather than keep them.
+
+    Raises:
+        ConfigError: it does not offer that.
+    """
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise ConfigError(
+            f"gradient_checkpointing is on, and {type(model).__name__} has no gradient_checkpointing_enable(): give it "
+            "one, as models of transformers have it, or switch the flag off"
+        )
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
