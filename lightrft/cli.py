@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightrft import __version__
+from lightrft.command_line import FAILED, INTERRUPTED, MISUSED, Done, Parser, UsageError, complain
 
 if TYPE_CHECKING:
     from lightrft.sim.script import Script
     from lightrft.sim.world import SimWorld
 
 __all__ = ["main"]
-
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130
-"""Exit statuses: the run found something wrong, the command line cannot work, Ctrl-C."""
 
 SCHEDULES = ("fifo", "random")
 NUMERICS = ("rank", "ring", "tree", "permuted")
@@ -37,13 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if words and words[0] in _COMMANDS:
             return _COMMANDS[words[0]](words[1:], own_process=argv is None)
         return _no_command(words)
-    except _UsageError as error:
-        _complain(str(error))
+    except UsageError as error:
+        complain(str(error))
         return MISUSED
-    except _Done:
+    except Done:
         return 0
     except KeyboardInterrupt:
-        _complain("lightrft: interrupted")
+        complain("lightrft: interrupted")
         return INTERRUPTED
 
 
@@ -55,38 +53,17 @@ def _own_the_process() -> None:
             reconfigure(line_buffering=True)
 
 
-def _complain(text: str) -> None:
-    sys.stdout.flush()
-    print(text, file=sys.stderr, flush=True)
-
-
 # -- command lines ----------------------------------------------------------------------------------------------------
 
 
-class _UsageError(Exception):
-    """The command line cannot work; the message is one line that says what to do."""
-
-
-class _Done(Exception):  # noqa: N818 - no error: --help and --version have printed what was asked for
-    """There is nothing to run."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of ending the process, and complains in one line."""
-
-    def exit(self, status: int = 0, message: str | None = None) -> Any:  # noqa: ARG002 - argparse's signature
-        raise _Done
-
-    def error(self, message: str) -> Any:
-        raise _UsageError(f"{self.prog}: error: {message} (help: {self.prog} --help)")
-
-
 def _no_command(words: list[str]) -> int:
-    parser = _Parser(
+    parser = Parser(
         prog="lightrft",
         usage="lightrft COMMAND ...",
         description="Reinforcement-learning fine-tuning of language models, testable for many GPUs on one machine.",
-        epilog="commands:\n  sim    run a script on N simulated ranks (help: lightrft sim --help)",
+        epilog="commands:\n"
+        "  sim    run a script on N simulated ranks (help: lightrft sim --help)\n"
+        "  ckpt   show and convert checkpoints (help: lightrft ckpt --help)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -102,7 +79,7 @@ def _no_command(words: list[str]) -> int:
 
 
 def _sim_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="lightrft sim",
         usage="lightrft sim -n RANKS [options] script.py [ARGS ...]\n"
         "       lightrft sim -n RANKS [options] -m MODULE [ARGS ...]",
@@ -317,9 +294,9 @@ def _run(script: Script, options: argparse.Namespace, replay: str) -> int:
                 _tell(world, options)
             raise
     except ConfigError as error:
-        raise _UsageError(f"lightrft sim: error: {error}") from None
+        raise UsageError(f"lightrft sim: error: {error}") from None
     except SimulationError as error:
-        _complain(f"\n{error}{_after_failure(options)}")
+        complain(f"\n{error}{_after_failure(options)}")
         return FAILED
     return 0 if _tell(world, options) else FAILED
 
@@ -341,7 +318,7 @@ def _new_world(options: argparse.Namespace, replay: str) -> SimWorld:
     )
     world.replay = replay
     world.timed = not options.no_report
-    world.warn = lambda message: _complain(f"lightrft: warning: {message}")
+    world.warn = lambda message: complain(f"lightrft: warning: {message}")
     return world
 
 
@@ -364,16 +341,16 @@ def _tell(world: SimWorld, options: argparse.Namespace) -> bool:
     if not report.real_seconds:
         return True
     if not options.no_report:
-        _complain(f"\n{report}")
+        complain(f"\n{report}")
     if options.trace is None:
         return True
     try:
         world.write_trace(options.trace)
     except OSError as error:
-        _complain(f"lightrft: error: the trace {options.trace!r} could not be written: {error.strerror}")
+        complain(f"lightrft: error: the trace {options.trace!r} could not be written: {error.strerror}")
         return False
     if not options.no_report:
-        _complain(f"\ntrace: {options.trace} (open it in ui.perfetto.dev or chrome://tracing)")
+        complain(f"\ntrace: {options.trace} (open it in ui.perfetto.dev or chrome://tracing)")
     return True
 
 
@@ -385,4 +362,13 @@ def _after_failure(options: argparse.Namespace) -> str:
     return f"\nflight record: {prefix}0 ... {prefix}{last}" if last else f"\nflight record: {prefix}0"
 
 
-_COMMANDS: dict[str, Callable[..., int]] = {"sim": _sim}
+# -- lightrft ckpt ----------------------------------------------------------------------------------------------------
+
+
+def _ckpt(words: list[str], *, own_process: bool) -> int:  # noqa: ARG001 - one signature for all commands
+    from lightrft.strategy.utils.ckpt_scripts.command import main
+
+    return main(words)
+
+
+_COMMANDS: dict[str, Callable[..., int]] = {"sim": _sim, "ckpt": _ckpt}

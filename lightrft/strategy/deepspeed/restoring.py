@@ -57,9 +57,7 @@ def _check(engine: Any, saved: SavedEngine, *, strict: bool, optimizer: bool) ->
     ]
     if strict or not have.keys() & found.keys():
         wrong += [f"{name} is missing there" for name in sorted(have.keys() - found.keys())]
-        wrong += [
-            f"{name} is not in the model" for name in sorted(found.keys() - have.keys() - _aliases(engine, saved))
-        ]
+        wrong += [f"{name} is not in the model" for name in sorted(found.keys() - have.keys() - _others(engine, saved))]
     groups = engine.optimizer.param_groups
     if optimizer and len(groups) != len(saved.groups):
         wrong.append(f"its optimizer has {len(saved.groups)} parameter groups, and this one {len(groups)}")
@@ -70,10 +68,11 @@ def _check(engine: Any, saved: SavedEngine, *, strict: bool, optimizer: bool) ->
         )
 
 
-def _aliases(engine: Any, saved: SavedEngine) -> set[str]:
-    """Further names of tied parameters."""
+def _others(engine: Any, saved: SavedEngine) -> set[str]:
+    """Names that no parameter is known by: further ones of tied parameters, and those of buffers."""
     tied = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
-    return tied | set(saved.common["shared_params"] or {})
+    buffers = {name for name, _ in engine.module.named_buffers()}
+    return tied | buffers | set(saved.common["shared_params"] or {})
 
 
 def _pieces(engine: Any) -> Iterator[Piece]:
@@ -131,15 +130,15 @@ def _spread_masters(engine: Any) -> None:
 
 
 def _restore_rest(engine: Any, saved: SavedEngine) -> None:
-    """Frozen parameters and buffers."""
-    frozen, buffers = saved.frozen(), saved.buffers()
+    """Frozen parameters and buffers. A converted checkpoint may have them together, or frozen ones with the trained."""
+    rest, trained = {**saved.frozen(), **saved.buffers()}, saved.shapes
     for parameter, name in engine.param_names.items():
-        if name in frozen and not parameter.requires_grad:
+        if not parameter.requires_grad and (name in rest or name in trained):
             with gathered([parameter], written_by=0):
-                parameter.data.copy_(frozen[name])
+                parameter.data.copy_(rest[name] if name in rest else saved.whole(name))
     for name, buffer in engine.module.named_buffers():
-        if name in buffers:
-            buffer.copy_(buffers[name])
+        if name in rest:
+            buffer.copy_(rest[name])
 
 
 def _restore_counters(engine: Any, saved: SavedEngine) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,15 @@ class SavedEngine:
         mappings = [self.optimizer(rank)["param_slice_mappings"] for rank in self._files]
         return laid_out([[_addresses(group) for group in groups] for groups in mappings])
 
+    @cached_property
+    def pieces_of(self) -> dict[str, list[tuple[int, Piece]]]:
+        """The pieces of each parameter that was trained, with the rank that saved them."""
+        found: dict[str, list[tuple[int, Piece]]] = {name: [] for name in self.shapes}
+        for rank, pieces in enumerate(self.pieces):
+            for piece in pieces:
+                found[piece.name].append((rank, piece))
+        return found
+
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """Of the parameters that were trained, by name."""
@@ -76,6 +85,23 @@ class SavedEngine:
         ]
         return found
 
+    def whole(self, name: str) -> torch.Tensor:
+        """The weight in fp32 of a parameter that was trained, put together."""
+        return self.joined(name, lambda rank, number: self.masters(rank)[number])
+
+    def joined(self, name: str, flat: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+        """A parameter that was trained, or a state of it, put together.
+
+        Args:
+            name: of the parameter.
+            flat: gives the tensor that holds it, by rank and number of the flat tensor.
+        """
+        pieces = [(flat(rank, piece.flat).detach(), piece) for rank, piece in self.pieces_of[name]]
+        found = torch.empty(self.shapes[name].numel(), dtype=pieces[0][0].dtype)
+        for tensor, piece in pieces:
+            found[piece.start : piece.start + piece.length] = tensor[piece.offset : piece.offset + piece.length]
+        return found.view(self.shapes[name])
+
     def states(self, rank: int) -> Mapping[int, Mapping[str, Any]]:
         """The optimizer's states of one rank, by the number of the flat tensor; empty before the first step."""
         found: Mapping[int, Mapping[str, Any]] = self._base(rank)["state"]
@@ -83,14 +109,24 @@ class SavedEngine:
 
     def frozen(self) -> dict[str, torch.Tensor]:
         """Parameters that were not trained, whole, by name."""
+        return {name: self.frozen_one(name) for name in self.frozen_names}
+
+    @property
+    def frozen_names(self) -> list[str]:
+        """Names of the parameters that were not trained; below stage 3, further names of tied ones too."""
+        if self.stage == 3:
+            return list(self.common["frozen_param_shapes"] or {})
+        known = self.shapes.keys() | set(self.common["buffer_names"])
+        return [name for name in self.common["module"] if name not in known]
+
+    def frozen_one(self, name: str) -> torch.Tensor:
+        """A parameter that was not trained, whole."""
         if self.stage != 3:
-            names = self.common["module"].keys() - self.shapes.keys() - set(self.common["buffer_names"])
-            return {name: self.common["module"][name] for name in names}
-        found = {}
-        for name, shape in (self.common["frozen_param_shapes"] or {}).items():
-            shares = [self._model(rank)["frozen_param_fragments"][name] for rank in self._files]
-            found[name] = torch.cat([share.flatten() for share in shares])[: shape.numel()].view(shape)
-        return found
+            found: torch.Tensor = self.common["module"][name]
+            return found
+        shape = self.common["frozen_param_shapes"][name]
+        shares = [self._model(rank)["frozen_param_fragments"][name] for rank in self._files]
+        return torch.cat([share.flatten() for share in shares])[: shape.numel()].view(shape)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Buffers, by name."""
@@ -131,4 +167,6 @@ def _load(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete") from error
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged") from error
     return found

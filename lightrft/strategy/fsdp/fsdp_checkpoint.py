@@ -27,18 +27,31 @@ from lightrft.errors import CheckpointError
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["load", "model_entries", "optimizer_entries", "read_metadata", "save", "set_optimizer"]
+__all__ = [
+    "FOLDER",
+    "GROUPS",
+    "LOSS_SCALE",
+    "MODEL",
+    "STATE",
+    "load",
+    "model_entries",
+    "optimizer_entries",
+    "read_metadata",
+    "save",
+    "set_optimizer",
+]
 
-_MODEL = "model."
-_STATE = "optimizer.state."
-_GROUPS = "optimizer.groups"
-_FOLDER = "dcp"
+FOLDER = "dcp"
+"""Where DCP writes, in the folder of a checkpoint."""
+
+MODEL, STATE, GROUPS, LOSS_SCALE = "model.", "optimizer.state.", "optimizer.groups", "loss_scale"
+"""How names of entries begin, or what they are."""
 
 
 def save(folder: Path, entries: Mapping[str, Any]) -> None:
     """Write ``entries`` below ``folder``. *Collective*."""
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
-    dcp.save(dict(entries), checkpoint_id=str(folder / _FOLDER), planner=planner)
+    dcp.save(dict(entries), checkpoint_id=str(folder / FOLDER), planner=planner)
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -48,7 +61,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         CheckpointError: there is nothing that ``save`` wrote.
     """
     try:
-        found: dict[str, Any] = dcp.FileSystemReader(str(folder / _FOLDER)).read_metadata().state_dict_metadata
+        found: dict[str, Any] = dcp.FileSystemReader(str(folder / FOLDER)).read_metadata().state_dict_metadata
     except OSError as error:
         raise CheckpointError(
             f"{folder} holds no checkpoint in DCP format ({error}): convert it, or name a folder that FSDP wrote"
@@ -59,7 +72,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 def load(folder: Path, entries: dict[str, Any]) -> None:
     """Read ``entries``: tensors in place, other values into the dict. *Collective*."""
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp.load(entries, checkpoint_id=str(folder / _FOLDER), planner=planner)
+    dcp.load(entries, checkpoint_id=str(folder / FOLDER), planner=planner)
 
 
 # -- Weights ----------------------------------------------------------------------------------------------------------
@@ -70,7 +83,7 @@ def model_entries(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     buffers = {name: value for name, value in module.state_dict().items() if name not in known}
     entries = {name: value.detach() for name, value in parameters.items()} | buffers
-    return {_MODEL + name: value for name, value in entries.items()}
+    return {MODEL + name: value for name, value in entries.items()}
 
 
 def check_model(entries: dict[str, Any], metadata: Mapping[str, Any], *, strict: bool) -> dict[str, Any]:
@@ -79,14 +92,14 @@ def check_model(entries: dict[str, Any], metadata: Mapping[str, Any], *, strict:
     Raises:
         CheckpointError: a shape differs; with ``strict``, one is missing or there are others.
     """
-    saved = {name: value for name, value in metadata.items() if name.startswith(_MODEL)}
+    saved = {name: value for name, value in metadata.items() if name.startswith(MODEL)}
     problems = []
     if strict:
-        problems += [f"missing: {name.removeprefix(_MODEL)}" for name in entries if name not in saved]
-        problems += [f"unexpected: {name.removeprefix(_MODEL)}" for name in saved if name not in entries]
+        problems += [f"missing: {name.removeprefix(MODEL)}" for name in entries if name not in saved]
+        problems += [f"unexpected: {name.removeprefix(MODEL)}" for name in saved if name not in entries]
     for name, value in entries.items():
         if name in saved and isinstance(value, torch.Tensor) and tuple(saved[name].size) != tuple(value.shape):
-            problems.append(f"{name.removeprefix(_MODEL)}: shape {tuple(saved[name].size)}, not {tuple(value.shape)}")
+            problems.append(f"{name.removeprefix(MODEL)}: shape {tuple(saved[name].size)}, not {tuple(value.shape)}")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(
@@ -102,13 +115,11 @@ def check_model(entries: dict[str, Any], metadata: Mapping[str, Any], *, strict:
 def optimizer_entries(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
     """States and groups of ``optimizer``; ``names`` are the names of the parameters it steps."""
     entries: dict[str, Any] = {
-        f"{_STATE}{names[parameter]}.{key}": value
+        f"{STATE}{names[parameter]}.{key}": value
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
-    entries[_GROUPS] = [
-        {**group, "params": [names[one] for one in group["params"]]} for group in optimizer.param_groups
-    ]
+    entries[GROUPS] = [{**group, "params": [names[one] for one in group["params"]]} for group in optimizer.param_groups]
     return entries
 
 
@@ -118,11 +129,11 @@ def empty_optimizer_entries(metadata: Mapping[str, Any], names: Mapping[nn.Param
     Raises:
         CheckpointError: it was saved without an optimizer.
     """
-    if _GROUPS not in metadata:
+    if GROUPS not in metadata:
         raise CheckpointError("the checkpoint holds no optimizer: pass load_optimizer_states=False")
-    entries: dict[str, Any] = {_GROUPS: None}
+    entries: dict[str, Any] = {GROUPS: None}
     for parameter, name in names.items():
-        prefix = f"{_STATE}{name}."
+        prefix = f"{STATE}{name}."
         for entry in _below(metadata, prefix):
             entries[entry] = _empty(metadata[entry], parameter)
     return entries
@@ -143,10 +154,10 @@ def _empty(saved: Any, parameter: nn.Parameter) -> Any:
 def set_optimizer(optimizer: Optimizer, entries: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> None:
     """Put what was read into ``optimizer``, whose groups may hold other parameters together than those saved."""
     order = [one for group in optimizer.param_groups for one in group["params"]]
-    saved = {name: group for group in entries[_GROUPS] for name in group["params"]}
+    saved = {name: group for group in entries[GROUPS] for name in group["params"]}
     state: dict[int, dict[str, Any]] = {}
     for index, parameter in enumerate(order):
-        prefix = f"{_STATE}{names[parameter]}."
+        prefix = f"{STATE}{names[parameter]}."
         found = {entry[len(prefix) :]: entries[entry] for entry in _below(entries, prefix)}
         if found:
             state[index] = found

@@ -253,7 +253,7 @@ class FSDPV2Strategy(BackendStrategy):
             entries |= checkpoint.optimizer_entries(prepared.optimizer, {one: name for name, one in kept.items()})
         scale: LossScale | None = prepared.backend.get("loss_scale")
         if scale is not None:
-            entries["loss_scale"] = torch.tensor([scale.scale, scale.good_steps], dtype=torch.float64)
+            entries[checkpoint.LOSS_SCALE] = torch.tensor([scale.scale, scale.good_steps], dtype=torch.float64)
         checkpoint.save(folder, entries)
 
     def _read(self, prepared: Prepared, folder: Path, loading: Loading) -> None:
@@ -270,15 +270,16 @@ class FSDPV2Strategy(BackendStrategy):
         if optimizer is not None:
             entries |= checkpoint.empty_optimizer_entries(metadata, names)
         scale: LossScale | None = prepared.backend.get("loss_scale")
-        if scale is not None and loading.optimizer and "loss_scale" in metadata:
-            entries["loss_scale"] = torch.zeros(2, dtype=torch.float64)
+        if scale is not None and loading.optimizer and checkpoint.LOSS_SCALE in metadata:
+            entries[checkpoint.LOSS_SCALE] = torch.zeros(2, dtype=torch.float64)
         checkpoint.load(folder, entries)
         if prepared.backend.get("masters"):
             prepared.backend["masters"].give_weights()
         if optimizer is not None:
             checkpoint.set_optimizer(optimizer, entries, names)
-        if "loss_scale" in entries:
-            scale.scale, scale.good_steps = entries["loss_scale"][0].item(), int(entries["loss_scale"][1].item())
+        if checkpoint.LOSS_SCALE in entries:
+            value, good_steps = entries[checkpoint.LOSS_SCALE].tolist()
+            scale.scale, scale.good_steps = value, int(good_steps)
 
     def full_parameters(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         low = low_precision(self.config)

@@ -27,7 +27,7 @@ from lightrft.errors import CheckpointError, ConfigError
 from lightrft.strategy.utils.checkpoint_info import INFO_FILE, LATEST_FILE, CheckpointInfo, check_tag, read_info
 from lightrft.strategy.utils.durable_files import delete, file_sizes, sync_folder, sync_tree, write_file
 
-__all__ = ["GB", "CheckpointStore", "Owner"]
+__all__ = ["GB", "CheckpointStore", "Owner", "check_complete"]
 
 GB = 10**9
 _HIDDEN = re.compile(r"\.lightrft-(saving|replaced|deleting|latest)\.([^.]+)\.([^.]+)\.(\d+)-(\d+)\.(.+)")
@@ -146,7 +146,7 @@ class CheckpointStore:
             because = "" if tag is not None else f", which the file {LATEST_FILE!r} names"
             raise CheckpointError(f"{self.save_dir} has no checkpoint {wanted!r}{because}: {self._pass_one()}")
         try:
-            self._check_complete(path)
+            check_complete(path)
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {self._pass_one()}") from error
         return path
@@ -161,14 +161,6 @@ class CheckpointStore:
             return self.save_dir / tag
         aside = [hidden.path for hidden in self._hidden() if hidden.kind == "replaced" and hidden.tag == tag]
         return next((path for path in aside if (path / INFO_FILE).is_file()), None)
-
-    def _check_complete(self, path: Path) -> None:
-        info = read_info(path)
-        found = file_sizes(path)
-        for name, size in info.files.items():
-            if found.get(name) != size:
-                now = f"has {found[name]} bytes" if name in found else "is missing"
-                raise CheckpointError(f"{path} is incomplete: {name} {now}, expected {size} bytes")
 
     def _pass_one(self) -> str:
         tags = [info.tag for info in self.infos()]
@@ -322,6 +314,21 @@ class CheckpointStore:
             delete(path)
         except OSError as error:
             _warn_kept(path, error)
+
+
+def check_complete(path: Path) -> CheckpointInfo:
+    """What a checkpoint says of itself, if every file has the size that it was saved with.
+
+    Raises:
+        CheckpointError: a file is missing, or of another size.
+    """
+    info = read_info(path)
+    found = file_sizes(path)
+    for name, size in info.files.items():
+        if found.get(name) != size:
+            now = f"has {found[name]} bytes" if name in found else "is missing"
+            raise CheckpointError(f"{path} is incomplete: {name} {now}, expected {size} bytes")
+    return info
 
 
 def _small(infos: list[CheckpointInfo], max_bytes: float | None) -> bool:

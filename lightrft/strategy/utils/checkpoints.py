@@ -31,15 +31,20 @@ from lightrft.strategy.utils.agreement import Ranks, check_same
 from lightrft.strategy.utils.checkpoint_info import INFO_FILE, CheckpointInfo, check_tag, read_info
 from lightrft.strategy.utils.checkpoint_store import GB, CheckpointStore
 from lightrft.strategy.utils.durable_files import write_file
-from lightrft.strategy.utils.random_state import load_random_state, random_state_file, save_random_state
+from lightrft.strategy.utils.random_state import (
+    RANDOM_STATES,
+    load_random_state,
+    random_state_file,
+    save_random_state,
+)
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-__all__ = ["CheckpointFolder"]
+__all__ = ["CLIENT_STATE", "SCHEDULER", "CheckpointFolder"]
 
-_CLIENT_STATE = "client_state.pt"
-_SCHEDULER = "scheduler.pt"
+CLIENT_STATE = "client_state.pt"
+SCHEDULER = "scheduler.pt"
 
 
 class CheckpointFolder:
@@ -232,7 +237,7 @@ class CheckpointFolder:
             CheckpointError: a file is damaged.
         """
         with self.ranks.together("the client state was not loaded"):
-            return dict(_load_state(path, _CLIENT_STATE) or {})
+            return dict(_load_state(path, CLIENT_STATE) or {})
 
     def load_scheduler_state(self, path: Path) -> Any:
         """The state of the scheduler of a checkpoint; ``None`` if it was saved without. Called on all ranks.
@@ -241,16 +246,20 @@ class CheckpointFolder:
             CheckpointError: a file is damaged.
         """
         with self.ranks.together("the state of the scheduler was not loaded"):
-            return _load_state(path, _SCHEDULER)
+            return _load_state(path, SCHEDULER)
 
     def restore_random_state(self, path: Path) -> None:
         """Restore the random state of this rank; :mod:`lightrft.strategy.utils.random_state` says how. On all ranks.
+
+        That of a checkpoint without any, which was converted from weights alone, leaves all as it is.
 
         Raises:
             CheckpointError: a file is missing or damaged.
         """
         with self.ranks.together("the random state was not restored"):
             info = read_info(path)
+            if not any(name.startswith(f"{RANDOM_STATES}/") for name in info.files):
+                return
             load_random_state(
                 path,
                 rank=self.ranks.rank,
@@ -281,7 +290,7 @@ def _serialized(client_state: Mapping[str, Any] | None, scheduler_state: Any) ->
         raise ConfigError(f"client_state is a {type(client_state).__name__}: expected a mapping, such as a dict")
     states, pickled = {}, []
     client = None if client_state is None else dict(client_state)
-    for name, state in {_CLIENT_STATE: client, _SCHEDULER: scheduler_state}.items():
+    for name, state in {CLIENT_STATE: client, SCHEDULER: scheduler_state}.items():
         if state is None:
             continue
         buffer = io.BytesIO()

@@ -25,6 +25,7 @@ from lightrft.errors import CheckpointError
 from lightrft.strategy.utils.durable_files import write_file
 
 __all__ = [
+    "RANDOM_STATES",
     "capture_random_state",
     "fingerprints",
     "load_random_state",
@@ -34,12 +35,13 @@ __all__ = [
     "save_random_state",
 ]
 
-FOLDER = "random_state"
+RANDOM_STATES = "random_state"
+"""Folder of the files of all ranks, in that of the checkpoint."""
 
 
 def random_state_file(rank: int) -> str:
     """Name of the file of a rank, relative to the folder of the checkpoint."""
-    return f"{FOLDER}/rank_{rank:05d}.pt"
+    return f"{RANDOM_STATES}/rank_{rank:05d}.pt"
 
 
 def capture_random_state() -> dict[str, Any]:

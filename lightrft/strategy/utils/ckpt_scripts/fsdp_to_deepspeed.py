@@ -1,0 +1,10 @@
+"""From FSDP2 to DeepSpeed, with which training goes on: ``python -m lightrft.strategy.utils.ckpt_scripts.fsdp_to_deepspeed SOURCE TARGET``."""
+
+from __future__ import annotations
+
+import sys
+
+from lightrft.strategy.utils.ckpt_scripts.command import run_script
+
+if __name__ == "__main__":
+    sys.exit(run_script("fsdp", "deepspeed"))

@@ -1,0 +1,53 @@
+"""Writing a checkpoint of FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from lightrft.strategy.fsdp.fsdp_checkpoint import FOLDER, GROUPS, LOSS_SCALE
+from lightrft.strategy.utils.ckpt_scripts.contents import Contents, Place
+from lightrft.strategy.utils.ckpt_scripts.fsdp_reader import entry_of
+from lightrft.strategy.utils.ckpt_scripts.progress import Progress
+
+__all__ = ["write"]
+
+
+class _Planner(dcp.DefaultSavePlanner):
+    """Plans with tensors that have no storage, and reads each when it is written."""
+
+    def __init__(self, contents: Contents, places: Mapping[str, Place], progress: Progress) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._contents = contents
+        self._places = places
+        self._progress = progress
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        place = self._places.get(index.fqn)
+        if place is None:
+            return super().lookup_object(index)
+        self._progress.add(self._contents.specs[place].bytes)
+        return self._contents.read(place)
+
+
+def write(contents: Contents, folder: Path, progress: Progress) -> None:
+    """Write what FSDP2 reads from ``folder``; one tensor at a time is in memory."""
+    places = {entry_of(place): place for place in contents.specs}
+    entries: dict[str, Any] = {
+        entry: torch.empty(contents.specs[place].shape, dtype=contents.specs[place].dtype, device="meta")
+        for entry, place in places.items()
+    }
+    if contents.groups is not None:
+        entries[GROUPS] = contents.groups
+    if contents.loss_scale is not None:
+        entries[LOSS_SCALE] = torch.tensor(contents.loss_scale, dtype=torch.float64)
+    writer = dcp.FileSystemWriter(str(folder / FOLDER), thread_count=1)
+    try:
+        dcp.save(entries, storage_writer=writer, planner=_Planner(contents, places, progress), no_dist=True)
+    except dcp.CheckpointException as error:  # of any rank; there is one
+        raise next(iter(error.failures.values()))[0] from None

@@ -1,0 +1,10 @@
+"""From a folder of Hugging Face to FSDP2, weights alone: ``python -m lightrft.strategy.utils.ckpt_scripts.hf_to_fsdp SOURCE TARGET``."""
+
+from __future__ import annotations
+
+import sys
+
+from lightrft.strategy.utils.ckpt_scripts.command import run_script
+
+if __name__ == "__main__":
+    sys.exit(run_script("hf", "fsdp"))
