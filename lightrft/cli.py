@@ -7,15 +7,16 @@ import difflib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightrft import __version__
 from lightrft.command_line import FAILED, INTERRUPTED, MISUSED, Done, Parser, UsageError, complain
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from lightrft.sim.script import Script
     from lightrft.sim.world import SimWorld
 

@@ -24,9 +24,11 @@ class Parser(argparse.ArgumentParser):
     """Raises instead of ending the process, and complains in one line."""
 
     def exit(self, status: int = 0, message: str | None = None) -> Any:  # noqa: ARG002 - argparse's signature
+        """There is nothing left to do."""
         raise Done
 
     def error(self, message: str) -> Any:
+        """The command line cannot work."""
         raise UsageError(f"{self.prog}: error: {message} (help: {self.prog} --help)")
 
 

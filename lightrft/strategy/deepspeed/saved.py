@@ -168,5 +168,5 @@ def _load(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete") from error
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged") from error
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}): load another one") from error
     return found

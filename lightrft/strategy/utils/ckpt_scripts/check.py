@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from lightrft.errors import CheckpointError
-from lightrft.strategy.utils.ckpt_scripts.contents import Contents
-from lightrft.strategy.utils.ckpt_scripts.progress import Progress
+
+if TYPE_CHECKING:
+    from lightrft.strategy.utils.ckpt_scripts.contents import Contents
+    from lightrft.strategy.utils.ckpt_scripts.progress import Progress
 
 __all__ = ["Comparison", "compare"]
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightrft.command_line import FAILED, INTERRUPTED, MISUSED, Done, Parser, UsageError, complain
-from lightrft.errors import CheckpointError, ConfigError
+from lightrft.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightrft.strategy.utils.ckpt_scripts.conversion import Conversion
     from lightrft.strategy.utils.ckpt_scripts.conversion import Done as Converted
 

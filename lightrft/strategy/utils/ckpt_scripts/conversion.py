@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +21,10 @@ from lightrft.strategy.utils.ckpt_scripts.source import KINDS, Source, contents_
 from lightrft.strategy.utils.ckpt_scripts.target import check_target, replacing
 from lightrft.strategy.utils.random_state import RANDOM_STATES
 from lightrft.strategy.utils.saving import OUTSIDE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 __all__ = ["DTYPES", "Conversion", "Done", "convert"]
 
@@ -77,7 +80,7 @@ def convert(wanted: Conversion) -> Done:
 
     Raises:
         ConfigError: it cannot be done as it is asked for.
-        CheckpointError: the source is damaged, or what was written is not what the source holds. The target is as it was.
+        CheckpointError: the source is damaged, or what was written is not what it holds. The target is as it was then.
     """
     _check_wanted(wanted)
     source = open_source(wanted.source, wanted.tag)
@@ -100,9 +103,7 @@ def _check_wanted(wanted: Conversion) -> None:
     if wanted.model is not None and wanted.to != "hf":
         raise ConfigError(f"--model is for --to hf, and this is --to {wanted.to}: leave it out")
     if wanted.model is not None and not (wanted.model / hf_writer.CONFIG).is_file():
-        raise ConfigError(
-            f"--model {wanted.model} has no {hf_writer.CONFIG}: expected the folder of a Hugging Face model"
-        )
+        raise ConfigError(f"--model {wanted.model} has no {hf_writer.CONFIG}: expected a Hugging Face model")
     if wanted.zero_stage is not None and wanted.to != "deepspeed":
         raise ConfigError(f"--zero_stage is for --to deepspeed, and this is --to {wanted.to}: leave it out")
     if wanted.zero_stage not in (None, 1, 2, 3):
@@ -116,17 +117,17 @@ def _check_wanted(wanted: Conversion) -> None:
 def _check_source(wanted: Conversion, source: Source) -> None:
     if wanted.kind not in (None, source.kind):
         raise ConfigError(
-            f"{source.folder} is of kind {source.kind}, and {wanted.kind} was expected: use another script"
+            f"{source.folder} is of kind {source.kind}, expected {wanted.kind}: use lightrft ckpt convert"
         )
     if wanted.dtype is not None and wanted.to != "hf" and source.contents.groups is not None:
         raise ConfigError(
-            "--dtype is for weights alone, and the source holds an optimizer, whose fp32 weights training goes on with: "
-            "leave it out"
+            "--dtype is for weights alone, and the source holds an optimizer, whose fp32 weights training goes on "
+            "with: leave it out"
         )
     if source.kind == "hf" and wanted.to != "hf" and (source.folder / OUTSIDE).is_file():
         raise ConfigError(
-            f"{source.folder} has {OUTSIDE}, weights around the model, and does not say how they belong together: load it "
-            "as save_model wrote it, or convert a checkpoint"
+            f"{source.folder} has {OUTSIDE}, weights around the model, and does not say how they belong together: "
+            "convert a checkpoint of the run instead"
         )
 
 

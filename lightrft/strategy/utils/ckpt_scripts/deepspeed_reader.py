@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightrft.errors import CheckpointError
 from lightrft.strategy.deepspeed.saved import SavedEngine
 from lightrft.strategy.utils.ckpt_scripts.contents import WEIGHT, Contents, Place, Spec, settings_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["DeepSpeedContents"]
 
@@ -31,8 +33,8 @@ class DeepSpeedContents(Contents):
             self._survey()
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise CheckpointError(
-                f"{folder} is not laid out as DeepSpeed's ZeRO does it ({type(error).__name__}: {error}): convert another "
-                "checkpoint"
+                f"{folder} is not laid out as DeepSpeed's ZeRO does it ({type(error).__name__}: {error}): convert "
+                "another checkpoint"
             ) from error
 
     def _survey(self) -> None:
@@ -63,8 +65,8 @@ class DeepSpeedContents(Contents):
             found = sum(piece.length for _, piece in self.saved.pieces_of[name])
             if found != shape.numel():
                 raise CheckpointError(
-                    f"{self._folder} holds {found} of the {shape.numel()} elements of {name}: files of some ranks are of "
-                    "another run; convert another checkpoint"
+                    f"{self._folder} holds {found} of the {shape.numel()} elements of {name}: files of some ranks are "
+                    "of another run; convert another checkpoint"
                 )
 
     def _example(self, name: str) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""From DeepSpeed (ZeRO 1, 2, 3) to FSDP2, with which training goes on: ``python -m lightrft.strategy.utils.ckpt_scripts.deepspeed_to_fsdp SOURCE TARGET``."""
+"""From DeepSpeed's ZeRO 1, 2 or 3 to FSDP2, so that training goes on.
+
+To run: ``python -m lightrft.strategy.utils.ckpt_scripts.deepspeed_to_fsdp SOURCE TARGET``.
+"""
 
 from __future__ import annotations
 

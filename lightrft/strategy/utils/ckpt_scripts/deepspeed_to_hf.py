@@ -1,4 +1,7 @@
-"""From DeepSpeed (ZeRO 1, 2, 3) to a folder of Hugging Face: ``python -m lightrft.strategy.utils.ckpt_scripts.deepspeed_to_hf SOURCE TARGET``."""
+"""From DeepSpeed's ZeRO 1, 2 or 3 to a Hugging Face model.
+
+To run: ``python -m lightrft.strategy.utils.ckpt_scripts.deepspeed_to_hf SOURCE TARGET``.
+"""
 
 from __future__ import annotations
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightrft.errors import CheckpointError, ConfigError
 from lightrft.strategy.extras import naming_extras
 from lightrft.strategy.utils.ckpt_scripts.contents import WEIGHT, Contents, Place, Spec
-from lightrft.strategy.utils.ckpt_scripts.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from lightrft.strategy.utils.ckpt_scripts.progress import Progress
 
 __all__ = ["Flattened", "write"]
 
@@ -37,44 +40,51 @@ class Flattened(Contents):
     def __init__(self, contents: Contents) -> None:
         if contents.groups is None:
             raise ConfigError(
-                "the source holds no optimizer, and without one there is no telling which weights DeepSpeed is to train: "
-                "convert to hf, and load the folder into the model before it is prepared"
+                "the source holds no optimizer, and without one there is no telling which weights DeepSpeed is to "
+                "train: convert to hf, and load the folder into the model before it is prepared"
             )
         self._contents = contents
         self.groups = contents.groups
         self.loss_scale = contents.loss_scale
         trained = set(self.trained)
-        self.specs = {place: spec for place, spec in contents.specs.items() if place.name not in trained}
+        missing = sorted(name for name in trained if Place(name) not in contents.specs)
+        if missing:
+            raise CheckpointError(f"the optimizer trains {', '.join(missing[:5])}, of which the source has no weights")
+        self._specs = {place: spec for place, spec in contents.specs.items() if place.name not in trained}
         self._steps = [_step_of(contents, group["params"]) for group in self.groups]
         self._step_at: dict[Place, torch.Tensor] = {}
         for group, step in zip(self.groups, self._steps, strict=True):
             self._add(group["params"], step)
+        self.specs = self._specs
 
     def _add(self, names: list[str], step: torch.Tensor | None) -> None:
+        self._check_shapes(names)
         specs = self._contents.specs
         keys = self.keys_of(names)
         for name in names:
             shape = specs[Place(name)].shape
-            self.specs |= {Place(name, key): Spec(shape, torch.float32) for key in (WEIGHT, *keys)}
+            self._specs |= {Place(name, key): Spec(shape, torch.float32) for key in (WEIGHT, *keys)}
             if step is not None:
                 self._step_at[Place(name, _STEP)] = step
-                self.specs[Place(name, _STEP)] = Spec((), torch.float32)
+                self._specs[Place(name, _STEP)] = Spec((), torch.float32)
 
     def keys_of(self, names: list[str]) -> list[str]:
         """The states, by element, of the parameters of a group."""
         wanted = set(names)
-        found = {
-            place.key for place in self._contents.specs if place.name in wanted and place.key not in (WEIGHT, _STEP)
-        }
-        for name in names:
-            for key in found:
-                spec = self._contents.specs.get(Place(name, key))
-                if spec is not None and spec.shape != self._contents.specs[Place(name)].shape:
-                    raise CheckpointError(
-                        f"{key} of {name} has shape {spec.shape}, and the parameter {self._contents.specs[Place(name)].shape}: "
-                        "ZeRO holds states that have the shape of their parameter, such as those of AdamW; convert to hf"
-                    )
-        return sorted(found)
+        keys = {place.key for place in self._contents.specs if place.name in wanted}
+        return sorted(keys - {WEIGHT, _STEP})
+
+    def _check_shapes(self, names: list[str]) -> None:
+        wanted = set(names)
+        for place, spec in self._contents.specs.items():
+            if place.name not in wanted or place.key == _STEP:
+                continue
+            shape = self._contents.specs[Place(place.name)].shape
+            if spec.shape != shape:
+                raise CheckpointError(
+                    f"{place} has shape {spec.shape}, and the parameter {shape}: ZeRO holds states of the same shape, "
+                    "such as those of AdamW; convert to hf"
+                )
 
     def read(self, place: Place) -> torch.Tensor:
         """As in ``Contents``."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pickle
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightrft.errors import CheckpointError
 from lightrft.strategy.fsdp.fsdp_checkpoint import FOLDER, GROUPS, LOSS_SCALE, MODEL, STATE
 from lightrft.strategy.utils.ckpt_scripts.contents import Contents, Place, Spec, settings_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["FSDPContents", "entry_of"]
 
@@ -30,7 +34,7 @@ def _place_of(entry: str) -> Place:
     return Place(name, key)
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """Reads what is known of the files once, not before every tensor."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
@@ -97,10 +101,10 @@ class FSDPContents(Contents):
         return found
 
     def _load(self, entry: str, into: torch.Tensor | None) -> Any:
-        planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         entries = {entry: into}
         try:
-            dcp.load(entries, storage_reader=self._reader, planner=planner, no_dist=True)
+            load(entries, storage_reader=self._reader, planner=planner, no_dist=True)
         except Exception as error:
             raise CheckpointError(
                 f"{self._folder}: {entry} cannot be read ({type(error).__name__}: {error}): convert another checkpoint"

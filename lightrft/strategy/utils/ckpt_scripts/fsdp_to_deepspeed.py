@@ -1,4 +1,7 @@
-"""From FSDP2 to DeepSpeed, with which training goes on: ``python -m lightrft.strategy.utils.ckpt_scripts.fsdp_to_deepspeed SOURCE TARGET``."""
+"""From FSDP2 to DeepSpeed's ZeRO, so that training goes on.
+
+To run: ``python -m lightrft.strategy.utils.ckpt_scripts.fsdp_to_deepspeed SOURCE TARGET``.
+"""
 
 from __future__ import annotations
 

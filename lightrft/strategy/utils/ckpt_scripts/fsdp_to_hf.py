@@ -1,4 +1,7 @@
-"""From FSDP2 to a folder of Hugging Face: ``python -m lightrft.strategy.utils.ckpt_scripts.fsdp_to_hf SOURCE TARGET``."""
+"""From FSDP2 to a Hugging Face model.
+
+To run: ``python -m lightrft.strategy.utils.ckpt_scripts.fsdp_to_hf SOURCE TARGET``.
+"""
 
 from __future__ import annotations
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightrft.strategy.fsdp.fsdp_checkpoint import FOLDER, GROUPS, LOSS_SCALE
-from lightrft.strategy.utils.ckpt_scripts.contents import Contents, Place
 from lightrft.strategy.utils.ckpt_scripts.fsdp_reader import entry_of
-from lightrft.strategy.utils.ckpt_scripts.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    from lightrft.strategy.utils.ckpt_scripts.contents import Contents, Place
+    from lightrft.strategy.utils.ckpt_scripts.progress import Progress
 
 __all__ = ["write"]
 
 
-class _Planner(dcp.DefaultSavePlanner):
+class _Planner(DefaultSavePlanner):
     """Plans with tensors that have no storage, and reads each when it is written."""
 
     def __init__(self, contents: Contents, places: Mapping[str, Place], progress: Progress) -> None:
@@ -46,8 +53,8 @@ def write(contents: Contents, folder: Path, progress: Progress) -> None:
         entries[GROUPS] = contents.groups
     if contents.loss_scale is not None:
         entries[LOSS_SCALE] = torch.tensor(contents.loss_scale, dtype=torch.float64)
-    writer = dcp.FileSystemWriter(str(folder / FOLDER), thread_count=1)
+    writer = FileSystemWriter(str(folder / FOLDER), thread_count=1)
     try:
-        dcp.save(entries, storage_writer=writer, planner=_Planner(contents, places, progress), no_dist=True)
-    except dcp.CheckpointException as error:  # of any rank; there is one
+        save(entries, storage_writer=writer, planner=_Planner(contents, places, progress), no_dist=True)
+    except CheckpointException as error:  # of any rank; there is one
         raise next(iter(error.failures.values()))[0] from None

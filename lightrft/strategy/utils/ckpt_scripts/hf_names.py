@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightrft.errors import CheckpointError, ConfigError
 from lightrft.strategy.utils.ckpt_scripts.hf_reader import HFContents
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
 
 __all__ = ["Names", "names_for"]
 
@@ -46,8 +49,8 @@ def names_for(weights: Iterable[str], model: Path | None) -> Names:
     missing = sorted(set(expected) - set(inside.values()) - _may_be_tied(expected))
     if missing:
         raise ConfigError(
-            f"the source has no {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}, which {model} has; it has "
-            f"{', '.join(sorted(names)[:5])} ...: pass the model that was trained, or leave --model out"
+            f"the source has no {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}, which {model} has; it "
+            f"has {', '.join(sorted(names)[:5])} ...: pass the model that was trained, or leave --model out"
         )
     outside = [name for name in names if name not in inside]
     return Names(inside | {name: name for name in outside}, outside)
@@ -68,7 +71,6 @@ def _may_be_tied(expected: list[str]) -> set[str]:
 def _prefix(names: list[str], expected: list[str]) -> str:
     """What the names in the run begin with, for as many of the expected names as possible."""
     have = set(names)
-    tried = {
-        name.removesuffix(one) for one in expected[:20] for name in names if name == one or name.endswith(f".{one}")
-    }
+    ends = [(name, one) for one in expected[:20] for name in names if name == one or name.endswith(f".{one}")]
+    tried = {name.removesuffix(one) for name, one in ends}
     return max(sorted(tried, key=len), key=lambda prefix: sum(prefix + one in have for one in expected), default="")

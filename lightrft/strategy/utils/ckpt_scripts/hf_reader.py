@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +12,10 @@ from lightrft.errors import CheckpointError
 from lightrft.strategy.extras import naming_extras
 from lightrft.strategy.utils.ckpt_scripts.contents import Contents, Place, Spec
 from lightrft.strategy.utils.saving import OUTSIDE, WEIGHTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 __all__ = ["INDEX", "HFContents", "weight_files"]
 

@@ -1,4 +1,7 @@
-"""From a folder of Hugging Face to FSDP2, weights alone: ``python -m lightrft.strategy.utils.ckpt_scripts.hf_to_fsdp SOURCE TARGET``."""
+"""From a Hugging Face model to FSDP2: weights alone.
+
+To run: ``python -m lightrft.strategy.utils.ckpt_scripts.hf_to_fsdp SOURCE TARGET``.
+"""
 
 from __future__ import annotations
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import CheckpointError
 from lightrft.strategy.extras import naming_extras
 from lightrft.strategy.utils.ckpt_scripts.contents import Contents, Place
 from lightrft.strategy.utils.ckpt_scripts.hf_reader import INDEX
-from lightrft.strategy.utils.ckpt_scripts.progress import Progress
 from lightrft.strategy.utils.saving import OUTSIDE, WEIGHTS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from lightrft.strategy.utils.ckpt_scripts.progress import Progress
 
 __all__ = ["CONFIG", "write"]
 
@@ -37,7 +40,7 @@ def write(contents: Contents, folder: Path, progress: Progress, *, model: Path |
     apart = set(outside)
     names = [place.name for place in contents.specs if not place.key]
     files = list(_split(contents, [name for name in names if name not in apart]))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(files, 1):
         file = WEIGHTS if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         _write_file(contents, part, folder / file, progress)

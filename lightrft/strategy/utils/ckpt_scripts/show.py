@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightrft.errors import CheckpointError, ConfigError
 from lightrft.strategy.utils.checkpoint_info import INFO_FILE, CheckpointInfo
 from lightrft.strategy.utils.checkpoint_store import CheckpointStore, check_complete
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = ["show"]
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightrft.errors import CheckpointError, ConfigError
 from lightrft.strategy.utils.checkpoint_info import INFO_FILE, LATEST_FILE, CheckpointInfo, read_info
 from lightrft.strategy.utils.checkpoint_store import CheckpointStore, check_complete
-from lightrft.strategy.utils.ckpt_scripts.contents import Contents
 from lightrft.strategy.utils.ckpt_scripts.hf_reader import INDEX, HFContents
 from lightrft.strategy.utils.saving import OUTSIDE, WEIGHTS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lightrft.strategy.utils.ckpt_scripts.contents import Contents
 
 __all__ = ["KINDS", "Source", "contents_of", "is_checkpoint_folder", "open_source"]
 
@@ -101,7 +105,8 @@ def _in_save_dir(folder: Path, tag: str | None) -> Path:
     if tag is None and not (folder / LATEST_FILE).is_file() and not store.infos():
         files = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
         raise ConfigError(
-            f"{folder} holds no checkpoint that lightrft wrote ({INFO_FILE}), and no {WEIGHTS} or {INDEX}; it has {files}"
+            f"{folder} holds no checkpoint that lightrft wrote ({INFO_FILE}), and no {WEIGHTS} or {INDEX}; it has "
+            f"{files}"
         )
     path = store.find(tag)
     if read_info(path).tag != path.name and not path.name.startswith("."):

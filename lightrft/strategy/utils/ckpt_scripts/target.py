@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightrft.errors import ConfigError
 from lightrft.strategy.utils.ckpt_scripts.source import is_checkpoint_folder
 from lightrft.strategy.utils.durable_files import delete, sync_folder, sync_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 __all__ = ["check_target", "replacing"]
 
