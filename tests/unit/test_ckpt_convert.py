@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -17,11 +16,10 @@ from lightrft import cli
 from lightrft.errors import CheckpointError, ConfigError
 from lightrft.sim import SimWorld
 from lightrft.sim.contracts.strategy import SETTINGS, Subject, workload
-from lightrft.strategy.utils.ckpt_scripts import conversion, fsdp_writer, hf_writer
+from lightrft.strategy.utils.ckpt_scripts import conversion, hf_writer
 from lightrft.strategy.utils.ckpt_scripts.contents import Contents, Place, Spec
 from lightrft.strategy.utils.ckpt_scripts.conversion import Conversion, convert
 from lightrft.strategy.utils.ckpt_scripts.deepspeed_writer import Flattened
-from lightrft.strategy.utils.ckpt_scripts.progress import Progress
 from lightrft.strategy.utils.ckpt_scripts.source import contents_of
 
 ROOT = Path(lightrft.__file__).parents[1]
@@ -173,6 +171,11 @@ def test_every_layout_of_zero_is_read_by_deepspeed_itself_and_by_every_stage(sav
         workload.same(end, ended, what="trained on")
 
 
+def reached(weights):
+    """Those that the loss reaches; of the others, ZeRO decays the weights and FSDP does not."""
+    return {name: value for name, value in weights.items() if not name.startswith("unused.")}
+
+
 @pytest.mark.parametrize(
     ("source", "target", "size"), [("FSDP", "ZeRO-2", 1), ("FSDP", "ZeRO-3", 4), ("ZeRO-3", "FSDP", 1)]
 )
@@ -181,7 +184,7 @@ def test_frozen_and_unused_and_tied_parameters_and_buffers_go_along(saved, tmp_p
     converted(folder, tmp_path / "new", to=BACKENDS[target])
     for loaded, end, _, _, buffers, _ in subject(target, size).run(going_on, str(tmp_path / "new"), around, True):
         workload.same(loaded, weights, what="loaded", within=0.0)
-        workload.same(end, ended, what="trained on")
+        workload.same(reached(end), reached(ended), what="trained on")
         assert buffers == {"mean": [0.25] * 3, "count": 7}
 
 
@@ -280,7 +283,8 @@ def test_a_run_becomes_a_model_that_transformers_loads(saved, pretrained, tmp_pa
     converted(folder, tmp_path / "hf", to="hf", model=pretrained[tied])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     inside = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-    workload.same(dict(model.named_parameters()), inside, what="loaded", within=0.0)
+    found = {name: value.detach() for name, value in model.named_parameters()}
+    workload.same(found, inside, what="loaded", within=0.0)
     assert ("lm_head.weight" in load_file(tmp_path / "hf" / "model.safetensors")) == (not tied)
     outside = load_file(tmp_path / "hf" / "outside.safetensors")
     assert outside.keys() == {"value_head.weight"}
@@ -333,7 +337,6 @@ def loads_weights(make, folder):
     strategy = make(actor_learning_rate=0.01)
     model = strategy.prepare(llama(1, False))
     optimizer = strategy.create_optimizer(model)
-    before = torch.get_rng_state()
     messages = []
     try:
         strategy.load_ckpt(model, folder, optimizer=optimizer)
@@ -344,13 +347,13 @@ def loads_weights(make, folder):
     other = strategy.prepare(llama(2, False))
     strategy.create_optimizer(other)
     strategy.load_ckpt(other, folder, load_optimizer_states=False)
-    return messages, first, workload.weights(strategy, other), torch.equal(torch.get_rng_state(), before)
+    return messages, first, workload.weights(strategy, other)
 
 
 def test_a_model_of_hugging_face_is_loaded_by_fsdp(pretrained, tmp_path):
     converted(pretrained[False], tmp_path / "new", to="fsdp")
     expected = {name: value.detach() for name, value in llama(5, False).named_parameters()}
-    for messages, first, second, _ in subject("FSDP", 2).run(loads_weights, str(tmp_path / "new")):
+    for messages, first, second in subject("FSDP", 2).run(loads_weights, str(tmp_path / "new")):
         assert "holds no optimizer: pass load_optimizer_states=False" in messages[0]
         workload.same(first, expected, what="weights alone", within=0.0)
         workload.same(second, expected, what="without optimizer states", within=0.0)
@@ -364,7 +367,7 @@ def test_weights_alone_do_not_become_a_checkpoint_of_deepspeed(pretrained, tmp_p
 
 def test_a_model_that_is_not_the_one_that_was_trained_is_refused(saved, pretrained, tmp_path):
     folder, *_ = saved("FSDP")
-    with pytest.raises(ConfigError, match=r"has no .*model\.norm\.weight.*leave --model out"):
+    with pytest.raises(ConfigError, match=r"has no model\.embed_tokens\.weight, .*leave --model out"):
         converted(folder, tmp_path / "hf", to="hf", model=pretrained[False])
 
 
@@ -396,27 +399,34 @@ def test_states_of_another_shape_are_refused():
         Flattened(Made(tensors, [{"lr": 0.1, "params": ["a"]}]))
 
 
-class Counted(Contents):
-    """Counts the tensors that were read and are still alive."""
+LARGE = """
+import resource, sys
+from pathlib import Path
+import torch
+from lightrft.strategy.utils.ckpt_scripts import fsdp_writer
+from lightrft.strategy.utils.ckpt_scripts.contents import Contents, Place, Spec
+from lightrft.strategy.utils.ckpt_scripts.progress import Progress
 
-    def __init__(self) -> None:
-        self.specs = {Place(f"p{number}"): Spec((1000,), torch.float32) for number in range(20)}
-        self._alive = weakref.WeakSet()
-        self.most = 0
+class Large(Contents):
+    specs = {Place(f"p{number}"): Spec((2_000_000,), torch.float32) for number in range(25)}
 
     def read(self, place):
-        tensor = torch.full((1000,), float(place.name[1:]))
-        self._alive.add(tensor.untyped_storage())
-        self.most = max(self.most, len(self._alive))
-        return tensor
+        return torch.full((2_000_000,), float(place.name[1:]))
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fsdp_writer.write(Large(), Path(sys.argv[1]), Progress("written", 1))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
 
 
 def test_fsdp_is_written_one_tensor_after_the_other(tmp_path):
-    counted = Counted()
-    fsdp_writer.write(counted, tmp_path, Progress("written", 1))
-    assert 0 < counted.most <= 2
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LARGE, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 80_000  # KiB: 200 MB are written, in tensors of 8 MB
     found = contents_of("fsdp", tmp_path)
-    assert all(torch.equal(found.read(place), counted.read(place)) for place in counted.specs)
+    for number in (0, 13, 24):
+        assert torch.equal(found.read(Place(f"p{number}")), torch.full((2_000_000,), float(number)))
 
 
 # -- damage, and what is no source ------------------------------------------------------------------------------------

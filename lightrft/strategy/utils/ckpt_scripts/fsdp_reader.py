@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import warnings
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -17,9 +20,10 @@ from lightrft.strategy.fsdp.fsdp_checkpoint import FOLDER, GROUPS, LOSS_SCALE, M
 from lightrft.strategy.utils.ckpt_scripts.contents import Contents, Place, Spec, settings_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["FSDPContents", "entry_of"]
+__all__ = ["FSDPContents", "entry_of", "in_one_process"]
 
 
 def entry_of(place: Place) -> str:
@@ -32,6 +36,14 @@ def _place_of(entry: str) -> Place:
         return Place(entry.removeprefix(MODEL))
     name, _, key = entry.removeprefix(STATE).rpartition(".")
     return Place(name, key)
+
+
+@contextmanager
+def in_one_process() -> Iterator[None]:
+    """DCP warns, at every call, that there is one process; here that is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 class _Reader(FileSystemReader):
@@ -104,9 +116,14 @@ class FSDPContents(Contents):
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         entries = {entry: into}
         try:
-            load(entries, storage_reader=self._reader, planner=planner, no_dist=True)
+            with in_one_process():
+                load(entries, storage_reader=self._reader, planner=planner, no_dist=True)
+        except CheckpointException as error:
+            raise self._unreadable(entry, next(iter(error.failures.values()))[0]) from None
         except Exception as error:
-            raise CheckpointError(
-                f"{self._folder}: {entry} cannot be read ({type(error).__name__}: {error}): convert another checkpoint"
-            ) from error
+            raise self._unreadable(entry, error) from error
         return entries[entry]
+
+    def _unreadable(self, entry: str, error: BaseException) -> CheckpointError:
+        kind = type(error).__name__
+        return CheckpointError(f"{self._folder}: {entry} cannot be read ({kind}: {error}): convert another checkpoint")

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightrft.strategy.fsdp.fsdp_checkpoint import FOLDER, GROUPS, LOSS_SCALE
-from lightrft.strategy.utils.ckpt_scripts.fsdp_reader import entry_of
+from lightrft.strategy.utils.ckpt_scripts.fsdp_reader import entry_of, in_one_process
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,20 +26,32 @@ __all__ = ["write"]
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans with tensors that have no storage, and reads each when it is written."""
+    """Plans with tensors that have no storage, reads each when it is written, and frees it before the next.
+
+    DCP keeps every tensor of a file until the file is complete, so it is the storage that is freed.
+    """
 
     def __init__(self, contents: Contents, places: Mapping[str, Place], progress: Progress) -> None:
         super().__init__(flatten_state_dict=False)
         self._contents = contents
         self._places = places
         self._progress = progress
+        self._last: torch.Tensor | None = None
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         place = self._places.get(index.fqn)
         if place is None:
             return super().lookup_object(index)
         self._progress.add(self._contents.specs[place].bytes)
-        return self._contents.read(place)
+        self.free()
+        self._last = self._contents.read(place).clone()
+        return self._last
+
+    def free(self) -> None:
+        """Free what was read last."""
+        if self._last is not None:
+            self._last.untyped_storage().resize_(0)
+        self._last = None
 
 
 def write(contents: Contents, folder: Path, progress: Progress) -> None:
@@ -53,8 +65,12 @@ def write(contents: Contents, folder: Path, progress: Progress) -> None:
         entries[GROUPS] = contents.groups
     if contents.loss_scale is not None:
         entries[LOSS_SCALE] = torch.tensor(contents.loss_scale, dtype=torch.float64)
-    writer = FileSystemWriter(str(folder / FOLDER), thread_count=1)
+    writer = FileSystemWriter(str(folder / FOLDER), thread_count=1, per_thread_copy_ahead=0)
+    planner = _Planner(contents, places, progress)
     try:
-        save(entries, storage_writer=writer, planner=_Planner(contents, places, progress), no_dist=True)
+        with in_one_process():
+            save(entries, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:  # of any rank; there is one
         raise next(iter(error.failures.values()))[0] from None
+    finally:
+        planner.free()
