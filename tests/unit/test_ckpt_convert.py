@@ -57,15 +57,15 @@ def around(seed: int, tied: bool) -> nn.Module:
 
 
 class Training:
-    """A run with two parameter groups, a schedule, and random numbers."""
+    """A run with a schedule, random numbers and two parameter groups, or one of the ``whole`` model, frozen or not."""
 
-    def __init__(self, make, build=plain, seed: int = 0, tied: bool = False, **settings) -> None:
+    def __init__(self, make, build=plain, seed: int = 0, tied: bool = False, whole=False, **settings) -> None:
         micro = workload.BATCH // make.world_size
         settings = {"max_norm": 0.05, "weight_decay": 0.1, "actor_learning_rate": 0.01, **settings}
         self.strategy = make(train_batch_size=workload.BATCH, micro_train_batch_size=micro, **settings)
         torch.manual_seed(seed)
         model = build(seed, tied)
-        optimizer = self.strategy.create_optimizer(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01) if whole else self.strategy.create_optimizer(model)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
         self.model, self.optimizer, self.scheduler = self.strategy.prepare((model, optimizer, scheduler))
 
@@ -186,6 +186,42 @@ def test_frozen_and_unused_and_tied_parameters_and_buffers_go_along(saved, tmp_p
         workload.same(loaded, weights, what="loaded", within=0.0)
         workload.same(reached(end), reached(ended), what="trained on")
         assert buffers == {"mean": [0.25] * 3, "count": 7}
+
+
+@pytest.mark.parametrize("target", ["ZeRO-1", "ZeRO-3"])
+def test_an_optimizer_may_hold_frozen_parameters(saved, tmp_path, target):
+    folder, weights, ended, _ = saved("FSDP", around, whole=True)
+    converted(folder, tmp_path / "new", to="deepspeed")
+    settings = {"whole": True}
+    for loaded, end, *_ in subject(target, 2).run(going_on, str(tmp_path / "new"), around, False, settings):
+        workload.same(loaded, weights, what="loaded", within=0.0)
+        workload.same(reached(end), reached(ended), what="trained on")
+
+
+IN_16_BITS = [("FSDP", "ZeRO-2", {}), ("ZeRO-3", "FSDP", {}), ("FSDP", "ZeRO-3", {"use_mp_opt": True})]
+
+
+@pytest.mark.parametrize(("source", "target", "more"), IN_16_BITS)
+def test_in_bfloat16_the_masters_go_along(saved, tmp_path, source, target, more):
+    folder, weights, ended, _ = saved(source, bf16=True, **more)
+    converted(folder, tmp_path / "new", to=BACKENDS[target])
+    new = contents_of(BACKENDS[target], tmp_path / "new" / "global_step2")
+    for name, value in weights.items():
+        assert new.specs[Place(name)].dtype == torch.float32
+        assert torch.equal(new.read(Place(name)).bfloat16().float(), value)
+    settings = {"bf16": True}
+    for loaded, end, *_ in subject(target, 2).run(going_on, str(tmp_path / "new"), plain, False, settings):
+        workload.same(loaded, weights, what="loaded", within=0.0)
+        workload.same(end, ended, what="trained on", within=0.03)
+
+
+def test_hyper_parameters_go_along_and_how_an_optimizer_computes_does_not(saved, tmp_path):
+    folder, *_ = saved("FSDP")
+    converted(folder, tmp_path / "new", to="deepspeed")
+    groups = contents_of("deepspeed", tmp_path / "new" / "global_step2").groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert {"lr", "initial_lr", "betas", "eps"} < groups[0].keys()
+    assert not {"fused", "foreach", "capturable", "decays"} & groups[0].keys()
 
 
 def test_there_and_back_is_what_it_was(saved, tmp_path):
@@ -449,8 +485,9 @@ DAMAGED = {"FSDP": "dcp/__1_0.distcp", "ZeRO-2": "zero_pp_rank_1_mp_rank_00_opti
 def test_a_truncated_source_is_refused(saved, tmp_path, name, to):
     copy, file = copied(saved, tmp_path, name, DAMAGED[name])
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=f"incomplete: {DAMAGED[name]} has .* expected"):
-        converted(copy, tmp_path / "new", to=to)
+    for source in (copy, copy / "global_step2"):
+        with pytest.raises(CheckpointError, match=f"incomplete: {DAMAGED[name]} has .* expected"):
+            converted(source, tmp_path / "new", to=to)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
@@ -538,6 +575,25 @@ def test_a_target_that_exists_is_replaced_only_if_asked_for_and_only_by_a_comple
     assert files_below(target) == first
     converted(other, target, to="hf", overwrite=True)
     assert [path.name for path in target.iterdir()] == ["model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_target_comes_back_if_the_new_one_cannot_take_its_place(saved, tmp_path, monkeypatch):
+    folder, *_ = saved("FSDP")
+    target = tmp_path / "target"
+    converted(folder, target, to="fsdp")
+    first = files_below(target)
+    rename = Path.rename
+
+    def fails(path, to):
+        if path.name.startswith(".lightrft-converting"):
+            raise OSError("no more room")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="no more room"):
+        converted(folder, target, to="hf", overwrite=True)
+    assert files_below(target) == first
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
