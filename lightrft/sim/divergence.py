@@ -242,12 +242,36 @@ def _waited_groups(world: SimWorld) -> list[Group]:
 # -- mismatches, as they are seen -------------------------------------------------------------------------------------
 
 
-_FIELDS = ("operation", "dtype", "shape", "reduce operation", "root", "sizes")
+_FIELDS = ("operation", "dtype", "shape", "reduce operation", "root", "sizes", "device")
 
 
 def _differing(left: Signature, right: Signature) -> str:
     names = [name for name, a, b in zip(_FIELDS, left, right, strict=True) if a != b]
-    return "operation" if "operation" in names else " and ".join(names)
+    for alone in ("operation", "device"):
+        if alone in names:
+            return alone
+    return " and ".join(names)
+
+
+def _blame(calls: Sequence[Call], world: SimWorld) -> tuple[Culprit, ...]:
+    """Who is to blame among the calls of a meeting: whose tensor is where nobody can communicate it, or else a minority."""
+    elsewhere = tuple(Culprit(call.rank, call.place) for call in calls if call.signature.device is not None)
+    if elsewhere:
+        return elsewhere
+    culprits = _outsiders((call.signature, call.rank, call.place) for call in calls)
+    if len(culprits) == len(calls):  # no majority in this group: the other ranks tell who is odd
+        odd = odd_ranks(world)
+        return tuple(culprit for culprit in culprits if culprit.rank in odd) or culprits
+    return culprits
+
+
+def _shown(calls: Sequence[Call]) -> tuple[tuple[int, Place, str], ...]:
+    """The calls of a meeting as rows of a table, with the device of every tensor if there is more than one."""
+    signatures = [call.signature for call in calls]
+    if any(signature.device is not None for signature in signatures):
+        signatures = [signature._replace(device=signature.device or "cpu") for signature in signatures]
+    pairs = zip(calls, signatures, strict=True)
+    return tuple((call.rank, call.place, signature.describe()) for call, signature in pairs)
 
 
 def call_mismatch(meeting: Meeting) -> Mismatch:
@@ -266,8 +290,9 @@ def sizes_mismatch(meeting: Meeting, problem: str, pairs: Sequence[tuple[int, in
 def message_mismatch(send: Call, receive: Call, problem: str) -> Mismatch:
     """A send met a receive that expects something else."""
     rows = tuple((c.rank, c.place, c.describe()) for c in (send, receive))
-    culprits = tuple(Culprit(c.rank, c.place) for c in sorted((send, receive), key=lambda c: c.rank))
-    return Mismatch(problem, None, rows, culprits)
+    ends = sorted((send, receive), key=lambda c: c.rank)
+    chosen = [c for c in ends if c.signature.device is not None] or ends
+    return Mismatch(problem, None, rows, tuple(Culprit(c.rank, c.place) for c in chosen))
 
 
 def creation_mismatch(position: int) -> Mismatch:
@@ -331,14 +356,11 @@ def _mismatch_verdict(world: SimWorld, mismatch: Mismatch, states: list[tuple[in
     heading = "they differ here"
     if mismatch.meeting is not None:
         calls = [call for call in mismatch.meeting.calls if call is not None]
-        culprits = _outsiders((call.signature, call.rank, call.place) for call in calls)
-        if len(culprits) == len(calls):  # no majority in this group: the other ranks tell who is odd
-            odd = odd_ranks(world)
-            culprits = tuple(culprit for culprit in culprits if culprit.rank in odd) or culprits
+        culprits = _blame(calls, world)
         signatures = list(dict.fromkeys(call.signature for call in calls))
         differing = _differing(signatures[0], signatures[1]) if len(signatures) > 1 else "operation"
         title = f"the {differing} differs between ranks"
-        rows = tuple((call.rank, call.place, call.signature.describe()) for call in calls)
+        rows = _shown(calls)
         heading = f"call #{mismatch.meeting.sequence} on {calls[0].group.title}"
     if mismatch.creation is not None:
         made = world.made_at(mismatch.creation)

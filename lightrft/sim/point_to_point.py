@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightrft.sim.acceptance import elsewhere
 from lightrft.sim.buffers import BelowAutograd, poison
 from lightrft.sim.calls import Call, Group, Message
 from lightrft.sim.works import MessageWork
@@ -93,6 +94,9 @@ def _match(group: SimProcessGroup, send: Message, receive: Message, later: Call)
     send.call.match = receive.call.match = group._group.matches
     scheduler = group._world.scheduler
     for message in (send, receive):
+        signature = message.call.signature
+        if signature.device is not None:
+            message.failure = elsewhere(signature.operation, signature.device)
         message.matched = True
         if message.waiter is not None:
             scheduler.wake(message.waiter)
@@ -103,6 +107,8 @@ def _difference(profile: Profile, send: Message, receive: Message) -> str | None
     sent, received = send.call.signature, receive.call.signature
     if send.call.tag != receive.call.tag and not profile.ignores_tags:
         return f"tags differ: sent with tag {send.call.tag}, received with tag {receive.call.tag}"
+    if sent.device != received.device:
+        return f"devices differ: sent from {sent.device or 'cpu'}, received on {received.device or 'cpu'}"
     if sent.dtype != received.dtype:
         return f"dtypes differ: {sent.dtype} sent, {received.dtype} expected"
     if not _shapes_agree(profile, sent.shape, received.shape):
