@@ -15,7 +15,7 @@ from torch import Tensor
 from lightrft.errors import RefusedError
 from lightrft.sim.profiles import COMMON_DTYPES, Profile
 
-__all__ = ["Acceptance", "Reduction", "elsewhere"]
+__all__ = ["Acceptance", "Reduction", "advice", "elsewhere"]
 
 _REDUCTIONS: dict[Any, str] = {
     getattr(dist.ReduceOp, name): name
@@ -276,11 +276,16 @@ class Acceptance:
 
 def elsewhere(operation: str, device: str) -> RefusedError:
     """What is said of a tensor that is not in the memory of the CPU, where simulated ranks keep all of theirs."""
+    return RefusedError(f"{operation}: a tensor on {device}, {advice(device)}")
+
+
+def advice(device: str) -> str:
+    """What is wrong with a tensor on ``device``, and what to do."""
     if device != "meta":
-        return RefusedError(f"{operation}: a tensor on {device}; simulated ranks keep all tensors on the CPU")
-    return RefusedError(
-        f"{operation}: a tensor on meta, which has no data. Without a word torch skips such a call on a cluster: give "
-        "the model memory first (to_empty, then load or initialise the weights)"
+        return "but simulated ranks keep all tensors on the CPU: make it inside the function of the run"
+    return (
+        "which has no data: torch skips the call without a word, while other ranks wait for it. Give the model memory "
+        "first (to_empty, then load or initialise the weights)"
     )
 
 

@@ -20,6 +20,7 @@ from lightrft.errors import (
     SimulationError,
     UnfinishedError,
 )
+from lightrft.sim.acceptance import advice
 from lightrft.sim.blame import POINT_TO_POINT, cover, deadlock_suspects, odd_ranks, outsiders
 from lightrft.sim.calls import Call, Group, Meeting, Signature
 from lightrft.sim.other_threads import exceptions_of_threads, frame_of_thread
@@ -254,7 +255,7 @@ def _differing(left: Signature, right: Signature) -> str:
 
 
 def _blame(calls: Sequence[Call], world: SimWorld) -> tuple[Culprit, ...]:
-    """Who is to blame among the calls of a meeting: whose tensor is where nobody can communicate it, or else a minority."""
+    """Who is to blame among the calls of a meeting: those whose tensors nobody can communicate, or else a minority."""
     elsewhere = tuple(Culprit(call.rank, call.place) for call in calls if call.signature.device is not None)
     if elsewhere:
         return elsewhere
@@ -360,6 +361,9 @@ def _mismatch_verdict(world: SimWorld, mismatch: Mismatch, states: list[tuple[in
         signatures = list(dict.fromkeys(call.signature for call in calls))
         differing = _differing(signatures[0], signatures[1]) if len(signatures) > 1 else "operation"
         title = f"the {differing} differs between ranks"
+        if differing == "device":
+            device = next(signature.device for signature in signatures if signature.device is not None)
+            title = f"{title}: some hand in a tensor on {device}, {advice(device)}"
         rows = _shown(calls)
         heading = f"call #{mismatch.meeting.sequence} on {calls[0].group.title}"
     if mismatch.creation is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightrft.sim.acceptance import elsewhere
+from lightrft.sim.acceptance import advice, elsewhere
 from lightrft.sim.buffers import BelowAutograd, poison
 from lightrft.sim.calls import Call, Group, Message
 from lightrft.sim.works import MessageWork
@@ -108,7 +108,9 @@ def _difference(profile: Profile, send: Message, receive: Message) -> str | None
     if send.call.tag != receive.call.tag and not profile.ignores_tags:
         return f"tags differ: sent with tag {send.call.tag}, received with tag {receive.call.tag}"
     if sent.device != received.device:
-        return f"devices differ: sent from {sent.device or 'cpu'}, received on {received.device or 'cpu'}"
+        device = sent.device or received.device or ""
+        where = f"sent from {sent.device or 'cpu'}, received on {received.device or 'cpu'}"
+        return f"devices differ: {where}. One tensor is on {device}, {advice(device)}"
     if sent.dtype != received.dtype:
         return f"dtypes differ: {sent.dtype} sent, {received.dtype} expected"
     if not _shapes_agree(profile, sent.shape, received.shape):

@@ -676,6 +676,29 @@ def results_of_the_graph(rank):
     return loss.tolist(), weight.grad.tolist()
 
 
+# -- without memory ---------------------------------------------------------------------------------------------------
+
+
+def without_memory(call):
+    """gloo returns, having sent nothing."""
+
+    def program(rank):
+        call(rank)
+        return "done"
+
+    return program
+
+
+for name, move in MOVES.items():
+    program = without_memory(lambda rank, move=move: move(rank, lambda owner: torch.ones(SIZE, device="meta")))
+    CORRUPTED[f"{name} on meta"] = program, "refused"
+for name, reduction in REDUCTIONS.items():
+    program = without_memory(
+        lambda rank, reduction=reduction: reduction(rank, torch.ones(2 * SIZE, device="meta"), dist.ReduceOp.SUM)
+    )
+    CORRUPTED[f"{name} on meta"] = program, "refused"
+
+
 # -- both worlds ------------------------------------------------------------------------------------------------------
 
 
