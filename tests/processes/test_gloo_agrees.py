@@ -684,19 +684,27 @@ def without_memory(call):
 
     def program(rank):
         call(rank)
-        return "done"
+        return "returned"
 
     return program
 
 
-for name, move in MOVES.items():
-    program = without_memory(lambda rank, move=move: move(rank, lambda owner: torch.ones(SIZE, device="meta")))
-    CORRUPTED[f"{name} on meta"] = program, "refused"
-for name, reduction in REDUCTIONS.items():
-    program = without_memory(
-        lambda rank, reduction=reduction: reduction(rank, torch.ones(2 * SIZE, device="meta"), dist.ReduceOp.SUM)
-    )
-    CORRUPTED[f"{name} on meta"] = program, "refused"
+def message_without_memory(rank):
+    tensor = torch.ones(SIZE, device="meta")
+    if rank < 2:
+        (dist.isend(tensor, 1) if rank == 0 else dist.irecv(tensor, 0)).wait()
+
+
+CALLS_WITHOUT_MEMORY = {
+    name: lambda rank, move=move: move(rank, lambda owner: torch.ones(SIZE, device="meta"))
+    for name, move in MOVES.items()
+} | {
+    name: lambda rank, reduction=reduction: reduction(rank, torch.ones(2 * SIZE, device="meta"), dist.ReduceOp.SUM)
+    for name, reduction in REDUCTIONS.items()
+}
+CALLS_WITHOUT_MEMORY["send"] = message_without_memory
+for name, call in CALLS_WITHOUT_MEMORY.items():
+    CORRUPTED[f"{name} without memory"] = without_memory(call), "an error"
 
 
 # -- both worlds ------------------------------------------------------------------------------------------------------
