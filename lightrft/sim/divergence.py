@@ -25,7 +25,7 @@ from lightrft.sim.blame import POINT_TO_POINT, cover, deadlock_suspects, odd_ran
 from lightrft.sim.calls import Call, Group, Meeting, Signature
 from lightrft.sim.other_threads import exceptions_of_threads, frame_of_thread
 from lightrft.sim.places import UNKNOWN, Place, is_simulator_file, place_of_frame
-from lightrft.sim.point_to_point import other_tags
+from lightrft.sim.point_to_point import astray, other_tags
 from lightrft.sim.scheduler import Killed
 
 if TYPE_CHECKING:
@@ -188,6 +188,12 @@ def _other_tags(world: SimWorld) -> Iterable[Culprit]:
                 yield Culprit(call.rank, call.place)
 
 
+def _astray(world: SimWorld) -> Iterable[Culprit]:
+    """The rank that sent to a wrong one, or named a wrong one to receive from; nobody if several seem to."""
+    found = {Culprit(call.rank, call.place) for group in world.groups.values() for call in astray(group)}
+    return found if len({culprit.rank for culprit in found}) == 1 else ()
+
+
 def _by_rank(culprit: Culprit) -> tuple[int, Place]:
     return culprit.rank, culprit.place
 
@@ -340,7 +346,8 @@ def verdict(
         return _mismatch_verdict(world, mismatch, states)
     if failures:
         return _failure_verdict(world, failures, states)
-    culprits = tuple(sorted({*_culprits(deadlock_suspects(world), states), *_other_tags(world)}, key=_by_rank))
+    suspects = {*_culprits(deadlock_suspects(world), states), *_other_tags(world), *_astray(world)}
+    culprits = tuple(sorted(suspects, key=_by_rank))
     title = ""
     difference: tuple[Row, ...] = ()
     for group in _waited_groups(world):

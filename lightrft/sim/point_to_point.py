@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightrft.sim.process_group import SimProcessGroup
     from lightrft.sim.profiles import Profile
 
-__all__ = ["post_receive", "post_send"]
+__all__ = ["astray", "other_tags", "post_receive", "post_send", "unmatched"]
 
 
 def post_send(group: SimProcessGroup, call: Call, tensors: list[Tensor], peer: int, tag: int) -> MessageWork:
@@ -133,6 +133,23 @@ def other_tags(call: Call) -> list[Call]:
         found = [queue for (source, _), queue in group.receives.items() if source == me]
     others = [message.call for queue in found for message in queue]
     return [other for other in others if other.tag != call.tag and call.peer in (other.rank, -1)]
+
+
+def astray(group: Group) -> list[Call]:
+    """Messages with a wrong peer, to judge by another one that waits and is alike but for its peer.
+
+    Where one rank sends to a second, and a third expects just that from the first, the send goes to the wrong rank;
+    where the second expects it from a third, the receive names the wrong one.
+    """
+    waiting = unmatched(group)
+    sends = {call: (call.signature[1:], call.tag) for call in waiting if call.signature.operation == "send"}
+    receives = {call: (call.signature[1:], call.tag) for call in waiting if call.signature.operation == "recv"}
+    sent_to = {(kind, call.peer) for call, kind in sends.items()}
+    expected_from = {(kind, call.peer) for call, kind in receives.items()}
+    return [
+        *(call for call, kind in sends.items() if {(kind, call.rank), (kind, -1)} & expected_from),
+        *(call for call, kind in receives.items() if (kind, call.rank) in sent_to),
+    ]
 
 
 def unmatched(group: Group) -> list[Call]:
