@@ -27,7 +27,7 @@ from lightrft.sim.flat_parameters import FlatParameters, repoint
 from lightrft.strategy.backend_strategy import BackendStrategy, Loading, Step
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.prepared import Prepared
-from lightrft.strategy.utils import environment, moving_average, optimizers, saving
+from lightrft.strategy.utils import environment, moving_average, optimizers
 from lightrft.strategy.utils.loss_scale import LossScale
 
 if TYPE_CHECKING:
@@ -248,9 +248,6 @@ class FakeStrategy(BackendStrategy):
     def full_parameters(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.unwrap_model(model).named_parameters():
             yield name, parameter.detach()
-
-    def save_model(self, model: nn.Module, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
-        saving.save_model(self, model, tokenizer, output_dir, **kwargs)
 
     # -- Memory -------------------------------------------------------------------------------------------------------
 
