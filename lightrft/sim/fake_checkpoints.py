@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightrft.errors import CheckpointError
 
@@ -81,8 +84,8 @@ class FSDPLayout:
         for one in flat:
             for name, states in joined(_gathered(optimizer_part(prepared.optimizer, one))).items():
                 entries |= {f"optimizer.state.{name}.{kind}": value for kind, value in states.items()}
-        planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
-        dcp.save(entries, checkpoint_id=folder / "dcp", planner=planner, no_dist=not dist.is_initialized())
+        planner = DefaultSavePlanner(flatten_state_dict=False)
+        save(entries, checkpoint_id=folder / "dcp", planner=planner, no_dist=not dist.is_initialized())
 
     def read(self, prepared: Prepared, flat: list[FlatParameters], folder: Path, loading: Loading) -> None:
         """Take model and optimizer."""
@@ -110,12 +113,9 @@ LAYOUTS: dict[str, Layout] = {"deepspeed": DeepSpeedLayout(), "fsdp": FSDPLayout
 
 def _read_dcp(folder: Path) -> dict[str, Any]:
     """All that is in ``folder``, whole, whatever number of ranks wrote it."""
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
     state: dict[str, Any] = {}
     try:
-        reader = dcp.FileSystemReader(folder)
+        reader = FileSystemReader(folder)
         _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is incomplete, or of another backend: {error}") from error

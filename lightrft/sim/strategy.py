@@ -141,8 +141,9 @@ class FakeStrategy(BackendStrategy):
         if optimizer is not None and optimizer.state:
             raise ConfigError("the optimizer has stepped already: prepare the model before its first step")
         model = model.to(device=self.device, dtype=self._compute_dtype)
-        if self.config.gradient_checkpointing and training and hasattr(model, "gradient_checkpointing_enable"):
-            model.gradient_checkpointing_enable()
+        recomputes = getattr(model, "gradient_checkpointing_enable", None)
+        if self.config.gradient_checkpointing and training and callable(recomputes):
+            recomputes()
         flat = self._flattened(model) if training else []
         for one in flat:
             repoint([] if optimizer is None else optimizer.param_groups, one.pieces)

@@ -58,10 +58,6 @@ class BackendStrategy(StrategyBase):
     backend: str
     """``"deepspeed"``, ``"fsdp"`` or ``"fake"``, as it is written into checkpoints."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.gradient_norms: dict[str, float] = {}
-        super().__init__(*args, **kwargs)
-
     # -- What a backend fills in --------------------------------------------------------------------------------------
 
     @abstractmethod

@@ -52,6 +52,7 @@ class StrategyBase(ABC):
         inference_engine: the engine, or ``None``.
         inference_engine_status: its state, an ``EngineStatus``.
         inference_engine_type: ``"vllm"`` or ``"sglang"``, or ``None``.
+        gradient_norms: of the last optimizer step of each model, by the name that ``optimizer_step`` was given.
 
     Raises:
         ConfigError: settings contradict each other or do not fit the number of ranks.
@@ -75,6 +76,7 @@ class StrategyBase(ABC):
         said = {name: value for name, (value, default) in given.items() if value != default}
         self.config = StrategyConfig.from_args(args, **said)
         self.prepared = Registry()
+        self.gradient_norms: dict[str, float] = {}
         self.inference_engine: Any = None
         self.inference_engine_type: str | None = None
         self._is_set_up = False
