@@ -50,7 +50,7 @@ def test_the_examples_print_the_losses_of_real_processes(tmp_path, capsys):
         shown = capsys.readouterr()
         assert status == 0, shown.err
         simulated[example.stem] = losses(shown.out)
-    assert real.wait(timeout=180) == 0, errors.read_text()
+    assert real.wait(timeout=240) == 0, errors.read_text()
     assert min(map(len, simulated.values())) >= 3
     assert simulated == by_script(output.read_text())
 
