@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,22 +17,34 @@ from lightrft.strategy.deepspeed.parameters import is_partitioned
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["build_engine", "checkpoint_activations", "partitioned_construction", "spread_over_groups"]
+__all__ = ["build_engine", "cast", "checkpoint_activations", "partitioned_construction", "spread_over_groups"]
 
 
 @contextmanager
 def partitioned_construction(settings: dict[str, Any]) -> Iterator[None]:
     """In this context every module is spread over the ranks as soon as it is built, as ZeRO-3 wants it. *Collective*.
 
-    ``from_pretrained`` of transformers fills such modules from disk, each parameter whole on rank 0 for a moment. The
-    dtype is that of ``settings``: DeepSpeed ignores one that it is given beside them on some devices.
+    Parameters get the dtype of ``settings``; their first values, and all buffers, are computed as outside of the
+    context. ``from_pretrained`` of transformers fills such modules from disk, one parameter whole at a time.
     """
-    import deepspeed
-
     known = _known_to_transformers(settings)
-    with deepspeed.zero.Init(config_dict_or_path=settings):
+    with _zero_init(settings):
         yield
     del known  # transformers has a weak reference to it
+
+
+def _zero_init(settings: dict[str, Any]) -> AbstractContextManager[Any]:
+    from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride, Init
+
+    class CastsParameters(Init):  # type: ignore[misc]
+        """DeepSpeed's own lets every new tensor have the dtype: the frequencies of rotary embeddings lose digits."""
+
+        def _zero_init_param(self, parameter: torch.nn.Parameter) -> None:
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self.dtype)
+            super()._zero_init_param(parameter)
+
+    return CastsParameters(config_dict_or_path=settings, tensor_overrides=[DeepSpeedTensorOverride.device])
 
 
 def _known_to_transformers(settings: dict[str, Any]) -> Any:
@@ -62,6 +74,13 @@ def build_engine(model: torch.nn.Module, settings: Mapping[str, Any], optimizer:
     return engine
 
 
+def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give the weights ``dtype``; buffers, such as the frequencies of rotary embeddings, keep theirs."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not is_partitioned(parameter):
+            parameter.data = parameter.data.to(dtype)
+
+
 def spread_over_groups(model: torch.nn.Module, settings: Mapping[str, Any], shard_size: int) -> None:
     """Spread ``model`` over ``shard_size`` consecutive ranks, so that each group of them has all of it. *Collective*.
 
@@ -75,9 +94,6 @@ def spread_over_groups(model: torch.nn.Module, settings: Mapping[str, Any], shar
             f"{type(model).__name__} was built in init_model_context() at ZeRO 3, so it is spread over all ranks: build "
             f"it outside of the context to spread it over {shard_size} ranks"
         )
-    dtype = torch.bfloat16 if "bf16" in settings else torch.float16 if "fp16" in settings else None
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
     firsts = range(0, dist.get_world_size(), shard_size)
     groups = [dist.new_group(list(range(first, first + shard_size))) for first in firsts]
     mine = groups[dist.get_rank() // shard_size]

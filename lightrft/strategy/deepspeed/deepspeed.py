@@ -110,6 +110,8 @@ class DeepspeedStrategy(BackendStrategy):
         stage = evaluation_stage(self.config, shard_size, self.world_size)
         size = parameters.size_of(model)
         settings = evaluation_config(self.config, size, stage=stage, reshard_after_forward=reshard_after_forward)
+        if self.config.bf16 or self.config.fp16:
+            construction.cast(model, torch.bfloat16 if self.config.bf16 else torch.float16)
         if stage == 3 and shard_size not in (-1, self.world_size):
             construction.spread_over_groups(model, settings, shard_size)
         engine: torch.nn.Module = construction.build_engine(model, settings)
@@ -126,10 +128,14 @@ class DeepspeedStrategy(BackendStrategy):
     def _micro_step(self, prepared: Prepared) -> None:
         engine: Any = prepared.model
         engine.step()
+        accumulation.end_micro_batch(engine.optimizer)
 
     def _step(self, prepared: Prepared) -> Step:
         engine: Any = prepared.model
+        if self.config.adam_offload and self.accumulated_gradient > 1:
+            accumulation.complete(engine)
         engine.step()
+        accumulation.clear_buffers(engine.optimizer)
         return Step(norm=float(engine.get_global_grad_norm()), applied=engine.was_step_applied())
 
     def _forget_gradients(self, prepared: Prepared) -> None:
