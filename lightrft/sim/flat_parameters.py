@@ -19,6 +19,10 @@ from torch import nn
 
 __all__ = ["FlatParameters", "Piece"]
 
+# torch 2.13 gave these two new names
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
@@ -116,7 +120,7 @@ class FlatParameters:
         own = flat
         if self._world_size > 1:
             own = torch.empty_like(self._own, dtype=torch.float32)
-            dist.reduce_scatter_tensor(own, flat)
+            reduce_scatter_single(own, flat)
         own.div_(divisor)
         self._hand_out(own)
         return own.square().sum()
@@ -142,7 +146,7 @@ class FlatParameters:
                 self._gather()
 
     def _gather(self) -> None:
-        dist.all_gather_into_tensor(self.weights, self._own.clone())
+        all_gather_single(self.weights, self._own.clone())
 
     def adopt_weights(self) -> None:
         """Let the optimizer go on from the weights that the model has now, as after loading them."""

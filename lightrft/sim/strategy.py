@@ -9,17 +9,17 @@ devices are refused.
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim import Optimizer
 
 from lightrft.errors import ConfigError
 from lightrft.sim.fake_checkpoints import LAYOUTS
@@ -29,6 +29,9 @@ from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.prepared import Prepared
 from lightrft.strategy.utils import environment, moving_average, optimizers, saving
 from lightrft.strategy.utils.loss_scale import LossScale
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 __all__ = ["FakeEngine", "FakeStrategy", "get_fake_strategy"]
 
@@ -88,7 +91,8 @@ class FakeStrategy(BackendStrategy):
         super().__init__(seed, max_norm, micro_train_batch_size, train_batch_size, args)
 
     def setup_distributed(self, timeout: timedelta | None = None, num_gpu_per_node: int | None = None) -> None:
-        if environment.is_launched():
+        launched = environment.RankEnvironment.read(os.environ, gpus_per_node=num_gpu_per_node).source != "alone"
+        if launched or dist.is_initialized():
             super().setup_distributed(timeout, num_gpu_per_node)
         self._is_set_up = True
 
@@ -111,7 +115,7 @@ class FakeStrategy(BackendStrategy):
 
     def create_optimizer(self, model: nn.Module, **kwargs: Any) -> Optimizer:
         prepared = self.prepared.find(model)
-        settings = optimizers.settings(self.config, **kwargs)
+        settings = optimizers.adamw_settings(self.config, kwargs)
         decay = settings.pop("weight_decay")
         groups = optimizers.parameter_groups(model if prepared is None else prepared.module, decay)
         if prepared is None:
@@ -224,7 +228,8 @@ class FakeStrategy(BackendStrategy):
 
     def moving_average(self, model: nn.Module, ema: nn.Module, beta: float = 0.992, device: str = "cpu") -> None:
         source, target = self.unwrap_model(model), self.unwrap_model(ema)
-        moving_average.update(source, target, beta=beta, device=torch.device(device))
+        moving_average.update(source.named_parameters(), target.named_parameters(), beta, device)
+        moving_average.copy_buffers(source.named_buffers(), target.named_buffers())
         self._adopt_weights(ema)
 
     def _adopt_weights(self, model: nn.Module) -> None:

@@ -69,7 +69,6 @@ def _flags(name: str, known: Setting) -> Iterator[str]:
 
 def _add(group: argparse._ArgumentGroup, name: str, known: Setting) -> None:
     text = known.help if known.default is None else f"{known.help} (default: {_default(known)})"
-    text = text.replace("%", "%%")
     if known.kind is not bool:
         group.add_argument(f"--{name}", default=known.default, help=text, **_reader(known))
         return

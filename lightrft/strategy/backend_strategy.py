@@ -119,13 +119,13 @@ class BackendStrategy(StrategyBase):
             return None
         if not isinstance(given, (tuple, list)):
             check_model(given)
-            return self._spread(given, training=any(p.requires_grad for p in given.parameters())).model
+            return self._spread(given, training=any(p.requires_grad for p in given.parameters()))
         model, optimizer, scheduler = _parts(given)
         if model is None:
             return tuple(given)
         check_model(model)
-        found = self._spread(model, optimizer=optimizer, scheduler=scheduler, training=optimizer is not None)
-        return (found.model, found.optimizer, found.scheduler)[: len(given)]
+        wrapped = self._spread(model, optimizer=optimizer, scheduler=scheduler, training=optimizer is not None)
+        return (wrapped, self.prepared.of(wrapped).optimizer, scheduler)[: len(given)]
 
     def prepare_model(
         self,
@@ -137,7 +137,7 @@ class BackendStrategy(StrategyBase):
         check_model(model)
         return self._spread(
             model, training=is_training, shard_size=shard_size, reshard_after_forward=reshard_after_forward
-        ).model
+        )
 
     def _spread(
         self,
@@ -148,7 +148,7 @@ class BackendStrategy(StrategyBase):
         training: bool,
         shard_size: int = -1,
         reshard_after_forward: bool = True,
-    ) -> Prepared:
+    ) -> torch.nn.Module:
         if self.prepared.find(model) is not None:
             raise ConfigError(f"{type(model).__name__} is prepared already: prepare each model once")
         self._check_shard_size(shard_size)
@@ -157,7 +157,8 @@ class BackendStrategy(StrategyBase):
             model, optimizer, training=training, shard_size=shard_size, reshard_after_forward=reshard_after_forward
         )
         prepared = Prepared(optimizer=stepping, scheduler=scheduler, training=training)
-        return self.prepared.add(prepared, model=wrapped, module=self.unwrap_model(wrapped))
+        self.prepared.add(prepared, model=wrapped, module=self.unwrap_model(wrapped))
+        return wrapped
 
     def _share_sequences(self, model: torch.nn.Module, *, training: bool) -> None:
         """Let the attention of ``model`` work on slices; a frozen model without any may see whole sequences."""
@@ -299,9 +300,9 @@ class BackendStrategy(StrategyBase):
         if not whole:
             return str(found), {}
         prepared.steps = info.steps
-        scheduler_state = folder.load_scheduler_state(found)
-        if load_lr_scheduler_states and prepared.scheduler is not None and scheduler_state is not None:
-            prepared.scheduler.load_state_dict(scheduler_state)
+        state = folder.load_scheduler_state(found)
+        if load_lr_scheduler_states and prepared.scheduler is not None and state is not None:
+            _resume_schedule(prepared.scheduler, state)
         folder.restore_random_state(found)
         return str(found), folder.load_client_state(found)
 
@@ -336,12 +337,13 @@ class BackendStrategy(StrategyBase):
     def _refuse_offloaded(self, prepared: Prepared) -> None:
         if prepared.offloaded_at is not None:
             raise OffloadStateError(
-                f"training at {call_site(3)}: the model is offloaded, since {prepared.offloaded_at}; call reload_model first"
+                f"training at {call_site(3)}: the model is offloaded, since {prepared.offloaded_at}; call reload_model "
+                "first"
             )
         if prepared.optimizer_offloaded_at is not None:
             raise OffloadStateError(
-                f"training at {call_site(3)}: the optimizer is offloaded, since {prepared.optimizer_offloaded_at}; call "
-                "maybe_load_optimizer first"
+                f"training at {call_site(3)}: the optimizer is offloaded, since {prepared.optimizer_offloaded_at}; "
+                "call maybe_load_optimizer first"
             )
 
     def maybe_offload_optimizer(self, optimizer: Optimizer) -> None:
@@ -379,6 +381,13 @@ class BackendStrategy(StrategyBase):
                 "prepare() returned, or create it with create_optimizer(prepared_model)"
             )
         return prepared
+
+
+def _resume_schedule(scheduler: Any, state: Any) -> None:
+    """Let ``scheduler`` go on from ``state``; the optimizer gets the learning rate of that step at once."""
+    scheduler.load_state_dict(state)
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
 
 
 def _parts(given: Any) -> tuple[Any, Any, Any]:

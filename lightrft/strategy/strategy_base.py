@@ -6,6 +6,7 @@ order. A loss is the mean over the tokens or sequences of the micro-batch of thi
 
 from __future__ import annotations
 
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from lightrft.strategy import engine as engines
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.groups import ParallelGroups
 from lightrft.strategy.prepared import Registry
-from lightrft.strategy.utils import collectives, data, environment, memory, schedulers, seeds
+from lightrft.strategy.utils import collectives, data, environment, leaves, memory, printing, schedulers, seeds
 
 if TYPE_CHECKING:
     import torch
@@ -95,16 +96,15 @@ class StrategyBase(ABC):
         """
         if self._is_set_up:
             return
-        environment.initialise(backend=self._process_group_backend(), timeout=timeout, per_node=num_gpu_per_node)
+        where = environment.RankEnvironment.read(os.environ, gpus_per_node=num_gpu_per_node)
+        device = _own_device(where)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        environment.initialise(where, backend, timeout, device)
         self._is_set_up = True
 
-    def _process_group_backend(self) -> str | None:
-        """Of ``init_process_group``; ``None`` for the usual one of the device."""
-        return None
-
     def _know_the_world(self) -> None:
-        self.world_size = environment.world_size()
-        self.device = environment.device()
+        self.world_size = leaves.members(None)
+        self.device = _own_device(environment.RankEnvironment.read(os.environ))
         self.config.check_world(self.world_size)
         self.accumulated_gradient = self.config.accumulated_gradient(self.world_size)
         self.groups = ParallelGroups.make(
@@ -122,7 +122,9 @@ class StrategyBase(ABC):
 
     def get_rank(self) -> int:
         """The rank of this process, 0 if it is alone."""
-        return environment.rank()
+        import torch.distributed as dist
+
+        return dist.get_rank() if dist.is_initialized() else 0
 
     def is_rank_0(self) -> bool:
         """Whether this is rank 0, which prints and writes what is written once."""
@@ -130,8 +132,7 @@ class StrategyBase(ABC):
 
     def print(self, *message: object) -> None:
         """Print on rank 0, at once; nothing on the others."""
-        if self.is_rank_0():
-            print(*message, flush=True)  # noqa: T201 - this is what it is for
+        printing.print_from_first(self.get_rank(), *message)
 
     def set_seed(self, seed: int) -> None:
         """Seed the generators of Python, NumPy and torch: the same on every rank."""
@@ -481,11 +482,11 @@ class StrategyBase(ABC):
 
     def report_memory(self, prefix: str = "") -> None:
         """Print what memory rank 0 uses."""
-        self.print(memory.report(prefix))
+        self.print(memory.memory_report(prefix, self.device))
 
     def sync_and_clear_cache(self) -> None:
         """Wait for the device, and give back memory that the allocator keeps unused."""
-        memory.sync_and_clear_cache()
+        memory.sync_and_clear_cache(self.device)
 
     # -- Inference engine ---------------------------------------------------------------------------------------------
 
@@ -599,6 +600,15 @@ def call_site(depth: int = 2) -> str:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("lightrft.strategy"):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _own_device(where: environment.RankEnvironment) -> torch.device:
+    """The GPU of this process, or the CPU on a machine without any."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", where.device_index(torch.cuda.device_count()))
 
 
 def check_model(model: object) -> None:

@@ -201,7 +201,8 @@ def step(architecture, kind, sp, backend="averaged", checkpointing=False):
     group = _group(sp)
     policy = model(architecture)
     if checkpointing:
-        policy.gradient_checkpointing_enable()
+        name = "activation_checkpointing_enable"  # of transformers 5.23; older ones know the other name only
+        getattr(policy, name, policy.gradient_checkpointing_enable)()
     before = copy.deepcopy(tiny.weights(policy))
     trained = BACKENDS[backend](policy)
     enable(trained.policy, group)

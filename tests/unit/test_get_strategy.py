@@ -119,8 +119,10 @@ def test_nothing_is_printed(recorders, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def built_in(rank_args):
-    return [type(strategy).__name__ for strategy in map(get_strategy, rank_args)]
+def built_in(asked):
+    names = [type(get_strategy(args)).__name__ for args in asked]
+    dist.destroy_process_group()
+    return names
 
 
 def test_the_built_in_strategies():
@@ -184,7 +186,7 @@ def test_a_registered_class_is_built_by_its_name():
 
 def test_a_name_is_taken_once():
     register_strategy("mine", new_strategy("First"))
-    with pytest.raises(ConfigError, match=r"'mine' is test_get_strategy.First already: register .*Second by another"):
+    with pytest.raises(ConfigError, match=f"'mine' is {__name__}.First already: register .*Second by another"):
         register_strategy("mine", new_strategy("Second"))
     second = new_strategy("Second")
     register_strategy("mine", second, override=True)
@@ -215,7 +217,9 @@ def test_a_name_is_a_string(name):
 
 @pytest.mark.parametrize("wrong", [object, "FakeStrategy", lambda: None, None])
 def test_only_a_subclass_of_the_base_is_registered(wrong):
-    with pytest.raises(ConfigError, match="expected a class that inherits from lightrft.strategy.strategy_base.Strat"):
+    with pytest.raises(
+        ConfigError, match="expected a class that inherits from lightrft.strategy.strategy_base.StrategyBase"
+    ):
         register_strategy("mine", wrong)
 
 
@@ -233,8 +237,10 @@ def register_own():
 
     register_strategy("mine", Mine)
     dist.init_process_group("gloo")
-    dist.barrier()
-    return type(get_strategy({"strategy": "mine"})) is Mine
+    dist.barrier()  # by now every rank has registered its own
+    found = get_strategy({"strategy": "mine"})
+    dist.destroy_process_group()
+    return type(found) is Mine
 
 
 @pytest.mark.parametrize("schedule", ["fifo", "random"])

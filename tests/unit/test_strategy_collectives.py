@@ -249,6 +249,7 @@ def test_k12_who_is_not_in_the_group_is_told():
             return all_reduce(5, group=group)
         with pytest.raises(ConfigError, match="rank 1 is not in the group"):
             all_reduce(5, group=group)
+        return None
 
     assert on_ranks(2, body)[0] == [5.0, None]
 
@@ -302,7 +303,7 @@ def filled(layout, rank, *, backwards=False):
 def check(layout, result, expect):
     """Compare every value of ``result`` with what ``expect`` makes of its leaf in ``layout``."""
     if isinstance(layout, dict):
-        assert list(layout) == list(result) or set(layout) == set(result)
+        assert set(layout) == set(result)
         for key, inner in layout.items():
             check(inner, result[key], expect)
         return
@@ -319,8 +320,7 @@ def reduced_alone(op, size):
     def expect(kind, shape, seed):
         values = [value_of(kind, shape, seed, rank) for rank in range(size)]
         if isinstance(kind, str):
-            folded = {"mean": lambda v: sum(v) / size, "sum": sum, "max": max, "min": min}[op](values)
-            return folded
+            return {"mean": lambda v: sum(v) / size, "sum": sum, "max": max, "min": min}[op](values)
         stacked = torch.stack(values)
         wide = stacked.double() if kind.is_floating_point else stacked.to(torch.int64)
         if op == "mean":
@@ -356,10 +356,13 @@ def test_any_dict_is_gathered_as_each_of_its_values_alone(layout, size, seed):
     def body(rank):
         return all_gather(filled(layout, rank, backwards=rank % 2 == 1))
 
+    def leaves(inner):
+        return sum(map(leaves, inner.values())) if isinstance(inner, dict) else 1
+
     results, collectives = on_ranks(size, body, schedule="random", seed=seed)
     for result in results:
         check(layout, result, expect)
-    assert len(collectives) <= (0 if size == 1 else 2)
+    assert len(collectives) <= (0 if size == 1 else 2 if leaves(layout) <= 30 else 3)
 
 
 # -- gathering --------------------------------------------------------------------------------------------------------

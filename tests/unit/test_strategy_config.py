@@ -411,6 +411,10 @@ def test_a_class_or_a_module_can_hold_the_arguments():
         assert StrategyConfig.from_args(source) == StrategyConfig(seed=7, extra_args={"kl": 0.1})
 
 
+def test_private_attributes_are_no_entries():
+    assert StrategyConfig.from_args(argparse.Namespace(_hidden=1)) == StrategyConfig()
+
+
 def test_an_instance_may_hold_functions_of_its_own():
     def reward(texts):
         return [0.0 for _ in texts]

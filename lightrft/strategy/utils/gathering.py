@@ -84,7 +84,7 @@ class Gathering:
         return everyone
 
 
-def _at_least_1d(value: Tensor | float) -> Tensor:
+def _at_least_1d(value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value if value.dim() else value.reshape(1)
     return torch.tensor([value], dtype=torch.float64 if isinstance(value, float) else None)

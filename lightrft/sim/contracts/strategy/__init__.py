@@ -15,10 +15,10 @@ from lightrft.sim.contracts.strategy import (
     sequences,
     training,
 )
-from lightrft.sim.contracts.strategy.capabilities import contract
+from lightrft.sim.contracts.strategy.capabilities import LACKS, SETTINGS, contract
 from lightrft.sim.contracts.strategy.subject import Make, Subject
 
-__all__ = ["CHECKS", "Make", "Subject", "contract", "parametrize"]
+__all__ = ["CHECKS", "LACKS", "SETTINGS", "Make", "Subject", "contract", "parametrize"]
 
 TOPICS = (training, communication, checkpoints, memory, engines, preparing, everywhere, sequences)
 """The modules that hold the checks, in the order of their numbers."""

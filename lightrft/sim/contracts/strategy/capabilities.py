@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lightrft.sim.contracts.contract import Contract
 
-__all__ = ["contract"]
+__all__ = ["LACKS", "SETTINGS", "contract"]
 
 contract = Contract(
     "strategy",
@@ -20,3 +23,16 @@ contract = Contract(
         "sequence_parallel": "sp_size above 1",
     },
 )
+
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "fake, as FSDP": {"strategy": "fake", "fsdp": True},
+    "fake, as DeepSpeed": {"strategy": "fake"},
+    "FSDP": {"fsdp": True},
+    "ZeRO-1": {"zero_stage": 1},
+    "ZeRO-2": {"zero_stage": 2},
+    "ZeRO-3": {"zero_stage": 3},
+}
+"""The strategies of this package, by the settings that choose them."""
+
+LACKS: Mapping[str, Mapping[str, str]] = {name: {} for name in SETTINGS}
+"""What each of them lacks, with the reason."""

@@ -69,7 +69,7 @@ def _goes_on(make: Make, folder: str) -> tuple[dict[str, Tensor], list[float], d
 
 @contract.check(301)
 def check_resuming_equals_going_on(subject: Subject) -> None:
-    """Stopped after any step and resumed, training ends as if it had gone on, bit for bit, random numbers too (F18)."""
+    """Stopped after any step and resumed, training ends as if it had gone on, bit for bit, random numbers too (F18, K14)."""  # noqa: E501
     expected = subject.run(_uninterrupted)
     for after in (1, 3):
         with subject.folder() as folder:

@@ -37,7 +37,7 @@ class Recorder(RolloutEngine):
         self.asked.append(f"sleep {level}")
         self._status = EngineStatus.ASLEEP
 
-    def wake_up(self, tags: Any = None) -> None:
+    def wake_up(self, tags: Any = None) -> None:  # noqa: ARG002
         """Wake up."""
         self.asked.append("wake")
         self._status = EngineStatus.AWAKE

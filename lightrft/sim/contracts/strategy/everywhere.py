@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightrft.sim.contracts.strategy import sequences, workload
 from lightrft.sim.contracts.strategy.capabilities import contract
-from lightrft.sim.contracts.strategy.subject import Make, Subject
 from lightrft.sim.contracts.strategy.training import accumulating
 from lightrft.sim.contracts.strategy.workload import Recipe, Told
+
+if TYPE_CHECKING:
+    from lightrft.sim.contracts.strategy.subject import Make, Subject
 
 STEPS = 10
 RECIPES = {

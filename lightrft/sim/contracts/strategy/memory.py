@@ -55,9 +55,7 @@ def check_an_offloaded_model_changes_nothing(subject: Subject) -> None:
 
 
 def _same_as_without(subject: Subject, moves: str) -> None:
-    for found, expected in zip(
-        subject.run(_round_trips, moves), subject.run(_round_trips, "nothing"), strict=True
-    ):
+    for found, expected in zip(subject.run(_round_trips, moves), subject.run(_round_trips, "nothing"), strict=True):
         workload.same(found, expected, what=f"with the {moves} moved", within=0.0)
 
 
@@ -88,7 +86,9 @@ def _twice_model(make: Make) -> list[str]:
     found = [refused(lambda: strategy.reload_model(model), OffloadStateError)]
     strategy.offload_model(model)
     found.append(refused(lambda: strategy.offload_model(model), OffloadStateError))
-    found.append(refused(lambda: strategy.backward(torch.zeros((), requires_grad=True), model, None), OffloadStateError))
+    found.append(
+        refused(lambda: strategy.backward(torch.zeros((), requires_grad=True), model, None), OffloadStateError)
+    )
     strategy.reload_model(model)
     step(0)
     return found

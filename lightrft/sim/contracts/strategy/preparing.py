@@ -75,7 +75,7 @@ def _forms(make: Make) -> list[Any]:
 
 @contract.check(602)
 def check_what_is_prepared_keeps_its_form(subject: Subject) -> None:
-    """A model, a pair, a triple, None and a tuple of Nones come back in the form that they were given in."""
+    """A model, a pair, a triple, None and a tuple of Nones come back in the form that they were given in (K29)."""
     for found in subject.run(_forms):
         if found != [[False, True, True, False, True], [2, 3, 3], True, True, True, True, True]:
             raise AssertionError(f"found {found}")
@@ -85,7 +85,12 @@ def _whole_run(make: Make) -> list[Any]:
     strategy = make(critic_learning_rate=0.02)
     args = SimpleNamespace(actor_learning_rate=0.01, critic_learning_rate=0.02, lr_warmup_ratio=0.0)
     prepared = strategy.prepare_models_and_optimizers(
-        workload.transformer(0), workload.transformer(1), [workload.transformer(2), len], workload.transformer(3), args, 10
+        workload.transformer(0),
+        workload.transformer(1),
+        [workload.transformer(2), len],
+        workload.transformer(3),
+        args,
+        10,
     )
     (actor, optimizer, scheduler), (critic, other, _), (reward, service), initial = prepared
     rates = [one.param_groups[0]["lr"] for one in (optimizer, other)]

@@ -1,4 +1,4 @@
-"""ST801 and on: sequences that several ranks share. The model is a tiny Qwen2 of transformers."""
+"""ST801 and on: sequences that several ranks share. The model is a tiny Llama of transformers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ LENGTH = 7
 """Odd, so that slices need padding."""
 
 
-def qwen2(seed: int = 0) -> Any:
-    """Two layers, with fewer heads for keys and values than for queries."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def llama(seed: int = 0) -> Any:
+    """One layer, with fewer heads for keys and values than for queries."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=workload.VOCABULARY,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=32,
@@ -38,7 +38,7 @@ def qwen2(seed: int = 0) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(config)
+        return LlamaForCausalLM(config)
 
 
 def batch(step: int) -> Tensor:
@@ -56,7 +56,7 @@ def loss_of(model: nn.Module, processor: SequenceParallelProcessor, ids: Tensor)
 @functools.cache
 def plain(recipe: Recipe) -> Told:
     """Training in one process, with the whole batch and whole sequences."""
-    model = qwen2()
+    model = llama()
     optimizer = recipe.make(model.parameters())
     losses, norms = [], []
     for step in range(recipe.steps):
@@ -77,7 +77,7 @@ def _micro_batches(strategy: Any, step: int) -> Iterator[Tensor]:
 
 def train(strategy: Any, recipe: Recipe) -> Told:
     """The same through ``strategy``, whose batch size is ``BATCH``."""
-    model = qwen2()
+    model = llama()
     model, optimizer, _ = strategy.prepare((model, recipe.make(model.parameters()), None))
     losses, norms = [], []
     for step in range(recipe.steps):

@@ -13,12 +13,12 @@ from unittest import SkipTest
 
 import torch.distributed as dist
 
-from lightrft.errors import LightRFTError
 from lightrft.strategy import get_strategy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lightrft.errors import LightRFTError
     from lightrft.strategy.strategy_base import StrategyBase
 
 __all__ = ["Make", "Subject", "refused"]

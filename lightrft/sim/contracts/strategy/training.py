@@ -35,7 +35,7 @@ def _agrees(subject: Subject, recipe: Recipe, settings: dict[str, Any]) -> None:
 
 @contract.check(101)
 def check_a_step_is_that_of_one_big_batch(subject: Subject) -> None:
-    """Ranks that train on parts of a batch end with the losses, norms and weights of one process with all of it."""
+    """Ranks that train on parts of a batch end with the losses, norms and weights of one process with all of it (F13)."""  # noqa: E501
     _agrees(subject, SGD, accumulating(subject.size, 1))
 
 
@@ -53,7 +53,7 @@ def check_gradients_are_clipped_to_the_global_norm(subject: Subject) -> None:
 
 @contract.check(104)
 def check_adamw_with_clipping(subject: Subject) -> None:
-    """AdamW with weight decay and clipping ends as in one process."""
+    """AdamW with weight decay and clipping ends as in one process (K03)."""
     _agrees(subject, CLIPPED, accumulating(subject.size, 1))
 
 
@@ -132,7 +132,7 @@ def _schedule(make: Make, poison: bool) -> list[float]:
 
 @contract.check(107)
 def check_the_scheduler_steps_with_the_optimizer(subject: Subject) -> None:
-    """Each optimizer step is one step of the scheduler, and reaches the learning rate that the optimizer uses."""
+    """Each optimizer step is one step of the scheduler, and reaches the learning rate that the optimizer uses (K17)."""
     for found in subject.run(_schedule, False):
         if found != [0.05, 0.025, 1.0]:
             raise AssertionError(f"learning rates after each step, and whether weights are finite: {found}")
@@ -140,7 +140,7 @@ def check_the_scheduler_steps_with_the_optimizer(subject: Subject) -> None:
 
 @contract.check(108, "skips_nan")
 def check_a_nan_on_one_rank_skips_the_step_on_all(subject: Subject) -> None:
-    """A gradient that is not finite on one rank is a skipped step on every rank: scheduler and weights stay (K11, K17)."""
+    """A gradient that is not finite on one rank is a skipped step on every rank: scheduler and weights stay (K11, K17)."""  # noqa: E501
     for found in subject.run(_schedule, True):
         if found != [0.1, 0.05, 1.0]:
             raise AssertionError(f"learning rates after each step, and whether weights are finite: {found}")
@@ -172,7 +172,7 @@ def _unprepared(make: Make) -> list[str]:
     loss = torch.zeros((), requires_grad=True)
     return [
         refused(lambda: strategy.backward(loss, frozen, None), ConfigError),  # type: ignore[arg-type]
-        refused(lambda: strategy.prepare(), ConfigError),
+        refused(strategy.prepare, ConfigError),
         refused(lambda: strategy.prepare("model"), ConfigError),
         refused(lambda: strategy.prepare_model(model, shard_size=strategy.world_size + 1), ConfigError),
         refused(lambda: strategy.all_reduce(1.0, op="median"), ConfigError),

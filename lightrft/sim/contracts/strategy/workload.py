@@ -38,7 +38,7 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        self.inputs = nn.Linear(WIDTH, 3 * WIDTH)
+        self.inputs = nn.Linear(WIDTH, 3 * WIDTH, bias=False)  # a bias of keys has no gradient but rounding
         self.outputs = nn.Linear(WIDTH, WIDTH)
         self.widen = nn.Linear(WIDTH, 2 * WIDTH)
         self.narrow = nn.Linear(2 * WIDTH, WIDTH)

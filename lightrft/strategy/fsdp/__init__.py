@@ -1,0 +1,1 @@
+"""Training on PyTorch's FSDP2 (``fully_shard``)."""

@@ -1,0 +1,196 @@
+"""Models that only rank 0 builds with storage, until they are sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightrft.errors import ConfigError
+
+__all__ = ["Materializer", "without_storage"]
+
+_WHERE = {
+    "_commit_hash",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+}
+"""Arguments of ``from_pretrained`` that say where files are."""
+
+_LOADING = {
+    "_from_auto",
+    "_from_pipeline",
+    "adapter_kwargs",
+    "adapter_name",
+    "device_map",
+    "disable_mmap",
+    "dtype",
+    "ignore_mismatched_sizes",
+    "key_mapping",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_buffers",
+    "offload_folder",
+    "output_loading_info",
+    "state_dict",
+    "torch_dtype",
+    "use_safetensors",
+    "variant",
+    "weights_only",
+}
+"""Arguments that say how weights are loaded."""
+
+
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """Rank 0 builds as always, the others on the meta device; ``from_pretrained`` reads weights on rank 0 alone.
+
+    At the end all ranks have the random state of rank 0, as if all had built. *Collective*.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield
+        return
+    if dist.get_rank() == 0:
+        yield
+    else:
+        with torch.device("meta"), _pretrained_without_storage():
+            yield
+    state = torch.get_rng_state()
+    torch.set_rng_state(_from_rank_0(state, torch.device(_device_type())).cpu())
+
+
+def _device_type() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+@contextmanager
+def _pretrained_without_storage() -> Iterator[None]:
+    """transformers refuses ``from_pretrained`` on the meta device: build from the configuration instead."""
+    try:
+        from transformers import PreTrainedModel
+    except ImportError:
+        yield
+        return
+    loads = PreTrainedModel.__dict__["from_pretrained"]
+    PreTrainedModel.from_pretrained = classmethod(_built_from_config)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedModel.from_pretrained = loads  # type: ignore[method-assign]
+
+
+def _built_from_config(cls: Any, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> nn.Module:
+    if kwargs.get("quantization_config") is not None:
+        raise ConfigError("a quantized model cannot be built with meta_init: use init_model_context() without it")
+    wants_info = kwargs.get("output_loading_info", False)
+    where = {name: kwargs.pop(name) for name in _WHERE & kwargs.keys()}
+    about_model = {name: value for name, value in kwargs.items() if name not in _LOADING}
+    attention = about_model.pop("attn_implementation", None)
+    if config is None or isinstance(config, str):
+        loads = cls.config_class.from_pretrained
+        config, about_model = loads(config or path, return_unused_kwargs=True, **where, **about_model)
+        about_model = {name: value for name, value in about_model.items() if name not in _WHERE}
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    model: nn.Module = cls._from_config(config, *args, **chosen, **about_model).eval()
+    return (model, {}) if wants_info else model  # type: ignore[return-value]
+
+
+class Materializer:
+    """Gives a model that was built without storage on some ranks the tensors of rank 0, part by part. *Collective*.
+
+    Args:
+        model: built by all ranks alike.
+        device: where the tensors will be.
+
+    Raises:
+        ConfigError: the ranks have built different models.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._device = device
+        self._parameters = _named(model)
+        self._check_same(type(model).__name__, device)
+        self._fill_others(model)
+
+    @classmethod
+    def is_needed(cls, model: nn.Module, device: torch.device) -> bool:
+        """Whether any rank has a tensor without storage. *Collective*."""
+        bare = any(tensor.is_meta for _, _, tensor in _others(model)) or any(one.is_meta for one in model.parameters())
+        flag = torch.tensor([float(bare)], device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def fill(self, unit: nn.Module, model: nn.Module) -> None:
+        """Give the parameters of ``unit`` that have not been given storage yet the values of rank 0."""
+        inside = {id(one) for one in unit.parameters()}
+        mine = {name: one for name, one in self._parameters.items() if id(one) in inside}
+        new: dict[int, nn.Parameter] = {}
+        for name, old in mine.items():
+            dtype = self._dtypes[name]
+            data = _from_rank_0(old.detach(), self._device, dtype)
+            new[id(old)] = nn.Parameter(data, requires_grad=old.requires_grad)
+            del self._parameters[name]
+        for module in model.modules():
+            for name, held in module._parameters.items():
+                if id(held) in new:
+                    module._parameters[name] = new[id(held)]
+
+    def _check_same(self, kind: str, device: torch.device) -> None:
+        mine = {name: (tuple(one.shape), one.dtype) for name, one in self._parameters.items()}
+        first: list[Any] = [mine]
+        dist.broadcast_object_list(first, src=0, device=device)
+        shapes = {name: shape for name, (shape, _) in mine.items()}
+        same = shapes == {name: shape for name, (shape, _) in first[0].items()}
+        flag = torch.tensor([float(same)], device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        if not flag.item():
+            odd = sorted(set(shapes) ^ set(first[0])) or [
+                name for name in shapes if shapes[name] != first[0][name][0]
+            ]
+            raise ConfigError(
+                f"{type(self).__name__} of {kind}: the ranks have built different models"
+                f"{': ' + ', '.join(odd[:3]) if odd else ''}; build the same one on every rank in init_model_context"
+            )
+        self._dtypes = {name: dtype for name, (_, dtype) in first[0].items()}
+
+    def _fill_others(self, model: nn.Module) -> None:
+        """Buffers, and tensors that modules keep as plain attributes; those with two names stay one tensor."""
+        done: dict[int, torch.Tensor] = {}
+        for holder, name, tensor in _others(model):
+            if id(tensor) not in done:
+                done[id(tensor)] = _from_rank_0(tensor, self._device)
+            holder[name] = done[id(tensor)]
+
+
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters())
+
+
+def _others(model: nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
+    holders = [holder for module in model.modules() for holder in (module._buffers, vars(module))]
+    return [
+        (holder, name, value)
+        for holder in holders
+        for name, value in holder.items()
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
+    ]
+
+
+def _from_rank_0(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The values of rank 0. *Collective*."""
+    if dist.get_rank() == 0:
+        data = tensor.to(device).contiguous()
+    else:
+        data = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
+    dist.broadcast(data, src=0)
+    return data

@@ -1,0 +1,30 @@
+"""The list of failures names tests and checks that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lightrft.sim import contracts
+
+ROOT = Path(__file__).parents[2]
+ROWS = re.findall(r"^\| ([FK]\d\d) \| (.+?) \| (.+?) \|$", (ROOT / "docs/failures.md").read_text(), re.MULTILINE)
+
+
+def test_every_failure_has_one_row():
+    assert [name for name, *_ in ROWS] == [f"F{n:02}" for n in range(1, 21)] + [f"K{n:02}" for n in range(1, 31)]
+
+
+@pytest.mark.parametrize(("row", "guards"), [(name, guards) for name, _, guards in ROWS])
+def test_what_guards_a_row_exists(row, guards):
+    if guards == "*open*":
+        return
+    tests = {
+        name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    checks = {check.number: check for check in contracts.strategy.CHECKS}
+    for guard in guards.split(", "):
+        if guard.startswith("`"):
+            assert guard.strip("`") in tests
+        else:
+            assert row in checks[guard].property, f"{guard} does not say that it guards {row}"
