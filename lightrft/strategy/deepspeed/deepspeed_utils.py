@@ -67,12 +67,16 @@ def training_config(
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
     if config.zpg != 1:
         zero["zero_hpz_partition_size"] = config.zpg
-    settings = _common(config, zero) | _precision(config) | {
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": float(config.max_norm),  # DeepSpeed clips at 1 if nothing is said
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
+    settings = (
+        _common(config, zero)
+        | _precision(config)
+        | {
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": float(config.max_norm),  # DeepSpeed clips at 1 if nothing is said
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+    )
     if config.grad_accum_dtype is not None:
         settings["data_types"] = {"grad_accum_dtype": config.grad_accum_dtype}
     return settings
@@ -103,8 +107,8 @@ def evaluation_stage(config: StrategyConfig, shard_size: int, world_size: int) -
         return 0 if shard_size == 1 else 3
     if shard_size not in (-1, 1, world_size):
         raise ConfigError(
-            f"shard_size is {shard_size} in a world of {world_size} with zero_stage {config.zero_stage}: groups of ranks "
-            "share weights at zero_stage 3 only; use that, or shard_size -1"
+            f"shard_size is {shard_size} in a world of {world_size} with zero_stage {config.zero_stage}: groups of "
+            "ranks share weights at zero_stage 3 only; use that, or shard_size -1"
         )
     return 0
 

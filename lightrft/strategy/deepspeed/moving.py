@@ -59,7 +59,7 @@ def _move_weights(engine: Any, device: torch.device, *, offload: bool) -> None:
             _reload(engine, [State.lp_params])
 
 
-def _beside_the_optimizer(engine: Any) -> Iterator[torch.nn.Parameter]:
+def _beside_the_optimizer(engine: Any) -> Iterator[Any]:
     """Parameters that DeepSpeed does not move: all of a model that is only evaluated, the frozen ones of another."""
     trained = engine.basic_optimizer is not None
     for parameter in engine.module.parameters():
