@@ -676,6 +676,37 @@ def results_of_the_graph(rank):
     return loss.tolist(), weight.grad.tolist()
 
 
+# -- without memory ---------------------------------------------------------------------------------------------------
+
+
+def without_memory(call):
+    """gloo returns, having sent nothing."""
+
+    def program(rank):
+        call(rank)
+        return "returned"
+
+    return program
+
+
+def message_without_memory(rank):
+    tensor = torch.ones(SIZE, device="meta")
+    if rank < 2:
+        (dist.isend(tensor, 1) if rank == 0 else dist.irecv(tensor, 0)).wait()
+
+
+CALLS_WITHOUT_MEMORY = {
+    name: lambda rank, move=move: move(rank, lambda owner: torch.ones(SIZE, device="meta"))
+    for name, move in MOVES.items()
+} | {
+    name: lambda rank, reduction=reduction: reduction(rank, torch.ones(2 * SIZE, device="meta"), dist.ReduceOp.SUM)
+    for name, reduction in REDUCTIONS.items()
+}
+CALLS_WITHOUT_MEMORY["send"] = message_without_memory
+for name, call in CALLS_WITHOUT_MEMORY.items():
+    CORRUPTED[f"{name} without memory"] = without_memory(call), "an error"
+
+
 # -- both worlds ------------------------------------------------------------------------------------------------------
 
 

@@ -48,6 +48,25 @@ def test_torch_random_state_belongs_to_the_rank():
     assert drawn == [alone(rank) for rank in range(3)]
 
 
+@pytest.mark.parametrize("seed", [torch.manual_seed, random.seed, np.random.seed, lambda seed: np.random.seed([seed])])
+def test_a_seed_is_kept_although_nothing_was_drawn_before_the_switch(seed):
+    def draw(_rank):
+        return torch.rand(1).item(), random.random(), float(np.random.rand())
+
+    def alone(rank):
+        seed(100 + rank)
+        return draw(rank)
+
+    drawn = interleaved(lambda rank: seed(100 + rank), lambda rank: None, draw)
+    changed = {torch.manual_seed: 0, random.seed: 1}.get(seed, 2)
+    with contextlib.ExitStack() as stack:
+        python, numpy = random.getstate(), np.random.get_state()
+        stack.callback(random.setstate, python)
+        stack.callback(np.random.set_state, numpy)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        assert [each[changed] for each in drawn] == [alone(rank)[changed] for rank in range(3)]
+
+
 def test_python_random_state_belongs_to_the_rank():
     drawn = interleaved(random.seed, lambda _: random.random(), lambda _: random.random())
     expected = []

@@ -78,6 +78,15 @@ def test_k12_large_values_are_one_collective_per_dtype_and_one_for_agreement(op)
     assert all(result["ids"].tolist() == [expected] * 300 for result in results)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_k12_more_metrics_than_a_packet_holds_are_two_collectives(op):
+    results, collectives = on_ranks(2, lambda rank: all_reduce({str(i): i + 0.5 + rank for i in range(200)}, op))
+    shift = {"mean": 0.5, "max": 1, "min": 0}
+    expected = {str(i): 2 * i + 2.0 if op == "sum" else i + 0.5 + shift[op] for i in range(200)}
+    assert results == [expected] * 2
+    assert collectives == ["all_reduce"] * 2
+
+
 def test_k12_alone_nothing_is_sent_and_no_group_is_needed():
     assert all_reduce({"loss": 2, "n": {"x": True}}) == {"loss": 2.0, "n": {"x": 1.0}}
     assert all_gather({"loss": 0.5})["loss"].tolist() == [0.5]

@@ -44,7 +44,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     declared = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     found = _outermost(model, lambda module, _: type(module).__name__ in declared)
     if not found:
-        listed = Counter(type(child) for module in model.modules() if isinstance(module, nn.ModuleList) for child in module)
+        listed = Counter(
+            type(child) for module in model.modules() if isinstance(module, nn.ModuleList) for child in module
+        )
         found = _outermost(model, lambda module, parent: isinstance(parent, nn.ModuleList) and listed[type(module)] > 1)
     everywhere = _uses(model)
     return [block for block in found if all(everywhere[one] == count for one, count in _uses(block).items())]

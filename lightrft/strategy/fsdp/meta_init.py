@@ -154,9 +154,7 @@ class Materializer:
         flag = torch.tensor([float(same)], device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         if not flag.item():
-            odd = sorted(set(shapes) ^ set(first[0])) or [
-                name for name in shapes if shapes[name] != first[0][name][0]
-            ]
+            odd = sorted(set(shapes) ^ set(first[0])) or [name for name in shapes if shapes[name] != first[0][name][0]]
             raise ConfigError(
                 f"{type(self).__name__} of {kind}: the ranks have built different models"
                 f"{': ' + ', '.join(odd[:3]) if odd else ''}; build the same one on every rank in init_model_context"

@@ -252,6 +252,7 @@ class CheckpointStore:
             aside = self._take_place(path, info.tag, undo)
             if info.save_latest:
                 written = self._hide("latest", info.tag)
+                undo.callback(self._delete, written)
                 write_file(written, f"{info.tag}\n".encode())
                 written.replace(self.save_dir / LATEST_FILE)
             undo.pop_all()

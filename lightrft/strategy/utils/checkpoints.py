@@ -113,14 +113,14 @@ class CheckpointFolder:
         failed = f"the checkpoint {tag!r} was not saved in {self.save_dir}"
         states: dict[str, bytes] = {}
         pickled: list[str] = []
-        with self.ranks.together(failed) as outcome:
+        with self.ranks.together(f"nothing was saved in {self.save_dir}") as outcome:
             check_tag(tag)
             _check_limits(steps, max_num, max_mem)
             if self.ranks.rank == 0:
                 states, pickled = _serialized(client_state, scheduler_state)
             outcome.mine = {"tag": tag, "backend": backend, "steps": steps, "save_latest": save_latest}
             outcome.mine |= {"max_num": max_num, "max_mem": max_mem}
-        check_same(outcome.all, failed)
+        check_same(outcome.all, f"nothing was saved in {self.save_dir}")
         path, host = self._begin(tag, failed)
         with self._discarded_on_error(path):
             self._see(path, host, failed)
