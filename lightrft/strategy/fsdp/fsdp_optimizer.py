@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from lightrft.errors import ConfigError
 from lightrft.strategy.fsdp.fsdp_utils import local
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 __all__ = ["Masters", "StateMover", "point", "release"]
 
@@ -76,8 +78,8 @@ class Masters:
         for group in optimizer.param_groups:
             if any(one in optimizer.state and one in self.pairs for one in group["params"]):
                 raise ConfigError(
-                    f"{type(optimizer).__name__} has stepped 16-bit parameters: with use_mp_opt it steps fp32 masters from "
-                    "the first step on; use the optimizer of create_optimizer or prepare"
+                    f"{type(optimizer).__name__} has stepped 16-bit parameters: with use_mp_opt it steps fp32 masters "
+                    "from the first step on; use the optimizer of create_optimizer or prepare"
                 )
             group["params"] = [self.of(one) for one in group["params"]]
 

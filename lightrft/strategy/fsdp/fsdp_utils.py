@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from lightrft.strategy.config import StrategyConfig
+if TYPE_CHECKING:
+    from lightrft.strategy.config import StrategyConfig
 
 __all__ = [
     "DTYPES",
@@ -44,7 +45,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     declared = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     found = _outermost(model, lambda module, _: type(module).__name__ in declared)
     if not found:
-        listed = Counter(type(child) for module in model.modules() if isinstance(module, nn.ModuleList) for child in module)
+        listed = Counter(
+            type(child) for module in model.modules() if isinstance(module, nn.ModuleList) for child in module
+        )
         found = _outermost(model, lambda module, parent: isinstance(parent, nn.ModuleList) and listed[type(module)] > 1)
     everywhere = _uses(model)
     return [block for block in found if all(everywhere[one] == count for one, count in _uses(block).items())]
