@@ -134,6 +134,7 @@ class FSDPV2Strategy(BackendStrategy):
         trained = prepared.training
         prepared.backend[_SHARDED] = ShardedModel(
             wrapped,
+            self.device,
             masters=trained and self.config.use_mp_opt,
             loss_scale=LossScale() if trained and self.config.fp16 else None,
         )

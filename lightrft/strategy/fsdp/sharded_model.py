@@ -33,11 +33,15 @@ class ShardedModel:
 
     Args:
         module: sharded already. It is not kept alive.
+        device: of this rank.
         masters: whether the optimizer steps fp32 masters of 16-bit parameters.
         loss_scale: of fp16; ``None`` for none.
     """
 
-    def __init__(self, module: nn.Module, *, masters: bool, loss_scale: LossScale | None) -> None:
+    def __init__(
+        self, module: nn.Module, device: torch.device, *, masters: bool, loss_scale: LossScale | None
+    ) -> None:
+        self._device = device
         self._parameters = sharded_parameters(module)
         self.masters = Masters(self._parameters.values() if masters else ())
         self.loss_scale = loss_scale
@@ -65,7 +69,7 @@ class ShardedModel:
             )
         self.masters.adopt(optimizer)
         self.optimizer = optimizer
-        self.mover = StateMover(optimizer, self.masters)
+        self.mover = StateMover(optimizer, self.masters, self._device)
 
     # -- Training -----------------------------------------------------------------------------------------------------
 
