@@ -155,10 +155,10 @@ class Materializer:
         shapes, dtypes = told[0]
         if _any(mine != shapes, self._device):
             odd = sorted({name for name, _ in set(mine) ^ set(shapes)})
+            where = f", this one differs from rank 0 in {', '.join(odd[:3])}" if odd else ""
             raise ConfigError(
-                f"the ranks have built different models {type(self._model).__name__}"
-                f"{f' (they differ in {chr(44).join(odd[:3])})' if odd else ''}: build the same one on every rank, in "
-                "strategy.init_model_context(meta_init=True)"
+                f"the ranks have built different models ({type(self._model).__name__}{where}): build the same one on "
+                "every rank, in strategy.init_model_context(meta_init=True)"
             )
         agreed: list[torch.dtype] = dtypes
         return agreed

@@ -38,9 +38,7 @@ class ShardedModel:
         loss_scale: of fp16; ``None`` for none.
     """
 
-    def __init__(
-        self, module: nn.Module, device: torch.device, *, masters: bool, loss_scale: LossScale | None
-    ) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, *, masters: bool, loss_scale: LossScale | None) -> None:
         self._device = device
         self._parameters = sharded_parameters(module)
         self.masters = Masters(self._parameters.values() if masters else ())
