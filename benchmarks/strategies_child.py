@@ -1,6 +1,7 @@
 """Steps through strategies and without them, in turns: ``python -m benchmarks.strategies_child WHAT ...`` prints JSON.
 
-Exactly one simulated rank runs at a time, so the processor time of the process between two barriers is that of all ranks.
+Exactly one simulated rank runs at a time, so the processor time of the process between two barriers is that of all
+ranks.
 """
 
 from __future__ import annotations
@@ -129,7 +130,9 @@ def overhead(backend: str, ranks: str) -> dict[str, float]:
     """``strategy`` and ``direct``."""
 
     def on_rank() -> dict[str, float]:
-        strategy = get_strategy({"train_batch_size": int(ranks) * BATCH, "micro_train_batch_size": BATCH, **SETTINGS[backend]})
+        strategy = get_strategy(
+            {"train_batch_size": int(ranks) * BATCH, "micro_train_batch_size": BATCH, **SETTINGS[backend]}
+        )
         steps = {"strategy": through(strategy, Transformer(), loss_of), "direct": direct(backend, strategy)}
         found = _in_turns(steps)
         dist.destroy_process_group()
