@@ -1,7 +1,6 @@
 """Steps through strategies and without them, in turns: ``python -m benchmarks.strategies_child WHAT ...`` prints JSON.
 
-Exactly one simulated rank runs at a time, so the processor time of the process between two barriers is that of all
-ranks.
+What a rank's thread uses is measured, and added up over the ranks: the simulator's work for it is in it, waiting is not.
 """
 
 from __future__ import annotations
@@ -111,18 +110,22 @@ def _direct_fsdp(model: nn.Module, ids: torch.Tensor) -> Step:
     return step
 
 
-def _in_turns(steps: dict[str, Step]) -> dict[str, float]:
-    """Median milliseconds of each step; and the median over neighbours of the ratio of the first to the second."""
+def _in_turns(steps: dict[str, Step]) -> dict[str, list[float]]:
+    """Milliseconds of processor time that this rank used in each step."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(WARM_UP + STEPS):
         for name, step in steps.items():
-            dist.barrier()
-            begin = time.process_time()
+            begin = time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID)
             step()
-            dist.barrier()
-            times[name].append((time.process_time() - begin) * 1e3)
-    first, second = (measured[WARM_UP:] for measured in times.values())
-    found = {name: statistics.median(measured[WARM_UP:]) for name, measured in times.items()}
+            times[name].append((time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID) - begin) * 1e3)
+    return {name: measured[WARM_UP:] for name, measured in times.items()}
+
+
+def _compared(ranks: list[dict[str, list[float]]]) -> dict[str, float]:
+    """Medians of the steps of all ranks together; and the median over neighbours of the ratio of first to second."""
+    totals = {name: [sum(each) for each in zip(*(rank[name] for rank in ranks), strict=True)] for name in ranks[0]}
+    first, second = totals.values()
+    found = {name: statistics.median(measured) for name, measured in totals.items()}
     return {**found, "ratio": statistics.median(one / other for one, other in zip(first, second, strict=True))}
 
 
@@ -138,7 +141,7 @@ def overhead(backend: str, ranks: str) -> dict[str, float]:
         dist.destroy_process_group()
         return found
 
-    return SimWorld(int(ranks)).run(on_rank)[0]
+    return _compared(SimWorld(int(ranks)).run(on_rank))
 
 
 def fake() -> dict[str, float]:
@@ -148,7 +151,7 @@ def fake() -> dict[str, float]:
         ids = ids[:, :8] % workload.VOCABULARY
         return workload.loss_of(model(ids), ids)
 
-    def on_rank() -> dict[str, float]:
+    def on_rank() -> dict[str, list[float]]:
         settings = {"train_batch_size": 8, "fsdp": True}
         pretended = get_strategy({**settings, "strategy": "fake"})
         real = get_strategy(settings)
@@ -160,7 +163,7 @@ def fake() -> dict[str, float]:
         dist.destroy_process_group()
         return found
 
-    return SimWorld(8).run(on_rank)[0]
+    return _compared(SimWorld(8).run(on_rank))
 
 
 def metrics() -> dict[str, float]:
