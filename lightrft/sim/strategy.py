@@ -27,7 +27,7 @@ from lightrft.sim.flat_parameters import FlatParameters, repoint
 from lightrft.strategy.backend_strategy import BackendStrategy, Loading, Step
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.prepared import Prepared
-from lightrft.strategy.utils import environment, moving_average, optimizers, saving
+from lightrft.strategy.utils import environment, moving_average, optimizers
 from lightrft.strategy.utils.loss_scale import LossScale
 
 if TYPE_CHECKING:
@@ -141,8 +141,9 @@ class FakeStrategy(BackendStrategy):
         if optimizer is not None and optimizer.state:
             raise ConfigError("the optimizer has stepped already: prepare the model before its first step")
         model = model.to(device=self.device, dtype=self._compute_dtype)
-        if self.config.gradient_checkpointing and training and hasattr(model, "gradient_checkpointing_enable"):
-            model.gradient_checkpointing_enable()
+        recomputes = getattr(model, "gradient_checkpointing_enable", None)
+        if self.config.gradient_checkpointing and training and callable(recomputes):
+            recomputes()
         flat = self._flattened(model) if training else []
         for one in flat:
             repoint([] if optimizer is None else optimizer.param_groups, one.pieces)
@@ -248,9 +249,6 @@ class FakeStrategy(BackendStrategy):
     def full_parameters(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.unwrap_model(model).named_parameters():
             yield name, parameter.detach()
-
-    def save_model(self, model: nn.Module, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
-        saving.save_model(self, model, tokenizer, output_dir, **kwargs)
 
     # -- Memory -------------------------------------------------------------------------------------------------------
 

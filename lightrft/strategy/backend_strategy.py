@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightrft.errors import ConfigError, OffloadStateError
+from lightrft.errors import CheckpointError, ConfigError, OffloadStateError
 from lightrft.strategy.prepared import Prepared
 from lightrft.strategy.strategy_base import StrategyBase, call_site, check_model
+from lightrft.strategy.utils import saving
+from lightrft.strategy.utils.agreement import Ranks
 from lightrft.strategy.utils.checkpoints import CheckpointFolder
 
 if TYPE_CHECKING:
@@ -55,10 +57,6 @@ class BackendStrategy(StrategyBase):
 
     backend: str
     """``"deepspeed"``, ``"fsdp"`` or ``"fake"``, as it is written into checkpoints."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.gradient_norms: dict[str, float] = {}
-        super().__init__(*args, **kwargs)
 
     # -- What a backend fills in --------------------------------------------------------------------------------------
 
@@ -289,16 +287,27 @@ class BackendStrategy(StrategyBase):
         self.drop_partial_accumulation(model)
         folder = self._folder(load_dir)
         found = folder.find(tag)
+        info = folder.info(found)
+        if info.backend != self.backend:
+            raise CheckpointError(
+                f"{found} was written by the {info.backend} backend, and this is {self.backend}: convert it with "
+                "`lightrft ckpt convert`, or load it with the backend that wrote it"
+            )
         whole = not load_module_only
         self._read(prepared, found, Loading(strict=load_module_strict, optimizer=whole and load_optimizer_states))
         if not whole:
             return str(found), {}
-        prepared.steps = folder.info(found).steps
+        prepared.steps = info.steps
         state = folder.load_scheduler_state(found)
         if load_lr_scheduler_states and prepared.scheduler is not None and state is not None:
             _resume_schedule(prepared.scheduler, state)
         folder.restore_random_state(found)
         return str(found), folder.load_client_state(found)
+
+    def save_model(self, model: torch.nn.Module, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
+        ranks = Ranks(rank=self.get_rank(), world_size=self.world_size)
+        module = self.unwrap_model(model)
+        saving.save_pretrained(module, self.full_parameters(model), tokenizer, output_dir, ranks, **kwargs)
 
     def _remembering(self, model: torch.nn.Module, optimizer: Optimizer | None, scheduler: Any) -> Prepared:
         prepared = self._known(model, optimizer)

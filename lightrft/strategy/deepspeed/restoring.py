@@ -1,0 +1,157 @@
+"""Putting what a checkpoint holds into an engine, whatever ZeRO stage and number of ranks wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightrft.errors import CheckpointError
+from lightrft.strategy.deepspeed.parameters import gathered, shape_of
+from lightrft.strategy.deepspeed.pieces import Overlap, Piece, evenly_split, overlaps
+from lightrft.strategy.deepspeed.saved import SavedEngine
+
+__all__ = ["restore"]
+
+
+def restore(engine: Any, folder: Path, *, strict: bool, optimizer: bool) -> None:
+    """Take weights, fp32 masters, buffers and (if asked for) the optimizer's states. *Collective*.
+
+    Args:
+        engine: of DeepSpeed, that trains.
+        folder: written by ``engine.save_checkpoint``.
+        strict: refuse a checkpoint whose parameters are not those of the model; else take what fits.
+        optimizer: also its states, hyper-parameters and loss scale.
+
+    Raises:
+        CheckpointError: it is incomplete, or does not fit; nothing is changed then.
+    """
+    saved = SavedEngine(folder)
+    _check(engine, saved, strict=strict, optimizer=optimizer)
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer.checkpoint_event_prologue()
+    todo = list(overlaps(saved.pieces, _pieces(engine)))
+    flats = _flats(engine)
+    with torch.no_grad():
+        for overlap in todo:
+            rank, number, run = overlap.saved
+            flat, place = overlap.wanted
+            flats[flat][place] = saved.masters(rank)[number][run].to(flats[flat].device)
+        if optimizer:
+            _restore_states(engine, saved, todo, flats)
+        _spread_masters(engine)
+        _restore_rest(engine, saved)
+    if optimizer:
+        _restore_counters(engine, saved)
+
+
+def _check(engine: Any, saved: SavedEngine, *, strict: bool, optimizer: bool) -> None:
+    have = {name: shape_of(parameter) for parameter, name in engine.param_names.items()}
+    found = {**saved.shapes, **{name: tensor.shape for name, tensor in saved.frozen().items()}}
+    wrong = [
+        f"{name} is {tuple(found[name])} there and {tuple(have[name])} here"
+        for name in sorted(have.keys() & found.keys())
+        if tuple(found[name]) != tuple(have[name])
+    ]
+    if strict or not have.keys() & found.keys():
+        wrong += [f"{name} is missing there" for name in sorted(have.keys() - found.keys())]
+        wrong += [
+            f"{name} is not in the model" for name in sorted(found.keys() - have.keys() - _aliases(engine, saved))
+        ]
+    groups = engine.optimizer.param_groups
+    if optimizer and len(groups) != len(saved.groups):
+        wrong.append(f"its optimizer has {len(saved.groups)} parameter groups, and this one {len(groups)}")
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise CheckpointError(
+            f"the checkpoint does not fit {type(engine.module).__name__}: {'; '.join(wrong[:8])}{more}"
+        )
+
+
+def _aliases(engine: Any, saved: SavedEngine) -> set[str]:
+    """Further names of tied parameters."""
+    tied = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
+    return tied | set(saved.common["shared_params"] or {})
+
+
+def _pieces(engine: Any) -> Iterator[Piece]:
+    optimizer, names = engine.optimizer, engine.param_names
+    if engine.zero_optimization_stage() == 3:
+        groups = [{names[p]: p.ds_numel for p in group} for group in optimizer.fp16_groups]
+        yield from evenly_split(groups, torch.distributed.get_rank(), torch.distributed.get_world_size())
+        return
+    for flat, group in enumerate(optimizer.bit16_groups):
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+                yield Piece(name=names[parameter], start=here.start, length=here.numel, flat=flat, offset=there.start)
+
+
+def _flats(engine: Any) -> list[torch.Tensor]:
+    optimizer = engine.optimizer
+    found: list[torch.Tensor] = (
+        optimizer.fp32_partitioned_groups_flat
+        if engine.zero_optimization_stage() == 3
+        else optimizer.single_partition_of_fp32_groups
+    )
+    return found
+
+
+def _restore_states(engine: Any, saved: SavedEngine, todo: list[Overlap], flats: list[torch.Tensor]) -> None:
+    states = engine.optimizer.optimizer.state
+    for overlap in todo:
+        rank, number, run = overlap.saved
+        flat, place = overlap.wanted
+        of_flat, masters = flats[flat], saved.masters(rank)[number]
+        for key, value in saved.states(rank).get(number, {}).items():
+            if torch.is_tensor(value) and value.dim() and value.numel() >= masters.numel():
+                if key not in states[of_flat]:
+                    states[of_flat][key] = torch.zeros_like(of_flat, dtype=value.dtype)
+                states[of_flat][key][place] = value[run].to(of_flat.device)
+            else:
+                states[of_flat][key] = _counter(value, engine.basic_optimizer)
+    for group, known in zip(engine.optimizer.param_groups, saved.groups, strict=True):
+        group.update({key: value for key, value in known.items() if key != "params"})
+    if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
+        engine.optimizer._hp_optimizer_states_linked = False
+
+
+def _counter(value: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """A number, such as the count of steps, as ``optimizer`` keeps it: PyTorch's in tensors, DeepSpeed's as it is."""
+    if type(optimizer).__module__.startswith("torch.optim"):
+        return value.clone() if torch.is_tensor(value) else torch.tensor(float(value))
+    return int(value) if torch.is_tensor(value) else value
+
+
+def _spread_masters(engine: Any) -> None:
+    """Make the weights those of the masters."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        for number in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        optimizer.checkpoint_event_epilogue()
+    else:
+        optimizer.update_lp_params()
+
+
+def _restore_rest(engine: Any, saved: SavedEngine) -> None:
+    """Frozen parameters and buffers."""
+    frozen, buffers = saved.frozen(), saved.buffers()
+    for parameter, name in engine.param_names.items():
+        if name in frozen and not parameter.requires_grad:
+            with gathered([parameter], written_by=0):
+                parameter.data.copy_(frozen[name])
+    for name, buffer in engine.module.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])
+
+
+def _restore_counters(engine: Any, saved: SavedEngine) -> None:
+    for name in ("global_steps", "global_samples", "skipped_steps"):
+        setattr(engine, name, saved.common[name])
+    scaler = saved.optimizer(0)["loss_scaler"]
+    if type(scaler) is type(engine.optimizer.loss_scaler):
+        engine.optimizer.loss_scaler = scaler

@@ -1,0 +1,134 @@
+"""What DeepSpeed wrote into the folder of a checkpoint, read piece by piece."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightrft.errors import CheckpointError
+from lightrft.strategy.deepspeed.pieces import Piece, evenly_split, laid_out
+
+__all__ = ["SavedEngine"]
+
+_OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+
+
+class SavedEngine:
+    """The files of one engine, of any ZeRO stage and any number of ranks. What is not asked for is not read.
+
+    Args:
+        folder: that was given to DeepSpeed.
+
+    Raises:
+        CheckpointError: files are missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = _by_rank(folder)
+        self._read: dict[int, dict[str, Any]] = {}
+
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """What rank 0 wrote beside the optimizer: counters, names, buffers."""
+        return _load(self._folder / self._model_file(0))
+
+    @cached_property
+    def stage(self) -> int:
+        """The ZeRO stage."""
+        return int(self.optimizer(0)["zero_stage"])
+
+    @cached_property
+    def pieces(self) -> list[list[Piece]]:
+        """Of each rank, where its pieces lie in :meth:`masters` and :meth:`states`."""
+        if self.stage == 3:
+            groups = [{name: shape.numel() for name, shape in group.items()} for group in self.common["param_shapes"]]
+            return [list(evenly_split(groups, rank, len(self._files))) for rank in self._files]
+        mappings = [self.optimizer(rank)["param_slice_mappings"] for rank in self._files]
+        return laid_out([[_addresses(group) for group in groups] for groups in mappings])
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of the parameters that were trained, by name."""
+        return {name: shape for group in self.common["param_shapes"] for name, shape in group.items()}
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Hyper-parameters of the optimizer's parameter groups."""
+        found: list[dict[str, Any]] = self._base(0)["param_groups"]
+        return found
+
+    def optimizer(self, rank: int) -> dict[str, Any]:
+        """What DeepSpeed's optimizer of one rank wrote."""
+        if rank not in self._read:
+            self._read[rank] = _load(self._files[rank])["optimizer_state_dict"]
+        return self._read[rank]
+
+    def masters(self, rank: int) -> list[torch.Tensor]:
+        """The flat tensors of weights in fp32 of one rank."""
+        found: list[torch.Tensor] = self.optimizer(rank)[
+            "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
+        ]
+        return found
+
+    def states(self, rank: int) -> Mapping[int, Mapping[str, Any]]:
+        """The optimizer's states of one rank, by the number of the flat tensor; empty before the first step."""
+        found: Mapping[int, Mapping[str, Any]] = self._base(rank)["state"]
+        return found
+
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """Parameters that were not trained, whole, by name."""
+        if self.stage != 3:
+            names = self.common["module"].keys() - self.shapes.keys() - set(self.common["buffer_names"])
+            return {name: self.common["module"][name] for name in names}
+        found = {}
+        for name, shape in (self.common["frozen_param_shapes"] or {}).items():
+            shares = [self._model(rank)["frozen_param_fragments"][name] for rank in self._files]
+            found[name] = torch.cat([share.flatten() for share in shares])[: shape.numel()].view(shape)
+        return found
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Buffers, by name."""
+        return {name: self.common["module"][name] for name in self.common["buffer_names"]}
+
+    def _base(self, rank: int) -> dict[str, Any]:
+        found: dict[str, Any] = self.optimizer(rank)[
+            "optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"
+        ]
+        return found
+
+    def _model(self, rank: int) -> dict[str, Any]:
+        return self.common if rank == 0 else _load(self._folder / self._model_file(rank))
+
+    def _model_file(self, rank: int) -> str:
+        partitioned = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+        return partitioned if (self._folder / partitioned).exists() else "mp_rank_00_model_states.pt"
+
+
+def _addresses(mapping: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    return {name: (address.start, address.numel) for name, address in mapping.items()}
+
+
+def _by_rank(folder: Path) -> dict[int, Path]:
+    matches = [match for path in folder.iterdir() if (match := _OPTIMIZER_FILE.fullmatch(path.name))]
+    found = {int(match[1]): folder / match[0] for match in matches}
+    if not found or sorted(found) != list(range(len(found))):
+        raise CheckpointError(
+            f"{folder} has optimizer files of the ranks {sorted(found)}: expected those of all ranks that saved, from "
+            "0 on; the checkpoint is incomplete, or not DeepSpeed's"
+        )
+    return dict(sorted(found.items()))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Tensors stay on disk until they are used."""
+    try:
+        found: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: the checkpoint is incomplete") from error
+    return found
