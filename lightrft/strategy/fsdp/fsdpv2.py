@@ -54,10 +54,10 @@ class FSDPV2Strategy(BackendStrategy):
 
     backend = "fsdp"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def _know_the_world(self) -> None:
         self._meshes: dict[int, DeviceMesh] = {}
         self._builds_without_storage = False
-        super().__init__(*args, **kwargs)
+        super()._know_the_world()
 
     # -- Models -------------------------------------------------------------------------------------------------------
 
