@@ -153,6 +153,23 @@ def _norms_of_first_step(settings, dropping):
     return norms
 
 
+def _steps_after_evaluating(evaluating):
+    ours = fsdp.strategy()
+    model = workload.transformer()
+    model, optimizer = ours.prepare((model, torch.optim.SGD(model.parameters(), lr=1.0)))
+    ids = fsdp.ids_of(ours, 0)
+    ours.backward(workload.loss_of(model(ids), ids), model, optimizer)
+    with torch.no_grad():
+        if evaluating:
+            model(ids)
+        ours.optimizer_step(optimizer, model)
+        return model(ids)
+
+
+def test_an_evaluation_between_backward_and_step_does_not_keep_old_weights():
+    assert torch.equal(on(2, _steps_after_evaluating, True)[0], on(2, _steps_after_evaluating, False)[0])
+
+
 # -- precision --------------------------------------------------------------------------------------------------------
 
 

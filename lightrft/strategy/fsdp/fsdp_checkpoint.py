@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
 from lightrft.errors import CheckpointError
+from lightrft.strategy.utils.saving import persistent_buffers
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -82,9 +83,7 @@ def load(folder: Path, entries: dict[str, Any]) -> None:
 
 def model_entries(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
     """Weights and persistent buffers of ``module``, as they are kept; ``parameters`` are its parameters by name."""
-    known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    buffers = {name: value for name, value in module.state_dict().items() if name not in known}
-    entries = {name: value.detach() for name, value in parameters.items()} | buffers
+    entries = {name: value.detach() for name, value in parameters.items()} | persistent_buffers(module)
     return {_MODEL + name: value for name, value in entries.items()}
 
 

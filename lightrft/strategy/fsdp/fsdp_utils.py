@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "blocks_of",
     "forget_gradients",
+    "let_go",
     "local",
     "low_precision",
     "make_mesh",
@@ -130,9 +131,14 @@ def sharded_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
     After a forward pass without backward, a module may still hold gathered parameters; they are let go.
     """
-    for one in _units(module):
-        one.reshard()
+    let_go(module)
     return dict(module.named_parameters())
+
+
+def let_go(module: nn.Module) -> None:
+    """Free gathered parameters that a forward pass without backward has left, before the sharded ones change."""
+    for unit in _units(module):
+        unit.reshard()
 
 
 def forget_gradients(module: nn.Module) -> None:

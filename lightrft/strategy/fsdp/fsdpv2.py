@@ -16,6 +16,7 @@ from lightrft.strategy.backend_strategy import BackendStrategy
 from lightrft.strategy.fsdp import fsdp_optimizer
 from lightrft.strategy.fsdp.fsdp_utils import (
     blocks_of,
+    let_go,
     local,
     low_precision,
     make_mesh,
@@ -53,10 +54,10 @@ class FSDPV2Strategy(BackendStrategy):
 
     backend = "fsdp"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def _know_the_world(self) -> None:
         self._meshes: dict[int, DeviceMesh] = {}
         self._builds_without_storage = False
-        super().__init__(*args, **kwargs)
+        super()._know_the_world()
 
     # -- Models -------------------------------------------------------------------------------------------------------
 
@@ -172,7 +173,7 @@ class FSDPV2Strategy(BackendStrategy):
         """Nothing: FSDP2 keeps the gradients."""
 
     def _step(self, prepared: Prepared) -> Step:
-        return _of(prepared).step(self.config.max_norm)
+        return _of(prepared).step(prepared.module, self.config.max_norm)
 
     def _forget_gradients(self, prepared: Prepared) -> None:
         _of(prepared).forget_gradients(prepared.module)
@@ -186,6 +187,7 @@ class FSDPV2Strategy(BackendStrategy):
             return
         target = _of(known)
         target.keep_in_fp32()
+        let_go(known.module)
         where = next((local(one).device for one in target.kept.values()), self.device)
         moving_average.update(source.items(), target.kept.items(), beta, where)
         target.masters.give_weights()

@@ -11,7 +11,7 @@ from lightrft.errors import CheckpointError, ConfigError
 from lightrft.strategy.backend_strategy import Loading, Step
 from lightrft.strategy.fsdp import fsdp_checkpoint as checkpoint
 from lightrft.strategy.fsdp.fsdp_optimizer import Masters, StateMover
-from lightrft.strategy.fsdp.fsdp_utils import forget_gradients, local, sharded_parameters
+from lightrft.strategy.fsdp.fsdp_utils import forget_gradients, let_go, local, sharded_parameters
 from lightrft.strategy.utils.gradients import global_norm
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class ShardedModel:
         factor = (1.0 if self.loss_scale is None else self.loss_scale.scale) / parts
         (loss if factor == 1 else loss * factor).backward(**kwargs)
 
-    def step(self, max_norm: float) -> Step:
+    def step(self, module: nn.Module, max_norm: float) -> Step:
         """Clip to ``max_norm`` (0: never), step unless the norm is not finite, clear the gradients.
 
         The norm is the same on every rank, and so all of them step or none does.
@@ -98,6 +98,7 @@ class ShardedModel:
             if 0 < max_norm < norm + _EPSILON:
                 factor *= max_norm / (norm + _EPSILON)
             _scale(stepped, factor)
+            let_go(module)
             self.optimizer.step()
             self.masters.give_weights()
         for one in stepped:
@@ -122,7 +123,6 @@ class ShardedModel:
     def write(self, module: nn.Module, folder: Path) -> None:
         """Write weights, and states of the optimizer if there is one. *Collective*."""
         self._wait()
-        sharded_parameters(module)  # not those that a forward pass has gathered
         kept = self.kept
         entries = checkpoint.model_entries(module, kept)
         if self.optimizer is not None:
@@ -140,7 +140,7 @@ class ShardedModel:
             CheckpointError: it does not fit.
         """
         self._wait()
-        sharded_parameters(module)
+        let_go(module)
         kept = self.kept
         names: dict[torch.Tensor, str] = {one: name for name, one in kept.items()}
         metadata = checkpoint.read_metadata(folder)
