@@ -1,6 +1,6 @@
 """Steps through strategies and without them, in turns: ``python -m benchmarks.strategies_child WHAT ...`` prints JSON.
 
-What a rank's thread uses is measured, and added up over the ranks: the simulator's work for it is in it, waiting is not.
+What a rank's thread uses is measured, and added up over the ranks: the simulator's work for it is in it, not waiting.
 """
 
 from __future__ import annotations
@@ -77,13 +77,12 @@ def direct(backend: str, strategy: Any) -> Step:
         return _direct_fsdp(model, ids)
     import deepspeed
 
+    from lightrft.strategy.deepspeed.deepspeed_utils import training_config
+    from lightrft.strategy.deepspeed.parameters import size_of
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    settings = {
-        "train_micro_batch_size_per_gpu": BATCH,
-        "gradient_clipping": 1.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": strategy.config.zero_stage},
-    }
+    ranks = strategy.world_size
+    settings = training_config(strategy.config, size_of(model), shard_size=-1, world_size=ranks, accumulation=1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
 
     def step() -> None:

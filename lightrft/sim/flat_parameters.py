@@ -4,8 +4,8 @@ This is how ZeRO and FSDP share the work of an optimizer step, without what make
 weights, so that forward and backward need no communication.
 
 ``weights`` (what the model computes with) has ``world_size`` equal parts. The optimizer of rank *r* sees ``pieces``:
-what of each parameter lies in part *r*. One step is a reduce-scatter of the gradient, a number for its norm, the
-optimizer on the pieces, and an all-gather of the weights.
+what of each parameter lies in part *r*. One step is an all-reduce of the gradient, the optimizer on the pieces, and an
+all-gather of the weights.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch import nn
 
 __all__ = ["FlatParameters", "Piece"]
 
-# torch 2.13 gave these two new names
+# torch 2.13 gave it a new name
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,20 +107,19 @@ class FlatParameters:
         """Give each piece its gradient: the sum over all ranks divided by ``divisor``, in float32. *Collective*.
 
         Returns:
-            The sum of squares of the gradient of this rank's part.
+            The sum of squares of the whole gradient.
         """
         gradients = [
             torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for parameter in self._parameters.values()
         ]
         padding = self.weights.new_zeros(self._part * self._world_size - self._total)
-        flat = own = torch.cat([*(gradient.reshape(-1) for gradient in gradients), padding]).float()
+        flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), padding]).float()
         if self._world_size > 1:
-            own = torch.empty_like(self._own, dtype=torch.float32)
-            reduce_scatter_single(own, flat)
-        own.div_(divisor)
-        self._hand_out(own)
-        return own.square().sum()
+            dist.all_reduce(flat)
+        flat.div_(divisor)
+        self._hand_out(flat[self._first : self._first + self._part])
+        return flat.square().sum()
 
     def _hand_out(self, own: torch.Tensor) -> None:
         offset = 0

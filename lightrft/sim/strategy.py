@@ -198,10 +198,7 @@ class FakeStrategy(BackendStrategy):
     def _step(self, prepared: Prepared) -> Step:
         divisor = self.world_size * self.accumulated_gradient * self._loss_scale(prepared)
         flat = self._flat(prepared)
-        squares = torch.stack([one.reduce_gradients(divisor) for one in flat]).sum()
-        if self.world_size > 1:
-            dist.all_reduce(squares)
-        norm = math.sqrt(squares.item())
+        norm = math.sqrt(sum(one.reduce_gradients(divisor).item() for one in flat))
         applied = math.isfinite(norm)
         if applied:
             self._apply(prepared, flat, norm)
