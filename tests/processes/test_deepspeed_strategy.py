@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from programs import tiny
 
 from lightrft.sim import ProcessWorld, SimWorld
 from lightrft.strategy import get_strategy
-from programs import tiny
 
 pytestmark = [pytest.mark.processes, pytest.mark.filterwarnings("ignore")]
 STAGES = pytest.mark.parametrize("stage", [1, 2, 3])
