@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -38,8 +39,9 @@ class Acceptance:
     """The checks of one group's calls.
 
     Args:
-        meet_elsewhere: called with the operation and a tensor that is not in the memory of the CPU, which nobody can
-            communicate; raises once it is known who else has one.
+        meet_elsewhere: a method of the group, called with the operation and a tensor that is not in the memory of the
+            CPU, which nobody can communicate; raises once it is known who else has one. It is held weakly: group and
+            checks would keep each other alive.
     """
 
     __slots__ = ("_backend", "_meet_elsewhere", "profile", "size")
@@ -49,7 +51,7 @@ class Acceptance:
     ) -> None:
         self.profile = profile
         self.size = size
-        self._meet_elsewhere = meet_elsewhere
+        self._meet_elsewhere = WeakMethod(meet_elsewhere)
         self._backend = backend if profile.name == "strict" else profile.name
 
     def tensors(self, operation: str, tensors: Sequence[Tensor]) -> None:
@@ -100,7 +102,9 @@ class Acceptance:
     def _doubtful(self, operation: str, tensor: Tensor) -> None:
         profile = self.profile
         if not tensor.is_cpu:
-            self._meet_elsewhere(operation, tensor)
+            meet = self._meet_elsewhere()
+            assert meet is not None, "the group makes the call"
+            meet(operation, tensor)
         if not tensor.is_contiguous() and operation not in profile.strided:
             self._not_contiguous(operation, tensor)
         if tensor.dtype not in profile.dtypes_of.get(operation, profile.dtypes):

@@ -110,14 +110,12 @@ class FlatParameters:
         Returns:
             The sum of squares of the gradient of this rank's part.
         """
-        flat = torch.zeros(self._part * self._world_size, dtype=torch.float32, device=self.weights.device)
-        gradients = [(piece, piece.parameter.grad) for piece in self.pieces]
-        offset = 0
-        for piece, gradient in gradients:
-            if gradient is not None:
-                flat[offset : offset + piece.parameter.numel()].copy_(gradient.reshape(-1))
-            offset += piece.parameter.numel()
-        own = flat
+        gradients = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for parameter in self._parameters.values()
+        ]
+        padding = self.weights.new_zeros(self._part * self._world_size - self._total)
+        flat = own = torch.cat([*(gradient.reshape(-1) for gradient in gradients), padding]).float()
         if self._world_size > 1:
             own = torch.empty_like(self._own, dtype=torch.float32)
             reduce_scatter_single(own, flat)
@@ -173,7 +171,8 @@ class FlatParameters:
 
 
 def repoint(groups: Iterable[dict[str, object]], pieces: Iterable[Piece]) -> None:
-    """Let parameter groups of an optimizer hold the pieces of the parameters that they held."""
+    """Let parameter groups of an optimizer hold the pieces of the parameters that they held, without empty ones."""
     masters = {piece.parameter: piece.master for piece in pieces}
     for group in groups:
-        group["params"] = [masters.get(parameter, parameter) for parameter in group["params"]]  # type: ignore[attr-defined]
+        held = [masters.get(parameter, parameter) for parameter in group["params"]]  # type: ignore[attr-defined]
+        group["params"] = [parameter for parameter in held if parameter.numel()]

@@ -214,6 +214,7 @@ TRANSFORMERS = Library(
         "modeling_utils": (
             "_is_ds_init_called",
             "_is_quantized",
+            "PreTrainedModel.from_pretrained",
             "PreTrainedModel.init_weights",
             "PreTrainedModel.tie_weights",
             "ALL_ATTENTION_FUNCTIONS.*",

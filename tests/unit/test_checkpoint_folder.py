@@ -19,8 +19,9 @@ from programs.file_faults import fault
 
 from lightrft.errors import CheckpointError, ConfigError, RankFailedError, SimulationError
 from lightrft.sim import SimWorld
-from lightrft.strategy.utils.checkpoint_store import CheckpointStore, Owner
+from lightrft.strategy.utils.checkpoint_store import CheckpointStore
 from lightrft.strategy.utils.checkpoints import CheckpointFolder
+from lightrft.strategy.utils.hidden_names import Owner
 
 SIZES = [1, 2, 4]
 EVERY = {1: 1, 2: 3, 4: 7}
@@ -120,6 +121,12 @@ def test_lightrft_json_says_what_the_folder_holds(tmp_path):
     written = json.loads((tmp_path / "a/lightrft.json").read_text())
     assert written["bytes"] == info.bytes == sum(sizes.values())
     assert written["format_version"] == 1
+
+
+@pytest.mark.parametrize(("size", "later"), [(1, 4), (4, 2), (2, 1)])
+def test_f19_what_one_world_saved_another_finds(tmp_path, size, later):
+    on_ranks(size, lambda: save(tmp_path, "a", 7))
+    assert on_ranks(later, lambda: (held(tmp_path), CheckpointFolder(tmp_path).find().name)) == [(7, "a")] * later
 
 
 def test_a_subgroup_saves_for_itself(tmp_path):
@@ -423,10 +430,13 @@ def test_k13_wherever_the_machine_stops_a_good_checkpoint_is_found_and_the_next_
         last = prepared(save_dir, existing)
         with fault(save_dir, at, stops=True) as faults:
             save(save_dir, value=99, **options)
-        found.add(found_after(save_dir, last, options))
-        save(save_dir, "next", 50)
+        value = found_after(save_dir, last, options)
+        tag = value and CheckpointFolder(save_dir).info(CheckpointFolder(save_dir).find()).tag
+        found.add(value)
+        save(save_dir, "next", 50, max_num=None)
         assert held(save_dir) == 50
         assert leftovers(save_dir) == []
+        assert value is None or held(save_dir, tag) == value
         if not faults.struck:
             break
     assert at > 25
@@ -508,6 +518,14 @@ def test_k13_leftovers_of_others_that_may_live_are_not_touched(tmp_path, monkeyp
     save(tmp_path, "a", 1)
     stay = {f".lightrft-{kind}.{owner}.{tag}" for kind in ("saving", "deleting") for tag, owner in owners.items()}
     assert set(leftovers(tmp_path)) == stay | {".lightrft-notes", ".hidden"}
+
+
+def test_k13_without_a_job_leftovers_of_other_machines_are_not_touched(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    (tmp_path / ".lightrft-saving.none.elsewhere.5-0.x").mkdir()
+    save(tmp_path, "a", 1)
+    assert leftovers(tmp_path) == [".lightrft-saving.none.elsewhere.5-0.x"]
 
 
 def test_k13_one_that_another_process_is_replacing_is_found_and_left_alone(tmp_path):
@@ -645,6 +663,27 @@ def test_f19_nodes_that_do_not_share_the_folder_are_told_so(tmp_path, size):
     assert "save_dir has to be a folder on a file system that all nodes share" in errors[0][1]
     assert "rank 0: " not in errors[0][1]
     assert list((tmp_path / "disk0").iterdir()) == []
+
+
+def test_f19_rank_0_tells_what_it_does_not_see_of_the_others(tmp_path):
+    """The folder in which rank 1 has begun to write is replaced under its feet, as by a network that is cut."""
+
+    def body():
+        rank = dist.get_rank()
+        folder = CheckpointFolder(tmp_path / ("link" if rank == 1 else "disk"))
+        with folder.saving("a", backend="fsdp", steps=0) as path:
+            dist.barrier()
+            if rank == 1:
+                (tmp_path / "link").unlink()
+                (tmp_path / "link" / path.name).mkdir(parents=True)
+            dist.barrier()
+
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    errors = on_ranks(2, lambda: caught(body))
+    said = "does not show what rank 1 wrote: save_dir has to be shared by all nodes"
+    assert [error[1].endswith(said) for error in errors] == [True, True]
+    assert list((tmp_path / "disk").iterdir()) == []
 
 
 def test_f19_a_rank_that_does_not_see_what_is_loaded_is_told_so(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from lightrft.strategy.config import StrategyConfig
+if TYPE_CHECKING:
+    from lightrft.strategy.config import StrategyConfig
 
 __all__ = [
-    "DTYPES",
     "blocks_of",
     "forget_gradients",
     "local",
@@ -27,7 +27,6 @@ __all__ = [
     "whole",
 ]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -94,11 +93,9 @@ def low_precision(config: StrategyConfig) -> torch.dtype | None:
 
 
 def precision_policy(model: nn.Module, config: StrategyConfig) -> MixedPrecisionPolicy:
-    """Compute in the dtype of the settings; accumulate and reduce gradients in fp32, or in ``grad_accum_dtype``."""
-    reduce: torch.dtype | None = DTYPES[config.grad_accum_dtype or "fp32"]
-    if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
-        reduce = None
-    return MixedPrecisionPolicy(param_dtype=low_precision(config), reduce_dtype=reduce)
+    """Compute in the dtype of the settings; accumulate and reduce gradients in fp32, those of fp64 in fp64."""
+    double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+    return MixedPrecisionPolicy(param_dtype=low_precision(config), reduce_dtype=None if double else torch.float32)
 
 
 def offload_policy(config: StrategyConfig, device: torch.device) -> OffloadPolicy:

@@ -154,7 +154,7 @@ class CheckpointFolder:
 
     def _commit(self, path: Path, info: CheckpointInfo, states: dict[str, bytes]) -> None:
         for rank in range(info.world_size):
-            if not (path / random_state_file(rank)).is_file():
+            if not self._appears(path / random_state_file(rank)):
                 raise CheckpointError(
                     f"{path} does not show what rank {rank} wrote: save_dir has to be shared by all nodes"
                 )
@@ -174,16 +174,22 @@ class CheckpointFolder:
     def _see(self, path: Path, host: str, failed: str) -> None:
         """Every rank sees what rank 0 has made."""
         with self.ranks.together(failed):
-            deadline = time.monotonic() + self._patience
-            while not path.exists():
-                if time.monotonic() >= deadline:
-                    raise CheckpointError(
-                        f"{path}, which rank 0 sees on {host}, is not there on {socket.gethostname()}: save_dir has to "
-                        "be a folder on a file system that all nodes share"
-                    )
-                time.sleep(0.1)
-                if self.save_dir.is_dir():
-                    list(self.save_dir.iterdir())  # makes a network file system look again
+            if not self._appears(path):
+                raise CheckpointError(
+                    f"{path}, which rank 0 sees on {host}, is not there on {socket.gethostname()}: save_dir has to "
+                    "be a folder on a file system that all nodes share"
+                )
+
+    def _appears(self, path: Path) -> bool:
+        """Whether something that another rank has made is there, or comes within the time to be patient."""
+        deadline = time.monotonic() + self._patience
+        while not path.exists():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+            if path.parent.is_dir():
+                list(path.parent.iterdir())  # makes a network file system look again
+        return True
 
     # -- loading ------------------------------------------------------------------------------------------------
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-from lightrft.strategy.utils.agreement import Ranks
+    from lightrft.strategy.utils.agreement import Ranks
 
 __all__ = ["OUTSIDE", "WEIGHTS", "save_pretrained"]
 
