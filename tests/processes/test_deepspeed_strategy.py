@@ -135,17 +135,18 @@ def test_models_are_built_in_the_dtype_of_the_run_and_nothing_is_compiled():
         assert compiled == loaded == []
 
 
-def _alone():
+def _alone(stage):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
-    strategy = get_strategy({"train_batch_size": 2})
+    strategy = get_strategy({"train_batch_size": 2, "zero_stage": stage})
     model = strategy.prepare(tiny.transformer())
     optimizer = strategy.create_optimizer(model)
-    losses, _ = _train(strategy, model, optimizer, 1)
+    losses, _ = _train(strategy, model, optimizer, 2)
     left = "LOCAL_RANK" in os.environ
     dist.destroy_process_group()
     return strategy.world_size, len(losses), left
 
 
-def test_a_process_that_no_launcher_started_trains_alone():
-    assert ProcessWorld(1).run(_alone) == [(1, 2, False)]
+@STAGES
+def test_a_process_that_no_launcher_started_trains_alone(stage):
+    assert ProcessWorld(1).run(_alone, stage) == [(1, 4, False)]

@@ -14,7 +14,6 @@ def forget(engine: Any) -> None:
     optimizer = engine.optimizer
     optimizer.zero_grad()  # at stage 3 it also begins to count micro-batches anew
     if engine.zero_optimization_stage() != 3:
-        optimizer.micro_step_id = -1  # counted from here at the first gradient of each micro-batch
         for kept in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
             kept.update(dict.fromkeys(kept))
         if optimizer.cpu_offload:

@@ -73,6 +73,8 @@ def build_engine(
         )
     with runtime.launched(device), runtime.fp16_allowed() if "fp16" in settings else nullcontext():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(settings))
+    if stage == 3:
+        runtime.launch_forward(model, device)
     return engine
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["adam_class", "connect", "fp16_allowed", "launched"]
+__all__ = ["adam_class", "connect", "fp16_allowed", "launch_forward", "launched"]
 
 
 def connect() -> None:
@@ -75,15 +75,36 @@ def fp16_allowed() -> Iterator[None]:
 
 @contextmanager
 def launched(device: torch.device) -> Iterator[None]:
-    """Tell DeepSpeed which GPU is this process's, while it builds something: it reads that in ``LOCAL_RANK``.
+    """Tell DeepSpeed which GPU is this process's, while it works: it reads that in ``LOCAL_RANK``.
 
     That variable may be missing (Slurm, a process alone), or count GPUs that the launcher does not show.
     """
     before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = str(device.index or 0) if device.type == "cuda" else before or "0"
+    os.environ["LOCAL_RANK"] = _local_rank(device)
     try:
         yield
     finally:
         del os.environ["LOCAL_RANK"]
         if before is not None:
             os.environ["LOCAL_RANK"] = before
+
+
+def launch_forward(module: torch.nn.Module, device: torch.device) -> None:
+    """Do so in each forward pass of ``module`` too, where DeepSpeed reads it at stage 3."""
+    if os.environ.get("LOCAL_RANK") == _local_rank(device):
+        return
+    entered: list[AbstractContextManager[None]] = []
+
+    def enter(*_: object) -> None:
+        entered.append(launched(device))
+        entered[-1].__enter__()
+
+    def leave(*_: object) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(enter, prepend=True)
+    module.register_forward_hook(leave, always_call=True)
+
+
+def _local_rank(device: torch.device) -> str:
+    return str(device.index or 0) if device.type == "cuda" else os.environ.get("LOCAL_RANK", "0")
