@@ -47,10 +47,10 @@ class FlatParameters:
         named: the parameters by name; none twice.
         rank: of this process.
         world_size: of the default process group.
-        separate_masters: whether the optimizer has weights of its own even where the precision is the same, as that of
-            DeepSpeed does: what is written into the model's weights is then undone by the next step.
-        from_first: whether rank 0's weights count at the start, as with DeepSpeed; else every rank's own part does, as
-            with FSDP.
+        deepspeed: as with DeepSpeed, rank 0's weights count at the start, the optimizer has weights of its own even
+            where the precision is the same (what is written into the model's weights is then undone by the next step),
+            and parameters that the loss does not reach are stepped with a gradient of zero. Else, as with FSDP, every
+            rank's own part counts at the start, and parameters that are not reached are left out.
     """
 
     def __init__(
@@ -59,8 +59,7 @@ class FlatParameters:
         *,
         rank: int,
         world_size: int,
-        separate_masters: bool,
-        from_first: bool,
+        deepspeed: bool,
     ) -> None:
         self._world_size = world_size
         self._parameters = dict(named)
@@ -71,13 +70,16 @@ class FlatParameters:
         any_parameter = next(iter(named.values()))
         self.weights = any_parameter.detach().new_zeros(self._part * world_size)
         self._adopt()
-        if world_size > 1 and from_first:
+        if world_size > 1 and deepspeed:
             dist.broadcast(self.weights, 0)
         elif world_size > 1:
             self._gather()
-        shares = self.weights.dtype == torch.float32 and not separate_masters
+        shares = self.weights.dtype == torch.float32 and not deepspeed
         self.masters = self._own if shares else self._own.float().clone()
         self.pieces = self._cut()
+        self._owned = [piece for piece in self.pieces if piece.master.numel()]
+        self._gradient = self.masters
+        self._steps_unreached = deepspeed
 
     @property
     def _own(self) -> torch.Tensor:
@@ -117,21 +119,20 @@ class FlatParameters:
         flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), padding]).float()
         if self._world_size > 1:
             dist.all_reduce(flat)
-        flat.div_(divisor)
-        self._hand_out(flat[self._first : self._first + self._part])
+        if divisor != 1:
+            flat.div_(divisor)
+        self._gradient = flat[self._first : self._first + self._part]
+        offset = 0
+        for piece in self._owned:
+            length = piece.master.numel()
+            if self._steps_unreached or piece.parameter.grad is not None:
+                piece.master.grad = self._gradient[offset : offset + length]
+            offset += length
         return flat.square().sum()
 
-    def _hand_out(self, own: torch.Tensor) -> None:
-        offset = 0
-        for piece in self.pieces:
-            length = piece.master.numel()
-            piece.master.grad = own[offset : offset + length]
-            offset += length
-
     def scale_gradients(self, factor: float) -> None:
-        """Multiply the gradient of each piece."""
-        gradients = [piece.master.grad for piece in self.pieces if piece.master.grad is not None]
-        torch._foreach_mul_(gradients, factor)
+        """Multiply the gradient of this rank's part."""
+        self._gradient.mul_(factor)
 
     def publish(self) -> None:
         """Let every rank's weights be what the optimizers of all ranks made of them. *Collective*."""
@@ -153,6 +154,7 @@ class FlatParameters:
         """Forget all gradients."""
         for piece in self.pieces:
             piece.parameter.grad = None
+        for piece in self._owned:
             piece.master.grad = None
 
     def move(self, device: torch.device) -> None:

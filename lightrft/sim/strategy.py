@@ -156,14 +156,12 @@ class FakeStrategy(BackendStrategy):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 by_dtype.setdefault(parameter.dtype, {})[name] = parameter
-        deepspeed = self.mirrors == "deepspeed"
         return [
             FlatParameters(
                 named,
                 rank=self.get_rank(),
                 world_size=self.world_size,
-                separate_masters=deepspeed,
-                from_first=deepspeed,
+                deepspeed=self.mirrors == "deepspeed",
             )
             for named in by_dtype.values()
         ]
@@ -187,7 +185,7 @@ class FakeStrategy(BackendStrategy):
     # -- Training -----------------------------------------------------------------------------------------------------
 
     def _backward(self, prepared: Prepared, loss: torch.Tensor, *, last: bool, **kwargs: Any) -> None:  # noqa: ARG002
-        (loss * self._loss_scale(prepared)).backward(**kwargs)
+        (loss * self._loss_scale(prepared) if self.config.fp16 else loss).backward(**kwargs)
 
     def _loss_scale(self, prepared: Prepared) -> float:
         if not self.config.fp16:
