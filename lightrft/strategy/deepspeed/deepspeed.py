@@ -110,7 +110,7 @@ class DeepspeedStrategy(BackendStrategy):
         return construction.build_engine(model, settings, self.device, optimizer), optimizer
 
     def _evaluating(self, model: torch.nn.Module, shard_size: int, *, reshard_after_forward: bool) -> torch.nn.Module:
-        stage = evaluation_stage(self.config, shard_size, self.world_size)
+        stage = evaluation_stage(self.config, shard_size)
         size = parameters.size_of(model)
         settings = evaluation_config(self.config, size, stage=stage, reshard_after_forward=reshard_after_forward)
         if self.config.bf16 or self.config.fp16:

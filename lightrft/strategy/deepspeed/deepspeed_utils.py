@@ -92,25 +92,16 @@ def training_stage(config: StrategyConfig) -> int:
     return 2 if config.zero_stage == 1 and own else config.zero_stage
 
 
-def evaluation_stage(config: StrategyConfig, shard_size: int, world_size: int) -> int:
+def evaluation_stage(config: StrategyConfig, shard_size: int) -> int:
     """ZeRO stage of a model that is only evaluated: 3 if its weights are spread, else 0.
 
     Args:
-        config: of the strategy; below stage 3 each rank keeps all weights.
+        config: of the strategy; below stage 3 each rank keeps all weights, unless ``shard_size`` says otherwise.
         shard_size: as in ``prepare_model``.
-        world_size: all ranks.
-
-    Raises:
-        ConfigError: ``shard_size`` asks for groups of ranks, and the strategy is not at stage 3.
     """
-    if config.zero_stage == 3:
-        return 0 if shard_size == 1 else 3
-    if shard_size not in (-1, 1, world_size):
-        raise ConfigError(
-            f"shard_size is {shard_size} in a world of {world_size} with zero_stage {config.zero_stage}: groups of "
-            "ranks share weights at zero_stage 3 only; use that, or shard_size -1"
-        )
-    return 0
+    if shard_size == -1:
+        return 3 if config.zero_stage == 3 else 0
+    return 0 if shard_size == 1 else 3
 
 
 def evaluation_config(
