@@ -52,7 +52,7 @@ def unit(session: nox.Session) -> None:
 def processes(session: nox.Session) -> None:
     """Tests that start real processes and real gloo groups."""
     install(session, "-e", ".[deepspeed,train]", "hypothesis", "pytest", "pytest-xdist")
-    session.run("pytest", "tests/processes", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("pytest", "-n", str(WORKERS), "tests/processes", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(python=PYTHONS[0])

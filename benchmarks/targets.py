@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.measurements import DEADLOCKS, compared, deadlock, many_worlds, start_and_end
+from benchmarks.strategies import BACKENDS, RANKS, fake, median, metrics, overhead
 from benchmarks.training import commands, shares
 
 
@@ -55,6 +56,14 @@ def _training(name: str, speedup: float) -> Target:
     )
 
 
+def _overhead(backend: str, ranks: int) -> Target:
+    return Target(
+        what=f"a training step through the strategy on {backend}, {ranks} rank{'s' * (ranks > 1)}, beside one without",
+        limit=1.03,
+        measured=lambda: median(overhead(backend, ranks), "ratio"),
+    )
+
+
 def _median(values: list[float]) -> float:
     return statistics.median(values)
 
@@ -89,6 +98,17 @@ TARGETS = (
         what="the simulator's own share of the processor time of an FSDP2 step, 8 ranks",
         limit=0.25,
         measured=lambda: _median([each["share"] for each in shares()]),
+    ),
+    *(_overhead(backend, ranks) for backend in BACKENDS for ranks in RANKS),
+    Target(
+        what="a step of FakeStrategy, 8 ranks, as a fraction of FSDPV2Strategy",
+        limit=1 / 5,
+        measured=lambda: median(fake(), "ratio"),
+    ),
+    Target(
+        what="collectives of all_reduce for a dict of 30 metrics, as a fraction of one for each",
+        limit=1 / 10,
+        measured=lambda: metrics()["dict"] / metrics()["single"],
     ),
     Target(what="threads left by 900 worlds of 4 ranks", limit=0, measured=lambda: many_worlds()["threads"]),
     Target(

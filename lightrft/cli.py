@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
 import os
 import shlex
 import sys
@@ -219,7 +220,28 @@ def _sim(words: list[str], *, own_process: bool) -> int:
     except (SyntaxError, ValueError) as error:  # ValueError: the file is not text
         sys.excepthook(type(error), error.with_traceback(None), None)
         return FAILED
-    return _run(script, options, _command(words, own_process))
+    if not own_process:
+        return _run(script, options, _command(words, own_process))
+    _load_the_simulator()
+    try:
+        return _run(script, options, _command(words, own_process))
+    finally:
+        _spare_the_end()
+
+
+def _load_the_simulator() -> None:
+    """Import what every run needs, torch above all: nothing of it is garbage, so none is looked for."""
+    gc.disable()
+    try:
+        import lightrft.sim.world  # noqa: F401
+    finally:
+        gc.enable()
+
+
+def _spare_the_end() -> None:
+    """Collect garbage once. The interpreter would look through everything several times before it ends."""
+    gc.collect()
+    gc.freeze()
 
 
 def _checked(

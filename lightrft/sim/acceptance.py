@@ -5,8 +5,9 @@ Everything here is one rank's own mistake, found before the call meets those of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
+from weakref import WeakMethod
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from torch import Tensor
 from lightrft.errors import RefusedError
 from lightrft.sim.profiles import COMMON_DTYPES, Profile
 
-__all__ = ["Acceptance", "Reduction"]
+__all__ = ["Acceptance", "Reduction", "advice", "elsewhere"]
 
 _REDUCTIONS: dict[Any, str] = {
     getattr(dist.ReduceOp, name): name
@@ -35,13 +36,22 @@ class Reduction(NamedTuple):
 
 
 class Acceptance:
-    """The checks of one group's calls."""
+    """The checks of one group's calls.
 
-    __slots__ = ("_backend", "profile", "size")
+    Args:
+        meet_elsewhere: a method of the group, called with the operation and a tensor that is not in the memory of the
+            CPU, which nobody can communicate; raises once it is known who else has one. It is held weakly: group and
+            checks would keep each other alive.
+    """
 
-    def __init__(self, profile: Profile, backend: str, size: int) -> None:
+    __slots__ = ("_backend", "_meet_elsewhere", "profile", "size")
+
+    def __init__(
+        self, profile: Profile, backend: str, size: int, meet_elsewhere: Callable[[str, Tensor], NoReturn]
+    ) -> None:
         self.profile = profile
         self.size = size
+        self._meet_elsewhere = WeakMethod(meet_elsewhere)
         self._backend = backend if profile.name == "strict" else profile.name
 
     def tensors(self, operation: str, tensors: Sequence[Tensor]) -> None:
@@ -71,28 +81,34 @@ class Acceptance:
             _refuse(f"{operation}: tensors of different sizes are not supported by {self._backend}")
         return tuple(t.shape if self.profile.same_shape else (t.numel(),) for t in tensors)
 
-    def messages(self, operation: str, tensors: Sequence[Tensor]) -> None:
-        """As :meth:`tensors`, for send and recv."""
+    def messages(self, operation: str, tensors: Sequence[Tensor]) -> str | None:
+        """As :meth:`tensors`, for send and recv.
+
+        Returns:
+            the device of a tensor that is not in the memory of the CPU: it is refused when the message has met its
+            counterpart.
+        """
+        device = None
         for tensor in tensors:
             if not tensor.is_contiguous():
                 self._not_contiguous(operation, tensor)
             if not tensor.is_cpu:
-                self._elsewhere(operation, tensor)
+                device = str(tensor.device)
             accepted = self.profile.message_dtypes
             if accepted is not None and tensor.dtype not in accepted:
                 _refuse(f"{operation}: {tensor.dtype} is not supported by {self._backend}")
+        return device
 
     def _doubtful(self, operation: str, tensor: Tensor) -> None:
         profile = self.profile
         if not tensor.is_cpu:
-            self._elsewhere(operation, tensor)
+            meet = self._meet_elsewhere()
+            assert meet is not None, "the group makes the call"
+            meet(operation, tensor)
         if not tensor.is_contiguous() and operation not in profile.strided:
             self._not_contiguous(operation, tensor)
         if tensor.dtype not in profile.dtypes_of.get(operation, profile.dtypes):
             _refuse(f"{operation}: {tensor.dtype} is not supported by {self._backend}")
-
-    def _elsewhere(self, operation: str, tensor: Tensor) -> None:
-        _refuse(f"{operation}: a tensor on {tensor.device}; simulated ranks keep all tensors on the CPU")
 
     def _not_contiguous(self, operation: str, tensor: Tensor) -> None:
         _refuse(
@@ -260,6 +276,21 @@ class Acceptance:
                 f"{length}"
             )
         return list(splits)
+
+
+def elsewhere(operation: str, device: str) -> RefusedError:
+    """What is said of a tensor that is not in the memory of the CPU, where simulated ranks keep all of theirs."""
+    return RefusedError(f"{operation}: a tensor on {device}, {advice(device)}")
+
+
+def advice(device: str) -> str:
+    """What is wrong with a tensor on ``device``, and what to do."""
+    if device != "meta":
+        return "but simulated ranks keep all tensors on the CPU: make it inside the function of the run"
+    return (
+        "which has no data: torch skips the call without a word, while other ranks wait for it. Give the model memory "
+        "first (to_empty, then load or initialise the weights)"
+    )
 
 
 def _refuse(message: str) -> NoReturn:

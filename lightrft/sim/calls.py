@@ -27,12 +27,15 @@ class Signature(NamedTuple):
     reduce_op: str | None = None
     root: int | None = None
     sizes: Any = None
+    device: str | None = None
+    """Where the tensor is, if that is not the memory of the CPU: with nothing else than its dtype and shape."""
 
     def describe(self) -> str:
         """The call in one line, e.g. ``all_reduce(float32[4, 8], SUM)``."""
         inside = []
         if self.dtype is not None:
-            inside.append(f"{short_dtype(self.dtype)}{format_shape(self.shape)}")
+            where = f" on {self.device}" if self.device is not None else ""
+            inside.append(f"{short_dtype(self.dtype)}{format_shape(self.shape)}{where}")
         if self.sizes is not None:
             inside.append(f"sizes {format_shape(self.sizes)}")
         if self.reduce_op is not None:
@@ -206,7 +209,8 @@ class Message:
         self.matched = False
         self.source = -1
         self.waiter: Task | None = None
-        self.failure: BaseException | None = None
+        self.failure: Exception | None = None
+        """What waiting for it raises: it has met its counterpart, and cannot be delivered."""
 
 
 class Group:

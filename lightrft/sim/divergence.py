@@ -20,11 +20,12 @@ from lightrft.errors import (
     SimulationError,
     UnfinishedError,
 )
+from lightrft.sim.acceptance import advice
 from lightrft.sim.blame import POINT_TO_POINT, cover, deadlock_suspects, odd_ranks, outsiders
 from lightrft.sim.calls import Call, Group, Meeting, Signature
 from lightrft.sim.other_threads import exceptions_of_threads, frame_of_thread
 from lightrft.sim.places import UNKNOWN, Place, is_simulator_file, place_of_frame
-from lightrft.sim.point_to_point import other_tags
+from lightrft.sim.point_to_point import astray, other_tags
 from lightrft.sim.scheduler import Killed
 
 if TYPE_CHECKING:
@@ -187,6 +188,12 @@ def _other_tags(world: SimWorld) -> Iterable[Culprit]:
                 yield Culprit(call.rank, call.place)
 
 
+def _astray(world: SimWorld) -> Iterable[Culprit]:
+    """The rank that sent to a wrong one, or named a wrong one to receive from; nobody if several seem to."""
+    found = {Culprit(call.rank, call.place) for group in world.groups.values() for call in astray(group)}
+    return found if len({culprit.rank for culprit in found}) == 1 else ()
+
+
 def _by_rank(culprit: Culprit) -> tuple[int, Place]:
     return culprit.rank, culprit.place
 
@@ -242,12 +249,36 @@ def _waited_groups(world: SimWorld) -> list[Group]:
 # -- mismatches, as they are seen -------------------------------------------------------------------------------------
 
 
-_FIELDS = ("operation", "dtype", "shape", "reduce operation", "root", "sizes")
+_FIELDS = ("operation", "dtype", "shape", "reduce operation", "root", "sizes", "device")
 
 
 def _differing(left: Signature, right: Signature) -> str:
     names = [name for name, a, b in zip(_FIELDS, left, right, strict=True) if a != b]
-    return "operation" if "operation" in names else " and ".join(names)
+    for alone in ("operation", "device"):
+        if alone in names:
+            return alone
+    return " and ".join(names)
+
+
+def _blame(calls: Sequence[Call], world: SimWorld) -> tuple[Culprit, ...]:
+    """Who is to blame among the calls of a meeting: those whose tensors nobody can communicate, or else a minority."""
+    elsewhere = tuple(Culprit(call.rank, call.place) for call in calls if call.signature.device is not None)
+    if elsewhere:
+        return elsewhere
+    culprits = _outsiders((call.signature, call.rank, call.place) for call in calls)
+    if len(culprits) == len(calls):  # no majority in this group: the other ranks tell who is odd
+        odd = odd_ranks(world)
+        return tuple(culprit for culprit in culprits if culprit.rank in odd) or culprits
+    return culprits
+
+
+def _shown(calls: Sequence[Call]) -> tuple[tuple[int, Place, str], ...]:
+    """The calls of a meeting as rows of a table, with the device of every tensor if there is more than one."""
+    signatures = [call.signature for call in calls]
+    if any(signature.device is not None for signature in signatures):
+        signatures = [signature._replace(device=signature.device or "cpu") for signature in signatures]
+    pairs = zip(calls, signatures, strict=True)
+    return tuple((call.rank, call.place, signature.describe()) for call, signature in pairs)
 
 
 def call_mismatch(meeting: Meeting) -> Mismatch:
@@ -266,8 +297,9 @@ def sizes_mismatch(meeting: Meeting, problem: str, pairs: Sequence[tuple[int, in
 def message_mismatch(send: Call, receive: Call, problem: str) -> Mismatch:
     """A send met a receive that expects something else."""
     rows = tuple((c.rank, c.place, c.describe()) for c in (send, receive))
-    culprits = tuple(Culprit(c.rank, c.place) for c in sorted((send, receive), key=lambda c: c.rank))
-    return Mismatch(problem, None, rows, culprits)
+    ends = sorted((send, receive), key=lambda c: c.rank)
+    chosen = [c for c in ends if c.signature.device is not None] or ends
+    return Mismatch(problem, None, rows, tuple(Culprit(c.rank, c.place) for c in chosen))
 
 
 def creation_mismatch(position: int) -> Mismatch:
@@ -314,7 +346,8 @@ def verdict(
         return _mismatch_verdict(world, mismatch, states)
     if failures:
         return _failure_verdict(world, failures, states)
-    culprits = tuple(sorted({*_culprits(deadlock_suspects(world), states), *_other_tags(world)}, key=_by_rank))
+    suspects = {*_culprits(deadlock_suspects(world), states), *_other_tags(world), *_astray(world)}
+    culprits = tuple(sorted(suspects, key=_by_rank))
     title = ""
     difference: tuple[Row, ...] = ()
     for group in _waited_groups(world):
@@ -331,14 +364,14 @@ def _mismatch_verdict(world: SimWorld, mismatch: Mismatch, states: list[tuple[in
     heading = "they differ here"
     if mismatch.meeting is not None:
         calls = [call for call in mismatch.meeting.calls if call is not None]
-        culprits = _outsiders((call.signature, call.rank, call.place) for call in calls)
-        if len(culprits) == len(calls):  # no majority in this group: the other ranks tell who is odd
-            odd = odd_ranks(world)
-            culprits = tuple(culprit for culprit in culprits if culprit.rank in odd) or culprits
+        culprits = _blame(calls, world)
         signatures = list(dict.fromkeys(call.signature for call in calls))
         differing = _differing(signatures[0], signatures[1]) if len(signatures) > 1 else "operation"
         title = f"the {differing} differs between ranks"
-        rows = tuple((call.rank, call.place, call.signature.describe()) for call in calls)
+        if differing == "device":
+            device = next(signature.device for signature in signatures if signature.device is not None)
+            title = f"{title}: some hand in a tensor on {device}, {advice(device)}"
+        rows = _shown(calls)
         heading = f"call #{mismatch.meeting.sequence} on {calls[0].group.title}"
     if mismatch.creation is not None:
         made = world.made_at(mismatch.creation)

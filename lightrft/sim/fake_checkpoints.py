@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightrft.errors import CheckpointError
 
@@ -73,24 +76,36 @@ class DeepSpeedLayout:
 
 
 class FSDPLayout:
-    """The format of ``torch.distributed.checkpoint``: ``model`` and ``optimizer``, by parameter name, whole."""
+    """The format of ``torch.distributed.checkpoint``, with the entries that ``FSDPV2Strategy`` writes."""
 
     def write(self, prepared: Prepared, flat: list[FlatParameters], folder: Path, rank: int) -> None:  # noqa: ARG002
         """Write model and optimizer."""
-        optimizer: dict[str, Any] = {}
+        entries = {f"model.{name}": value for name, value in prepared.module.state_dict().items()}
         for one in flat:
-            optimizer |= joined(_gathered(optimizer_part(prepared.optimizer, one)))
-        state = {"model": prepared.module.state_dict(), "optimizer": optimizer}
-        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+            for name, states in joined(_gathered(optimizer_part(prepared.optimizer, one))).items():
+                entries |= {f"optimizer.state.{name}.{kind}": value for kind, value in states.items()}
+        planner = DefaultSavePlanner(flatten_state_dict=False)
+        save(entries, checkpoint_id=folder / "dcp", planner=planner, no_dist=not dist.is_initialized())
 
     def read(self, prepared: Prepared, flat: list[FlatParameters], folder: Path, loading: Loading) -> None:
         """Take model and optimizer."""
-        state = _read_dcp(folder)
-        _load_module(prepared.module, state["model"], strict=loading.strict)
+        entries = _read_dcp(folder / "dcp")
+        module = {name.removeprefix("model."): value for name, value in entries.items() if name.startswith("model.")}
+        _load_module(prepared.module, module, strict=loading.strict)
         for one in flat:
             one.adopt_weights()
             if loading.optimizer:
-                take_states(prepared.optimizer, one, state["optimizer"])
+                take_states(prepared.optimizer, one, _by_parameter(entries, [piece.name for piece in one.pieces]))
+
+
+def _by_parameter(entries: dict[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
+    """The states of each parameter, of those that the checkpoint has any of."""
+    states: dict[str, dict[str, Any]] = {}
+    for entry, value in entries.items():
+        name, _, kind = entry.removeprefix("optimizer.state.").rpartition(".")
+        if entry.startswith("optimizer.state.") and name in names:
+            states.setdefault(name, {})[kind] = value
+    return states
 
 
 LAYOUTS: dict[str, Layout] = {"deepspeed": DeepSpeedLayout(), "fsdp": FSDPLayout()}
@@ -98,12 +113,9 @@ LAYOUTS: dict[str, Layout] = {"deepspeed": DeepSpeedLayout(), "fsdp": FSDPLayout
 
 def _read_dcp(folder: Path) -> dict[str, Any]:
     """All that is in ``folder``, whole, whatever number of ranks wrote it."""
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
     state: dict[str, Any] = {}
     try:
-        reader = dcp.FileSystemReader(folder)
+        reader = FileSystemReader(folder)
         _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is incomplete, or of another backend: {error}") from error

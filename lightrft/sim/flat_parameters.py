@@ -4,8 +4,8 @@ This is how ZeRO and FSDP share the work of an optimizer step, without what make
 weights, so that forward and backward need no communication.
 
 ``weights`` (what the model computes with) has ``world_size`` equal parts. The optimizer of rank *r* sees ``pieces``:
-what of each parameter lies in part *r*. One step is a reduce-scatter of the gradient, a number for its norm, the
-optimizer on the pieces, and an all-gather of the weights.
+what of each parameter lies in part *r*. One step is an all-reduce of the gradient, the optimizer on the pieces, and an
+all-gather of the weights.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch import nn
 
 __all__ = ["FlatParameters", "Piece"]
 
-# torch 2.13 gave these two new names
+# torch 2.13 gave it a new name
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +47,10 @@ class FlatParameters:
         named: the parameters by name; none twice.
         rank: of this process.
         world_size: of the default process group.
-        separate_masters: whether the optimizer has weights of its own even where the precision is the same, as that of
-            DeepSpeed does: what is written into the model's weights is then undone by the next step.
-        from_first: whether rank 0's weights count at the start, as with DeepSpeed; else every rank's own part does, as
-            with FSDP.
+        deepspeed: as with DeepSpeed, rank 0's weights count at the start, the optimizer has weights of its own even
+            where the precision is the same (what is written into the model's weights is then undone by the next step),
+            and parameters that the loss does not reach are stepped with a gradient of zero. Else, as with FSDP, every
+            rank's own part counts at the start, and parameters that are not reached are left out.
     """
 
     def __init__(
@@ -60,8 +59,7 @@ class FlatParameters:
         *,
         rank: int,
         world_size: int,
-        separate_masters: bool,
-        from_first: bool,
+        deepspeed: bool,
     ) -> None:
         self._world_size = world_size
         self._parameters = dict(named)
@@ -72,13 +70,16 @@ class FlatParameters:
         any_parameter = next(iter(named.values()))
         self.weights = any_parameter.detach().new_zeros(self._part * world_size)
         self._adopt()
-        if world_size > 1 and from_first:
+        if world_size > 1 and deepspeed:
             dist.broadcast(self.weights, 0)
         elif world_size > 1:
             self._gather()
-        shares = self.weights.dtype == torch.float32 and not separate_masters
+        shares = self.weights.dtype == torch.float32 and not deepspeed
         self.masters = self._own if shares else self._own.float().clone()
         self.pieces = self._cut()
+        self._owned = [piece for piece in self.pieces if piece.master.numel()]
+        self._gradient = self.masters
+        self._steps_unreached = deepspeed
 
     @property
     def _own(self) -> torch.Tensor:
@@ -108,34 +109,30 @@ class FlatParameters:
         """Give each piece its gradient: the sum over all ranks divided by ``divisor``, in float32. *Collective*.
 
         Returns:
-            The sum of squares of the gradient of this rank's part.
+            The sum of squares of the whole gradient.
         """
-        flat = torch.zeros(self._part * self._world_size, dtype=torch.float32, device=self.weights.device)
-        gradients = [(piece, piece.parameter.grad) for piece in self.pieces]
-        offset = 0
-        for piece, gradient in gradients:
-            if gradient is not None:
-                flat[offset : offset + piece.parameter.numel()].copy_(gradient.reshape(-1))
-            offset += piece.parameter.numel()
-        own = flat
+        gradients = [
+            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for parameter in self._parameters.values()
+        ]
+        padding = self.weights.new_zeros(self._part * self._world_size - self._total)
+        flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), padding]).float()
         if self._world_size > 1:
-            own = torch.empty_like(self._own, dtype=torch.float32)
-            reduce_scatter_single(own, flat)
-        own.div_(divisor)
-        self._hand_out(own)
-        return own.square().sum()
-
-    def _hand_out(self, own: torch.Tensor) -> None:
+            dist.all_reduce(flat)
+        if divisor != 1:
+            flat.div_(divisor)
+        self._gradient = flat[self._first : self._first + self._part]
         offset = 0
-        for piece in self.pieces:
+        for piece in self._owned:
             length = piece.master.numel()
-            piece.master.grad = own[offset : offset + length]
+            if self._steps_unreached or piece.parameter.grad is not None:
+                piece.master.grad = self._gradient[offset : offset + length]
             offset += length
+        return flat.square().sum()
 
     def scale_gradients(self, factor: float) -> None:
-        """Multiply the gradient of each piece."""
-        gradients = [piece.master.grad for piece in self.pieces if piece.master.grad is not None]
-        torch._foreach_mul_(gradients, factor)
+        """Multiply the gradient of this rank's part."""
+        self._gradient.mul_(factor)
 
     def publish(self) -> None:
         """Let every rank's weights be what the optimizers of all ranks made of them. *Collective*."""
@@ -157,6 +154,7 @@ class FlatParameters:
         """Forget all gradients."""
         for piece in self.pieces:
             piece.parameter.grad = None
+        for piece in self._owned:
             piece.master.grad = None
 
     def move(self, device: torch.device) -> None:
@@ -173,7 +171,8 @@ class FlatParameters:
 
 
 def repoint(groups: Iterable[dict[str, object]], pieces: Iterable[Piece]) -> None:
-    """Let parameter groups of an optimizer hold the pieces of the parameters that they held."""
+    """Let parameter groups of an optimizer hold the pieces of the parameters that they held, without empty ones."""
     masters = {piece.parameter: piece.master for piece in pieces}
     for group in groups:
-        group["params"] = [masters.get(parameter, parameter) for parameter in group["params"]]  # type: ignore[attr-defined]
+        held = [masters.get(parameter, parameter) for parameter in group["params"]]  # type: ignore[attr-defined]
+        group["params"] = [parameter for parameter in held if parameter.numel()]

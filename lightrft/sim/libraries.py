@@ -91,6 +91,7 @@ TORCH = Library(
     oldest=(2, 11),
     newest=(2, 13),
     state={
+        "cpu": ("_current_stream",),
         "distributed.checkpoint._async_process_executor": ("_CHECKPOINT_PROCESS",),
         "distributed.checkpoint.state_dict": ("_patched_state_dict",),
         "distributed.tensor._api": ("DTensor._op_dispatcher._custom_op_handlers",),
@@ -213,6 +214,7 @@ TRANSFORMERS = Library(
         "modeling_utils": (
             "_is_ds_init_called",
             "_is_quantized",
+            "PreTrainedModel.from_pretrained",
             "PreTrainedModel.init_weights",
             "PreTrainedModel.tie_weights",
             "ALL_ATTENTION_FUNCTIONS.*",

@@ -6,6 +6,7 @@ no such frame (an installed trainer run with ``-m``), the outermost frame outsid
 
 from __future__ import annotations
 
+import functools
 import linecache
 import os
 import sys
@@ -61,7 +62,7 @@ def _kind(file: str) -> int:
 def _classify(file: str) -> int:
     if file.startswith("<"):
         return _SIMULATOR
-    path = os.path.realpath(file)
+    path = _real_path(file)
     if path.startswith(_CONTRACTS):
         return _USER
     if path.startswith(_LIGHTRFT) or (f"{os.sep}torch{os.sep}" in path and path.startswith(_SITE)):
@@ -69,6 +70,18 @@ def _classify(file: str) -> int:
     if path.startswith(_SITE):
         return _LIBRARY
     return _SIMULATOR if path.startswith(_STDLIB) else _USER
+
+
+def _real_path(file: str) -> str:
+    """``os.path.realpath(file)``, which asks for each folder on the way, for many files of few folders."""
+    folder, name = os.path.split(file)
+    path = os.path.join(_real_folder(folder), name)
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
+@functools.lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def is_user_file(file: str | None) -> bool:

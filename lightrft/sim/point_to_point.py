@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightrft.sim.acceptance import advice, elsewhere
 from lightrft.sim.buffers import BelowAutograd, poison
 from lightrft.sim.calls import Call, Group, Message
 from lightrft.sim.works import MessageWork
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from lightrft.sim.process_group import SimProcessGroup
     from lightrft.sim.profiles import Profile
 
-__all__ = ["post_receive", "post_send"]
+__all__ = ["astray", "other_tags", "post_receive", "post_send", "unmatched"]
 
 
 def post_send(group: SimProcessGroup, call: Call, tensors: list[Tensor], peer: int, tag: int) -> MessageWork:
@@ -93,6 +94,9 @@ def _match(group: SimProcessGroup, send: Message, receive: Message, later: Call)
     send.call.match = receive.call.match = group._group.matches
     scheduler = group._world.scheduler
     for message in (send, receive):
+        signature = message.call.signature
+        if signature.device is not None:
+            message.failure = elsewhere(signature.operation, signature.device)
         message.matched = True
         if message.waiter is not None:
             scheduler.wake(message.waiter)
@@ -103,6 +107,10 @@ def _difference(profile: Profile, send: Message, receive: Message) -> str | None
     sent, received = send.call.signature, receive.call.signature
     if send.call.tag != receive.call.tag and not profile.ignores_tags:
         return f"tags differ: sent with tag {send.call.tag}, received with tag {receive.call.tag}"
+    if sent.device != received.device:
+        device = sent.device or received.device or ""
+        where = f"sent from {sent.device or 'cpu'}, received on {received.device or 'cpu'}"
+        return f"devices differ: {where}. One tensor is on {device}, {advice(device)}"
     if sent.dtype != received.dtype:
         return f"dtypes differ: {sent.dtype} sent, {received.dtype} expected"
     if not _shapes_agree(profile, sent.shape, received.shape):
@@ -125,6 +133,23 @@ def other_tags(call: Call) -> list[Call]:
         found = [queue for (source, _), queue in group.receives.items() if source == me]
     others = [message.call for queue in found for message in queue]
     return [other for other in others if other.tag != call.tag and call.peer in (other.rank, -1)]
+
+
+def astray(group: Group) -> list[Call]:
+    """Messages with a wrong peer, to judge by another one that waits and is alike but for its peer.
+
+    Where one rank sends to a second, and a third expects just that from the first, the send goes to the wrong rank;
+    where the second expects it from a third, the receive names the wrong one.
+    """
+    waiting = unmatched(group)
+    sends = {call: (call.signature[1:], call.tag) for call in waiting if call.signature.operation == "send"}
+    receives = {call: (call.signature[1:], call.tag) for call in waiting if call.signature.operation == "recv"}
+    sent_to = {(kind, call.peer) for call, kind in sends.items()}
+    expected_from = {(kind, call.peer) for call, kind in receives.items()}
+    return [
+        *(call for call, kind in sends.items() if {(kind, call.rank), (kind, -1)} & expected_from),
+        *(call for call, kind in receives.items() if (kind, call.rank) in sent_to),
+    ]
 
 
 def unmatched(group: Group) -> list[Call]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightrft.errors import CollectiveTimeoutError, RefusedError, SimulationError
 from lightrft.sim import collectives
-from lightrft.sim.acceptance import Acceptance, Reduction
+from lightrft.sim.acceptance import Acceptance, Reduction, elsewhere
 from lightrft.sim.buffers import BelowAutograd, below_modes, copy_results, plain, poison, write_results
 from lightrft.sim.calls import Call, Group, Meeting, Signature
 from lightrft.sim.current import _local
@@ -46,7 +46,7 @@ class SimProcessGroup(GroupHandle):
 
     def __init__(self, rank: SimRank, group: Group, profile: Profile, store: Any) -> None:
         super().__init__(rank, group, profile, store)
-        self._accept = Acceptance(profile, group.backend, group.size)
+        self._accept = Acceptance(profile, group.backend, group.size, self._meet_elsewhere)
         self._coalesced: list[SimWork] | None = None
         self._splits_made = 0
 
@@ -134,6 +134,27 @@ class SimProcessGroup(GroupHandle):
         if self._world.stopwatch is not None:
             self._world.stopwatch.start()
         return None
+
+    def _meet_elsewhere(self, operation: str, tensor: Tensor) -> NoReturn:
+        """Come to a collective with a tensor that is not in the memory of the CPU, and wait to be compared.
+
+        Raises:
+            RefusedError: the tensors of all members are elsewhere, or not all of them can come.
+        """
+        device = str(tensor.device)
+        call = self._call(Signature(operation, tensor.dtype, tensor.shape, device=device))
+        meeting = self._join(call)
+        if meeting.arrived < self._group.size:
+            task = _local.task
+            assert task is not None
+            meeting.waiters.append(task)
+            self._world.wait_to_be_refused(task, call)
+        else:
+            del self._group.meetings[call.sequence]
+            self._world.scheduler.wake_all(meeting.waiters)
+        if self._world.stopwatch is not None:
+            self._world.stopwatch.start()
+        raise elsewhere(operation, device)
 
     def _issued(self, work: SimWork) -> SimWork:
         """Hand out a work, unless it becomes part of a coalesced one."""
@@ -495,14 +516,14 @@ class SimProcessGroup(GroupHandle):
         return self._post(post_receive, "recv", tensors, -1, tag)
 
     def _post(self, post: Any, operation: str, tensors: list[Tensor], peer: int, tag: int) -> Any:
-        self._accept.messages(operation, tensors)
+        device = self._accept.messages(operation, tensors)
         if peer >= 0:
             self._accept.root(operation, peer)
         if peer == self._member:
             self._accept.feature("self_send", f"a {operation} from a rank to itself")
         sent = tensors if operation == "send" else ()
         other = self._group.ranks[peer] if peer >= 0 else -1
-        call = self._call(Signature(operation, *_shapes(tensors)), sent, other, tag)
+        call = self._call(Signature(operation, *_shapes(tensors), device=device), sent, other, tag)
         return self._issued(below_modes(post, self, call, plain(tensors), peer, tag))
 
     # -- coalescing ---------------------------------------------------------------------------------------------

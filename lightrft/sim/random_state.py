@@ -27,7 +27,7 @@ class PythonRandom:
         self._generator: Any = random.random.__self__  # type: ignore[attr-defined]
         address = id(self._generator) + object.__basicsize__
         self._address = address
-        self._head = ctypes.c_uint64.from_address(address)
+        self._head = (ctypes.c_char * 16).from_address(address)
         if not self._layout_is_known():
             raise RuntimeError("the memory of this interpreter's random generator is not laid out as expected")
 
@@ -36,8 +36,8 @@ class PythonRandom:
         state = self._generator.getstate()[1]
         return bool(state[624] == words[0] and state[:624] == tuple(words[1:]))
 
-    def peek(self) -> int:
-        return self._head.value
+    def peek(self) -> bytes:
+        return self._head.raw  # the position and three words: the first word after seeding is the same for every seed
 
     def read(self) -> tuple[bytes, Any]:
         return ctypes.string_at(self._address, self._SIZE), self._generator.gauss_next
@@ -174,7 +174,7 @@ class LazyGenerator:
         self.memory = memory
         self.slot = slot
         self.loaded: Any = None
-        self.head = 0
+        self.head: Any = None
 
     def begin(self) -> Any:
         """The state that the process has now."""

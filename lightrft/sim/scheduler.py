@@ -321,7 +321,8 @@ class Scheduler:
     def _give_up(self) -> None:
         """The running task waits for something that cannot come."""
         self._stuck()
-        raise Killed
+        if self.closing:
+            raise Killed
 
     def advance(self, nanoseconds: int) -> None:
         """Let virtual time pass while the running task works."""

@@ -27,7 +27,7 @@ from lightrft.sim.flat_parameters import FlatParameters, repoint
 from lightrft.strategy.backend_strategy import BackendStrategy, Loading, Step
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.prepared import Prepared
-from lightrft.strategy.utils import environment, moving_average, optimizers, saving
+from lightrft.strategy.utils import environment, moving_average, optimizers
 from lightrft.strategy.utils.loss_scale import LossScale
 
 if TYPE_CHECKING:
@@ -141,8 +141,9 @@ class FakeStrategy(BackendStrategy):
         if optimizer is not None and optimizer.state:
             raise ConfigError("the optimizer has stepped already: prepare the model before its first step")
         model = model.to(device=self.device, dtype=self._compute_dtype)
-        if self.config.gradient_checkpointing and training and hasattr(model, "gradient_checkpointing_enable"):
-            model.gradient_checkpointing_enable()
+        recomputes = getattr(model, "gradient_checkpointing_enable", None)
+        if self.config.gradient_checkpointing and training and callable(recomputes):
+            recomputes()
         flat = self._flattened(model) if training else []
         for one in flat:
             repoint([] if optimizer is None else optimizer.param_groups, one.pieces)
@@ -155,14 +156,12 @@ class FakeStrategy(BackendStrategy):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 by_dtype.setdefault(parameter.dtype, {})[name] = parameter
-        deepspeed = self.mirrors == "deepspeed"
         return [
             FlatParameters(
                 named,
                 rank=self.get_rank(),
                 world_size=self.world_size,
-                separate_masters=deepspeed,
-                from_first=deepspeed,
+                deepspeed=self.mirrors == "deepspeed",
             )
             for named in by_dtype.values()
         ]
@@ -186,7 +185,7 @@ class FakeStrategy(BackendStrategy):
     # -- Training -----------------------------------------------------------------------------------------------------
 
     def _backward(self, prepared: Prepared, loss: torch.Tensor, *, last: bool, **kwargs: Any) -> None:  # noqa: ARG002
-        (loss * self._loss_scale(prepared)).backward(**kwargs)
+        (loss * self._loss_scale(prepared) if self.config.fp16 else loss).backward(**kwargs)
 
     def _loss_scale(self, prepared: Prepared) -> float:
         if not self.config.fp16:
@@ -197,10 +196,7 @@ class FakeStrategy(BackendStrategy):
     def _step(self, prepared: Prepared) -> Step:
         divisor = self.world_size * self.accumulated_gradient * self._loss_scale(prepared)
         flat = self._flat(prepared)
-        squares = torch.stack([one.reduce_gradients(divisor) for one in flat]).sum()
-        if self.world_size > 1:
-            dist.all_reduce(squares)
-        norm = math.sqrt(squares.item())
+        norm = math.sqrt(sum(one.reduce_gradients(divisor).item() for one in flat))
         applied = math.isfinite(norm)
         if applied:
             self._apply(prepared, flat, norm)
@@ -248,9 +244,6 @@ class FakeStrategy(BackendStrategy):
     def full_parameters(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.unwrap_model(model).named_parameters():
             yield name, parameter.detach()
-
-    def save_model(self, model: nn.Module, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
-        saving.save_model(self, model, tokenizer, output_dir, **kwargs)
 
     # -- Memory -------------------------------------------------------------------------------------------------------
 

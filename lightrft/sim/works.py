@@ -308,6 +308,8 @@ class MessageWork(_RankWork):
         else:
             self._block(self._expect, self._give_up, limit)
         self._settled()
+        if self._message.failure is not None:
+            raise self._message.failure
         call, receives = self.call, self.call.signature.operation == "recv"
         with BelowAutograd(True):
             untouched = all(map(is_poisoned, self._target) if receives else map(same_bits, self._copy, self._target))

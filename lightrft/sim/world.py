@@ -129,6 +129,7 @@ class SimWorld:
         self._failures: list[tuple[SimRank, BaseException]] = []
         self._mismatch: divergence.Mismatch | None = None
         self._verdict: SimulationError | None = None
+        self._to_be_refused: list[Task] = []
         self._interrupted = False
         self.profiled: int | None = None
         """The rank that uses torch's profiler."""
@@ -474,6 +475,12 @@ class SimWorld:
             message.waiter = task
             scheduler.block(message.call)
 
+    def wait_to_be_refused(self, task: Task, call: Call) -> None:
+        """Block the running task, whose call is an error of its own, until others have come too or nobody can go on."""
+        self._to_be_refused.append(task)
+        self.scheduler.block(call)
+        self._to_be_refused.remove(task)
+
     def _fail(self, rank: SimRank, error: BaseException) -> None:
         self._failures.append((rank, error))
         self._drain()
@@ -494,7 +501,11 @@ class SimWorld:
     # -- verdicts -----------------------------------------------------------------------------------------------
 
     def _stuck(self) -> None:
-        """Nobody can run: say why, and end the run."""
+        """Nobody can run: refuse what waits for that; if nothing does, say why, and end the run."""
+        failed = self._failures or self._mismatch is not None or self._verdict is not None
+        if self._to_be_refused and not failed and not self.scheduler.closing:
+            self.scheduler.wake_all(self._to_be_refused)
+            return
         if not self.scheduler.closing and self._verdict is None:
             self._verdict = divergence.verdict(self, self._failures, self._mismatch)
         self.scheduler.kill_all()

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from lightrft.errors import CheckpointError, ConfigError, OffloadStateError
 from lightrft.strategy.prepared import Prepared
 from lightrft.strategy.strategy_base import StrategyBase, call_site, check_model
+from lightrft.strategy.utils import saving
+from lightrft.strategy.utils.agreement import Ranks
 from lightrft.strategy.utils.checkpoints import CheckpointFolder
 
 if TYPE_CHECKING:
@@ -55,10 +57,6 @@ class BackendStrategy(StrategyBase):
 
     backend: str
     """``"deepspeed"``, ``"fsdp"`` or ``"fake"``, as it is written into checkpoints."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.gradient_norms: dict[str, float] = {}
-        super().__init__(*args, **kwargs)
 
     # -- What a backend fills in --------------------------------------------------------------------------------------
 
@@ -305,6 +303,11 @@ class BackendStrategy(StrategyBase):
             _resume_schedule(prepared.scheduler, state)
         folder.restore_random_state(found)
         return str(found), folder.load_client_state(found)
+
+    def save_model(self, model: torch.nn.Module, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
+        ranks = Ranks(rank=self.get_rank(), world_size=self.world_size)
+        module = self.unwrap_model(model)
+        saving.save_pretrained(module, self.full_parameters(model), tokenizer, output_dir, ranks, **kwargs)
 
     def _remembering(self, model: torch.nn.Module, optimizer: Optimizer | None, scheduler: Any) -> Prepared:
         prepared = self._known(model, optimizer)

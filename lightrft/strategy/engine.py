@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,11 @@ class RolloutEngine(ABC):
     @abstractmethod
     def weight_version(self) -> int:
         """How often the weights were updated: 0 for those that the engine was built with."""
+
+    @property
+    def runs_on_all_ranks(self) -> bool:
+        """Whether every rank of the group calls ``generate`` with the same requests; else rank 0 of the group does."""
+        return True
 
     @abstractmethod
     def generate(self, requests: Sequence[Any], sampling_params: Any) -> list[Any]:
@@ -127,4 +132,13 @@ def wake(engine: Any) -> None:
         engine.resume_memory_occupation()
 
 
-EngineFactory = Callable[..., RolloutEngine]
+def start(engine_type: str) -> RolloutEngine:
+    """Start an engine of a type that :func:`check_engine_type` knows.
+
+    Raises:
+        ConfigError: this version has no adapter for it.
+    """
+    raise ConfigError(
+        f"engine_type {engine_type!r}: this version has no adapter for it; set strategy.inference_engine to a "
+        "RolloutEngine of your own"
+    )

@@ -65,4 +65,5 @@ def _strides(blocks: list[list[int]]) -> list[list[int]]:
 def _own(several: list[list[int]], rank: int) -> dist.ProcessGroup:
     """Make a group of each list of ranks; the one with ``rank`` in it."""
     groups = {tuple(ranks): dist.new_group(ranks) for ranks in several}
-    return next(group for ranks, group in groups.items() if rank in ranks)
+    own: dist.ProcessGroup = next(group for ranks, group in groups.items() if rank in ranks)
+    return own

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,17 +21,17 @@ __all__ = ["gather", "gather_and_generate"]
 
 def gather_and_generate(
     engine: RolloutEngine,
-    requests: Sequence[Request],
+    make_requests: Callable[[], Sequence[Request]],
     sampling_params: Any,
     *,
     group: dist.ProcessGroup | None,
     device: torch.device,
 ) -> list[Any]:
-    """The completions of this rank's ``requests``, in their order; those of one prompt follow each other. *Collective*.
+    """The completions of this rank's requests, in their order; those of one prompt follow each other. *Collective*.
 
     Args:
         engine: shared by the ranks of ``group``, awake.
-        requests: of this rank; any number, also none.
+        make_requests: those of this rank; any number, also none. What it raises is raised on every rank.
         sampling_params: the same on all ranks of the group.
         group: the ranks of the engine; ``None`` for a rank alone.
         device: where tensors of the group travel.
@@ -40,7 +40,7 @@ def gather_and_generate(
         LightRFTError: generation failed on some rank; the same error on every rank of the group.
     """
     ranks = Ranks(group) if group is not None else Ranks(rank=0, world_size=1)
-    shared = gather(requests, ranks, device)
+    shared = gather(make_requests, ranks, device)
     counts = [len(each) for each in shared]
     everything = [request for each in shared for request in each]
     leads = engine.runs_on_all_ranks or ranks.rank == 0
@@ -77,15 +77,17 @@ def _scattered(completions: list[Any], counts: Sequence[int], samples: int, rank
     return list(mine[0])
 
 
-def gather(requests: Sequence[Request], ranks: Ranks, device: torch.device) -> list[list[Request]]:
+def gather(make_requests: Callable[[], Sequence[Request]], ranks: Ranks, device: torch.device) -> list[list[Request]]:
     """The requests of every rank, by rank. *Collective*.
 
     Token ids travel as tensors; requests with text, images or videos on some rank are pickled.
     """
+    with ranks.together("prompts were not gathered") as outcome:
+        requests = list(make_requests())
+        outcome.mine = all(request.is_tokens for request in requests)
     if ranks.world_size == 1:
-        return [list(requests)]
-    tokens_only = all(request.is_tokens for request in requests)
-    if not all(ranks.gather(tokens_only)):
+        return [requests]
+    if not all(outcome.all):
         return [list(each) for each in ranks.gather(tuple(requests))]
     lengths = [len(request.prompt_token_ids or ()) for request in requests]
     found = collectives.all_gather(

@@ -52,6 +52,7 @@ class StrategyBase(ABC):
         inference_engine: the engine, or ``None``.
         inference_engine_status: its state, an ``EngineStatus``.
         inference_engine_type: ``"vllm"`` or ``"sglang"``, or ``None``.
+        gradient_norms: of the last optimizer step of each model, by the name that ``optimizer_step`` was given.
 
     Raises:
         ConfigError: settings contradict each other or do not fit the number of ranks.
@@ -75,6 +76,7 @@ class StrategyBase(ABC):
         said = {name: value for name, (value, default) in given.items() if value != default}
         self.config = StrategyConfig.from_args(args, **said)
         self.prepared = Registry()
+        self.gradient_norms: dict[str, float] = {}
         self.inference_engine: Any = None
         self.inference_engine_type: str | None = None
         self._is_set_up = False
@@ -497,7 +499,12 @@ class StrategyBase(ABC):
             return engines.EngineStatus.ABSENT
         return engines.EngineStatus(self.inference_engine.status)
 
-    def setup_inference_engine(self, args: Any = None, engine_type: str | None = None, actor: Any = None) -> Any:
+    def setup_inference_engine(
+        self,
+        args: Any = None,
+        engine_type: str | None = None,
+        actor: Any = None,  # noqa: ARG002 - adapters of engines take it
+    ) -> Any:
         """Start the engine, awake. *Collective*.
 
         Args:
@@ -519,12 +526,9 @@ class StrategyBase(ABC):
             )
         config = self.config if args is None else StrategyConfig.from_args(args)
         chosen = engines.check_engine_type(engine_type or config.engine_type)
-        self.inference_engine = self._start_engine(chosen, config, actor)
+        self.inference_engine = engines.start(chosen)
         self.inference_engine_type = chosen
         return self.inference_engine
-
-    def _start_engine(self, engine_type: str, config: StrategyConfig, actor: Any) -> engines.RolloutEngine:
-        return engines.start(engine_type, config, groups=self.groups, actor=actor)
 
     def _engine(self, purpose: str) -> Any:
         if self.inference_engine is None:
@@ -538,8 +542,13 @@ class StrategyBase(ABC):
             EngineStateError: there is no engine.
             WeightSyncError: what the engine holds afterwards is not what was sent.
         """
-        self._engine("update_engine_weights")
-        raise NotImplementedError("sending weights to an engine is not part of this version")
+        from lightrft.strategy import weight_sync
+
+        engine = self._engine("update_engine_weights")
+        self.drop_partial_accumulation(actor)
+        self.wakeup_inference_engine()
+        bucket_bytes = self.config.engine_update_bucket_mb << 20
+        weight_sync.send(engine, self.full_parameters(actor), bucket_bytes=bucket_bytes)
 
     def gather_and_generate(
         self,
@@ -563,8 +572,21 @@ class StrategyBase(ABC):
         Returns:
             The completions of this rank's prompts, in their order.
         """
-        self._engine("gather_and_generate")
-        raise NotImplementedError("gathering prompts for an engine is not part of this version")
+        from lightrft.strategy import requests, rollout
+
+        engine = self._engine("gather_and_generate")
+        self.wakeup_inference_engine()
+        try:
+            return rollout.gather_and_generate(
+                engine,
+                lambda: requests.requests_of(all_prompt_token_ids, all_prompts, all_images, images_num),
+                sampling_params,
+                group=self.engine_mp_group,
+                device=self.device,
+            )
+        finally:
+            if sleep_engine:
+                self.maybe_sleep_inference_engine()
 
     def engine_generate_local(
         self, sampling_params: Any, prompt_token_ids: Any = None, multi_modal_inputs: Any = None

@@ -433,10 +433,22 @@ def leaf(count=1):
     return torch.zeros(count, requires_grad=True)
 
 
+def of_the_graph():
+    """Gloo refuses it only if autograd looks before gloo's thread has written: often, but not always."""
+    errors = []
+    for _ in range(20):
+        try:
+            all_gather_single(torch.empty(SIZE), leaf() * 2)
+        except RuntimeError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
 for name, call in {
     "all_gather": lambda: dist.all_gather([leaf() for _ in ALL], torch.ones(1)),
     "all_gather_single": lambda: all_gather_single(leaf(SIZE), torch.ones(1)),
-    "all_gather_single of the graph": lambda: all_gather_single(torch.empty(SIZE), leaf() * 2),
+    "all_gather_single of the graph": of_the_graph,
     "reduce_scatter": lambda: dist.reduce_scatter(leaf(), [torch.ones(1) for _ in ALL]),
     "reduce_scatter_single": lambda: reduce_scatter_single(leaf(), torch.ones(SIZE)),
     "all_to_all": lambda: dist.all_to_all([leaf() for _ in ALL], [torch.ones(1) for _ in ALL]),
@@ -674,6 +686,37 @@ def results_of_the_graph(rank):
     dist.all_reduce(loss)
     loss.sum().backward()
     return loss.tolist(), weight.grad.tolist()
+
+
+# -- without memory ---------------------------------------------------------------------------------------------------
+
+
+def without_memory(call):
+    """gloo returns, having sent nothing."""
+
+    def program(rank):
+        call(rank)
+        return "returned"
+
+    return program
+
+
+def message_without_memory(rank):
+    tensor = torch.ones(SIZE, device="meta")
+    if rank < 2:
+        (dist.isend(tensor, 1) if rank == 0 else dist.irecv(tensor, 0)).wait()
+
+
+CALLS_WITHOUT_MEMORY = {
+    name: lambda rank, move=move: move(rank, lambda owner: torch.ones(SIZE, device="meta"))
+    for name, move in MOVES.items()
+} | {
+    name: lambda rank, reduction=reduction: reduction(rank, torch.ones(2 * SIZE, device="meta"), dist.ReduceOp.SUM)
+    for name, reduction in REDUCTIONS.items()
+}
+CALLS_WITHOUT_MEMORY["send"] = message_without_memory
+for name, call in CALLS_WITHOUT_MEMORY.items():
+    CORRUPTED[f"{name} without memory"] = without_memory(call), "an error"
 
 
 # -- both worlds ------------------------------------------------------------------------------------------------------

@@ -456,6 +456,36 @@ dist.barrier()
     assert '"rank 3"' in Path("trace.json").read_text()
 
 
+def test_at_the_end_of_the_process_garbage_is_collected_and_exit_functions_run(script):
+    name = script("""
+        import atexit, os
+
+        class Temporary:
+            def __init__(self):
+                self.itself = self
+
+            def __del__(self):
+                print("removed", os.environ.get("RANK"))
+
+        Temporary()
+        import wave  # what a rank imports is kept from the collector, and all that is there with it
+        print("the script ends")
+        atexit.register(print, "exit function")
+        """)
+    command = [sys.executable, "-m", "lightrft", "sim", "-n", "2", name]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.count("exit function") == 2
+    assert done.stdout.count("removed") == 2
+
+
+def test_the_collector_is_on_while_a_script_runs_in_a_process_of_its_own(script):
+    name = script("import gc; print(gc.isenabled())")
+    command = [sys.executable, "-m", "lightrft", "sim", "-n", "1", "--no-report", name]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout == "True\n"
+
+
 def test_the_replay_is_the_command_as_it_was_given(monkeypatch):
     words = ["-n", "2", "a b.py", "$x"]
     monkeypatch.setattr(sys, "argv", ["/usr/bin/lightrft"])

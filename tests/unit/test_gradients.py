@@ -266,7 +266,7 @@ def test_k03_a_partial_sum_counts_with_its_value():
     def body():
         mesh = init_device_mesh("cpu", (2,))
         parameter = nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Replicate()]))
-        local = torch.tensor([3.0, 0.0]) if dist.get_rank() else torch.tensor([0.0, 4.0])
+        local = torch.tensor([3.0, 1.0]) if dist.get_rank() else torch.tensor([0.0, 3.0])
         parameter.grad = DTensor.from_local(local, mesh, [Partial()])
         return global_norm([parameter])
 

@@ -64,11 +64,13 @@ def test_models_with_gradients_and_other_orders_are_averaged():
 @pytest.mark.parametrize("average_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_it_is_computed_in_float32_at_least_and_kept_in_the_dtype_of_the_average(dtype, average_dtype):
-    parameter, average = torch.tensor([1.0], dtype=dtype), torch.tensor([1.5], dtype=average_dtype)
-    update([("w", parameter)], [("w", average)], 0.992)
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.randn(200, generator=generator).to(dtype)
+    average = torch.randn(200, generator=generator).to(average_dtype)
     wide = torch.float64 if average_dtype == torch.float64 else torch.float32
-    exact = torch.tensor([1.5], dtype=wide) * 0.992 + torch.tensor([1.0], dtype=wide) * (1 - 0.992)
-    torch.testing.assert_close(average, exact.to(average_dtype), rtol=0, atol=torch.finfo(wide).eps)
+    exact = average.to(wide) * 0.992 + parameter.to(wide) * (1 - 0.992)
+    update([("w", parameter)], [("w", average)], 0.992)
+    torch.testing.assert_close(average, exact.to(average_dtype), rtol=2 * torch.finfo(wide).eps, atol=1e-9)
     assert average.dtype == average_dtype
 
 

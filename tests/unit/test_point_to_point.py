@@ -416,3 +416,67 @@ def test_a_message_to_oneself_or_to_nobody_is_refused():
 def test_a_receive_from_a_rank_that_never_sends_is_a_deadlock():
     with pytest.raises(DeadlockError, match=r"recv\(float32\[1\], from rank 1\)"):
         on_ranks(2, lambda: dist.recv(number(1), 1) if dist.get_rank() == 0 else None)
+
+
+# -- a wrong peer -----------------------------------------------------------------------------------------------------
+
+
+def blamed(body, size):
+    """Ranks and lines, counted from the first of ``body``, that a deadlock is blamed on."""
+    with pytest.raises(DeadlockError) as caught:
+        on_ranks(size, body, stall_limit=20)
+    first = body.__code__.co_firstlineno
+    culprits = caught.value.report.culprits
+    return {(culprit.rank, culprit.place.line - first) for culprit in culprits if culprit.place.file == __file__}
+
+
+def test_who_sends_to_a_wrong_rank_is_blamed():
+    def body():
+        rank = dist.get_rank()
+        if rank == 0:
+            dist.send(number(1), 1)  # to 2, it should be
+        elif rank == 2:
+            dist.recv(number(0), 0)
+
+    assert (0, 3) in blamed(body, 3)
+
+
+def test_who_receives_from_a_wrong_rank_is_blamed_also_before_it_waits():
+    def body():
+        rank = dist.get_rank()
+        if rank == 0:
+            dist.send(number(1), 2)
+        elif rank == 2:
+            work = dist.irecv(number(0), 1)  # from 0, it should be
+        dist.barrier()
+        if rank == 2:
+            work.wait()
+
+    assert (2, 5) in blamed(body, 3)
+
+
+def test_who_sends_to_a_wrong_rank_is_blamed_where_somebody_waits_for_any_rank():
+    def body():
+        rank = dist.get_rank()
+        if rank == 0:
+            dist.send(number(1), 1)  # to 2, it should be
+        elif rank == 2:
+            dist.recv(number(0))
+
+    assert (0, 3) in blamed(body, 3)
+
+
+def test_a_pipeline_that_stands_still_is_not_blamed_on_all_its_stages():
+    """Every stage sends to the next and waits for what comes back; the last one has left."""
+
+    def body():
+        rank, size = dist.get_rank(), dist.get_world_size()
+        if rank == size - 1:
+            return
+        work = dist.isend(number(1), rank + 1)
+        dist.recv(number(0), rank + 1)
+        work.wait()
+
+    with pytest.raises(DeadlockError) as caught:
+        on_ranks(6, body)
+    assert [culprit.rank for culprit in caught.value.report.culprits] == [5]

@@ -40,13 +40,14 @@ UNIQUE = {
     "another_root",
     "another_reduction",
     "other_splits",
+    "another_peer",
     "another_tag",
     "groups_in_another_order",
     "exception",
     "no_wait",
     "written_before_wait",
 }
-"""Faults that stand at one line of one rank. The others make ranks lose each other, which has two sides."""
+"""Faults that are blamed on their rank and line. The others make ranks lose each other, which has two sides."""
 
 
 def simulated(program, **options):
@@ -180,7 +181,7 @@ def test_a_fault_at_one_line_is_blamed_on_its_rank_and_line(kind):
 def test_of_ranks_that_lose_each_other_the_faulty_one_is_mostly_among_those_to_blame():
     lost = [entry for kind in FAULTS if kind not in UNIQUE for entry in told_of(kind)]
     named = [fault for fault, _, ranks, _ in lost if fault.rank in ranks]
-    assert len(named) >= 0.85 * len(lost), f"{len(named)} of {len(lost)}"
+    assert len(named) >= 0.9 * len(lost), f"{len(named)} of {len(lost)}"
 
 
 def test_few_ranks_are_to_blame():

@@ -48,6 +48,30 @@ def test_torch_random_state_belongs_to_the_rank():
     assert drawn == [alone(rank) for rank in range(3)]
 
 
+@pytest.mark.parametrize(
+    ("seed", "draw"),
+    [
+        (torch.manual_seed, lambda: torch.rand(1).item()),
+        (random.seed, random.random),
+        (np.random.seed, lambda: float(np.random.rand())),
+        (lambda seed: np.random.seed([seed]), lambda: float(np.random.rand())),
+    ],
+    ids=["torch", "python", "numpy", "numpy by an array"],
+)
+def test_a_seed_is_kept_although_nothing_was_drawn_before_the_switch(seed, draw):
+    def alone(rank):
+        seed(100 + rank)
+        return draw()
+
+    drawn = interleaved(lambda rank: seed(100 + rank), lambda rank: None, lambda rank: draw())
+    with contextlib.ExitStack() as stack:
+        python, numpy = random.getstate(), np.random.get_state()
+        stack.callback(random.setstate, python)
+        stack.callback(np.random.set_state, numpy)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        assert drawn == [alone(rank) for rank in range(3)]
+
+
 def test_python_random_state_belongs_to_the_rank():
     drawn = interleaved(random.seed, lambda _: random.random(), lambda _: random.random())
     expected = []

@@ -1,9 +1,11 @@
 """Sequence parallelism: what it computes is what one rank computes."""
 
+import contextlib
 import copy
 import itertools
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,6 +165,25 @@ def test_f14_flash_attention_gets_the_padding_and_the_boundaries_of_the_full_seq
         assert programs.largest_difference(found, expected) <= 1e-5
 
 
+def test_a_batch_that_is_just_causal_needs_no_mask():
+    def run(group):
+        skipped = []
+
+        def see(module, query, key, value, mask, **others):
+            skipped.append(mask is None)
+            return query.transpose(1, 2), None
+
+        AttentionInterface.register("sdpa", see)
+        policy, processor = programs.model("qwen2"), SequenceParallelProcessor(group)
+        enable(policy, group)
+        for kind in ("odd", "left_padded", "packed"):
+            policy(**processor.preprocess(programs.batch(kind, 0)[0]).inputs)
+        return skipped
+
+    for found in on_ranks(run)[1]:
+        assert found == [True, True, False, False, False, False]
+
+
 def test_a_forward_pass_gathers_masks_once_and_exchanges_twice_a_layer():
     def run(group):
         policy = programs.model("qwen2_gqa")
@@ -171,10 +192,13 @@ def test_a_forward_pass_gathers_masks_once_and_exchanges_twice_a_layer():
         policy(**part.inputs)
 
     world, _ = on_ranks(run)
-    counts = Counter(event.operation for event in world.trace if event.rank == 0)
-    layers = programs.CONFIGS["qwen2_gqa"][1].num_hidden_layers
-    assert counts["all_gather"] == 1
-    assert counts["all_to_all_single"] == 2 * layers
+    mine = [event for event in world.trace if event.rank == 0]
+    config = programs.CONFIGS["qwen2_gqa"][1]
+    assert Counter(event.operation for event in mine)["all_gather"] == 1
+    exchanged = [event.shape for event in mine if event.operation == "all_to_all_single"]
+    tokens = programs.BATCH * 10 // 2
+    to_heads = tokens * (config.hidden_size // 2 + config.hidden_size // 4)  # two kv heads for two ranks: none repeated
+    assert exchanged == [(2, to_heads), (2, tokens * config.hidden_size // 2)] * 2
 
 
 # -- slices and gathering ---------------------------------------------------------------------------------------------
@@ -458,12 +482,15 @@ def test_inputs_that_would_give_wrong_results_are_refused(change, message):
     refused(run, message)
 
 
-def test_a_forward_pass_around_the_hooks_is_refused():
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_forward_pass_around_the_hooks_is_refused(fails):
     def run(group):
         policy = programs.model("qwen2")
         enable(policy, group)
         part = SequenceParallelProcessor(group).preprocess(programs.batch("left_padded", 0)[0])
-        policy.model.forward(**part.inputs)
+        with pytest.raises(IndexError) if fails else contextlib.nullcontext():
+            policy(**{**part.inputs, "input_ids": part.input_ids + fails * 1000})
+        policy.model.forward(**part.inputs)  # what the others knew of their sequences is forgotten
 
     refused(run, r"expected model\(\.\.\.\), not model\.forward")
 
@@ -480,3 +507,8 @@ def test_shift_labels_give_the_loss_of_the_slice():
     labels = torch.where(inputs["input_ids"] % 3 == 0, -100, inputs["input_ids"])
     expected = programs.model("qwen2")(**inputs, labels=labels).loss.item() * (labels[:, 1:] != -100).sum().item()
     assert sum(on_ranks(run)[1]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_example_of_the_page_works():
+    page = (Path(__file__).parents[2] / "docs" / "sequence-parallelism.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {"__name__": "example"})

@@ -1,7 +1,9 @@
 """K12: what strategies reduce and gather, over ranks that hold dicts, tensors and numbers."""
 
 import math
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -76,6 +78,15 @@ def test_k12_large_values_are_one_collective_per_dtype_and_one_for_agreement(op)
     expected = {"mean": 1, "sum": 3, "max": 2, "min": 0}[op]
     assert all(result["torch.float161"].tolist() == [expected] * 300 for result in results)
     assert all(result["ids"].tolist() == [expected] * 300 for result in results)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_k12_more_metrics_than_a_packet_holds_are_two_collectives(op):
+    results, collectives = on_ranks(2, lambda rank: all_reduce({str(i): i + 0.5 + rank for i in range(200)}, op))
+    shift = {"mean": 0.5, "max": 1, "min": 0}
+    expected = {str(i): 2 * i + 2.0 if op == "sum" else i + 0.5 + shift[op] for i in range(200)}
+    assert results == [expected] * 2
+    assert collectives == ["all_reduce"] * 2
 
 
 def test_k12_alone_nothing_is_sent_and_no_group_is_needed():
@@ -170,6 +181,13 @@ def test_k12_the_input_is_not_modified_and_the_result_is_another_tensor(size, co
     on_ranks(size, body)
 
 
+@pytest.mark.parametrize("call", [partial(all_reduce, op="sum"), all_gather], ids=["reduce", "gather"])
+def test_k12_a_result_that_is_kept_keeps_no_other_one_in_memory(call):
+    results, _ = on_ranks(2, lambda rank: call({str(n): torch.ones(n, dtype=torch.float64) for n in (1, 2, 500, 600)}))
+    for result in results:
+        assert [value.untyped_storage().nbytes() for value in result.values()] == [v.nbytes for v in result.values()]
+
+
 def test_k12_tensors_that_are_not_contiguous_are_reduced_and_gathered_as_they_read():
     def body(rank):
         value = torch.arange(6.0).reshape(2, 3).t() + rank
@@ -240,6 +258,12 @@ def test_k12_a_group_reduces_among_its_members_only():
         return all_reduce(rank, "sum", group=groups[rank % 2]), all_gather(rank, group=groups[rank % 2]).tolist()
 
     assert on_ranks(4, body)[0] == [(2, [0, 2]), (4, [1, 3]), (2, [0, 2]), (4, [1, 3])]
+
+
+def test_k12_numbers_of_numpy_count_as_those_of_python():
+    result = all_reduce({"a": np.float32(0.5), "b": np.int64(3), "c": np.bool_(True)}, "max")
+    assert result == {"a": 0.5, "b": 3, "c": True}
+    assert [type(value) for value in result.values()] == [float, int, bool]
 
 
 def test_k12_who_is_not_in_the_group_is_told():

@@ -67,11 +67,10 @@ def _amp() -> list[Patch]:
     return [
         Patch(autocast_mode.autocast, "__enter__", once(_enter_autocast)),
         Patch(autocast_mode.autocast, "__exit__", once(_exit_autocast)),
-        *wherever_bound(autocast_mode, "_cast", once(_cast), within="torch.amp"),
+        *wherever_bound(autocast_mode, {"_cast": once(_cast)}, within="torch.amp"),
         *wherever_bound(
             torch.cuda.amp.common,
-            "amp_definitely_not_available",
-            answer(_amp_definitely_not_available),
+            {"amp_definitely_not_available": answer(_amp_definitely_not_available)},
             within="torch.cuda",
         ),
     ]

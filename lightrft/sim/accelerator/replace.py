@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -81,19 +81,19 @@ def answer_or(function: Callable[..., Any]) -> Callable[[Any], Any]:
     return once(build)
 
 
-def wherever_bound(owner: ModuleType, name: str, make: Callable[[Any], Any], *, within: str = "") -> list[Patch]:
-    """Patches for ``owner.name`` and for every module below the package ``within`` that has imported it by name.
+def wherever_bound(owner: ModuleType, makes: Mapping[str, Callable[[Any], Any]], *, within: str = "") -> list[Patch]:
+    """Patches for names of ``owner`` and for every module below the package ``within`` that has imported one of them.
 
-    Empty if this release of torch does not have it.
+    A name that this release of torch does not have is left out.
     """
-    original = vars(owner).get(name)
-    if original is None:
-        return []
-    found = [Patch(owner, name, make)]
+    namespace = vars(owner)
+    originals = {id(namespace[name]): make for name, make in makes.items() if namespace.get(name) is not None}
+    found = [Patch(owner, name, make) for name, make in makes.items() if namespace.get(name) is not None]
     prefix = (within or owner.__name__) + "."
     for module_name, module in list(sys.modules.items()):
         if module is not owner and f"{module_name}.".startswith(prefix):
-            found += [Patch(module, key, make) for key, value in list(vars(module).items()) if value is original]
+            names = [(name, id(value)) for name, value in list(vars(module).items()) if id(value) in originals]
+            found += [Patch(module, name, originals[key]) for name, key in names]
     return found
 
 

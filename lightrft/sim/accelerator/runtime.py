@@ -353,9 +353,8 @@ def patches() -> list[Patch]:
         except ModuleNotFoundError:  # a module that this release of torch does not have
             continue
         package = ".".join(module_name.split(".")[:2])
-        for name, function in answers.items():
-            found += wherever_bound(module, name, answer(function), within=package)
-    found += wherever_bound(torch, "get_device_module", once(_get_device_module))
+        found += wherever_bound(module, {name: answer(each) for name, each in answers.items()}, within=package)
+    found += wherever_bound(torch, {"get_device_module": once(_get_device_module)})
     found.append(Patch(torch.backends.cuda, "is_built", once(_is_built)))
     # The original is the empty tuple, which is one object in all modules: it must not be taken for an alias.
     found.append(Patch(torch.cuda, "default_generators", once(DefaultGenerators), aliases=False))

@@ -265,8 +265,7 @@ def _standing_in(cls: Any) -> Any:
 def patches() -> list[Patch]:
     """Streams and events in ``torch.cuda``."""
     found = [Patch(torch.Tensor, "record_stream", once(_record_stream))]
-    for name, cls in (("Stream", Stream), ("Event", Event)):
-        found += wherever_bound(torch.cuda.streams, name, _standing_in(cls), within="torch.cuda")
-    for function in (default_stream, current_stream, set_stream, _set_stream_by_id):
-        found += wherever_bound(torch.cuda, function.__name__, answer(function))
-    return found
+    classes = {"Stream": _standing_in(Stream), "Event": _standing_in(Event)}
+    found += wherever_bound(torch.cuda.streams, classes, within="torch.cuda")
+    functions = (default_stream, current_stream, set_stream, _set_stream_by_id)
+    return found + wherever_bound(torch.cuda, {function.__name__: answer(function) for function in functions})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,33 +18,46 @@ from lightrft.strategy.deepspeed.parameters import is_partitioned
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["build_engine", "checkpoint_activations", "partitioned_construction", "spread_over_groups"]
+__all__ = ["build_engine", "cast", "checkpoint_activations", "partitioned_construction", "spread_over_groups"]
 
 
 @contextmanager
-def partitioned_construction(settings: dict[str, Any]) -> Iterator[None]:
+def partitioned_construction(settings: dict[str, Any], device: torch.device) -> Iterator[None]:
     """In this context every module is spread over the ranks as soon as it is built, as ZeRO-3 wants it. *Collective*.
 
-    ``from_pretrained`` of transformers fills such modules from disk, each parameter whole on rank 0 for a moment. The
-    dtype is that of ``settings``: DeepSpeed ignores one that it is given beside them on some devices.
+    Parameters get the dtype of ``settings``; their first values, and all buffers, are computed as outside of the
+    context. ``from_pretrained`` of transformers fills such modules from disk, one parameter whole at a time.
     """
-    import deepspeed
-
     known = _known_to_transformers(settings)
-    with deepspeed.zero.Init(config_dict_or_path=settings):
+    with runtime.launched(device), _zero_init(settings):
         yield
     del known  # transformers has a weak reference to it
+
+
+def _zero_init(settings: dict[str, Any]) -> AbstractContextManager[Any]:
+    from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride, Init
+
+    class CastsParameters(Init):  # type: ignore[misc]
+        """DeepSpeed's own lets every new tensor have the dtype: the frequencies of rotary embeddings lose digits."""
+
+        def _zero_init_param(self, parameter: torch.nn.Parameter) -> None:
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self.dtype)
+            super()._zero_init_param(parameter)
+
+    return CastsParameters(config_dict_or_path=settings, tensor_overrides=[DeepSpeedTensorOverride.device])
 
 
 def _known_to_transformers(settings: dict[str, Any]) -> Any:
     if not all(importlib.util.find_spec(name) for name in ("transformers", "accelerate")):
         return None
-    from transformers.integrations import HfDeepSpeedConfig
+    integrations: Any = importlib.import_module("transformers.integrations")
+    return integrations.HfDeepSpeedConfig(settings)
 
-    return HfDeepSpeedConfig(settings)
 
-
-def build_engine(model: torch.nn.Module, settings: Mapping[str, Any], optimizer: Optimizer | None = None) -> Any:
+def build_engine(
+    model: torch.nn.Module, settings: Mapping[str, Any], device: torch.device, optimizer: Optimizer | None = None
+) -> Any:
     """DeepSpeed's engine around ``model``. *Collective*.
 
     Raises:
@@ -54,15 +68,26 @@ def build_engine(model: torch.nn.Module, settings: Mapping[str, Any], optimizer:
     stage = settings["zero_optimization"]["stage"]
     if stage != 3 and any(is_partitioned(parameter) for parameter in model.parameters()):
         raise ConfigError(
-            f"{type(model).__name__} was built in init_model_context() at ZeRO 3, so it is spread over all ranks, and it "
-            "is prepared to be whole on each: build it outside of the context, or leave shard_size at -1"
+            f"{type(model).__name__} was built in init_model_context() at ZeRO 3, so it is spread over all ranks, and "
+            "it is prepared to be whole on each: build it outside of the context, or leave shard_size at -1"
         )
-    with runtime.fp16_allowed() if "fp16" in settings else nullcontext():
+    with runtime.launched(device), runtime.fp16_allowed() if "fp16" in settings else nullcontext():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(settings))
+    if stage == 3:
+        runtime.launch_forward(model, device)
     return engine
 
 
-def spread_over_groups(model: torch.nn.Module, settings: Mapping[str, Any], shard_size: int) -> None:
+def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give the weights ``dtype``; buffers, such as the frequencies of rotary embeddings, keep theirs."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not is_partitioned(parameter):
+            parameter.data = parameter.data.to(dtype)
+
+
+def spread_over_groups(
+    model: torch.nn.Module, settings: Mapping[str, Any], device: torch.device, shard_size: int
+) -> None:
     """Spread ``model`` over ``shard_size`` consecutive ranks, so that each group of them has all of it. *Collective*.
 
     Raises:
@@ -72,16 +97,14 @@ def spread_over_groups(model: torch.nn.Module, settings: Mapping[str, Any], shar
 
     if any(is_partitioned(parameter) for parameter in model.parameters()):
         raise ConfigError(
-            f"{type(model).__name__} was built in init_model_context() at ZeRO 3, so it is spread over all ranks: build "
-            f"it outside of the context to spread it over {shard_size} ranks"
+            f"{type(model).__name__} was built in init_model_context() at ZeRO 3, so it is spread over all ranks: "
+            f"build it outside of the context to spread it over {shard_size} ranks"
         )
-    dtype = torch.bfloat16 if "bf16" in settings else torch.float16 if "fp16" in settings else None
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
     firsts = range(0, dist.get_world_size(), shard_size)
     groups = [dist.new_group(list(range(first, first + shard_size))) for first in firsts]
     mine = groups[dist.get_rank() // shard_size]
-    deepspeed.zero.Init(module=model, data_parallel_group=mine, config_dict_or_path=dict(settings))
+    with runtime.launched(device):
+        deepspeed.zero.Init(module=model, data_parallel_group=mine, config_dict_or_path=dict(settings))
 
 
 def checkpoint_activations(model: torch.nn.Module) -> None:
@@ -90,10 +113,10 @@ def checkpoint_activations(model: torch.nn.Module) -> None:
     Raises:
         ConfigError: it does not offer that.
     """
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
+    able: Any = next((one for one in model.modules() if hasattr(one, "gradient_checkpointing_enable")), None)
+    if able is None:
         raise ConfigError(
             f"gradient_checkpointing is on, and {type(model).__name__} has no gradient_checkpointing_enable(): give it "
-            "one, as models of transformers have it, or switch the flag off"
+            "one, as models of transformers have it, or switch the setting off"
         )
-    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    able.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -27,6 +27,9 @@ from lightrft.strategy.deepspeed.deepspeed_utils import (
     evaluation_stage,
     training_config,
 )
+from lightrft.strategy.utils import saving
+from lightrft.strategy.utils.agreement import Ranks
+from lightrft.strategy.utils.optimizers import adamw_settings
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -63,12 +66,12 @@ class DeepspeedStrategy(BackendStrategy):
         if self.config.zero_stage != 3:
             return nullcontext()
         settings = evaluation_config(self.config, ModelSize(elements=1, width=0), stage=3)
-        return construction.partitioned_construction(settings)
+        return construction.partitioned_construction(settings, self.device)
 
     def create_optimizer(self, model: torch.nn.Module, **kwargs: Any) -> Optimizer:
         """As in ``StrategyBase``. For a prepared model it is the engine's, with other settings from now on."""
         prepared = self.prepared.find(model)
-        settings = optimizers.settings(self.config, kwargs)
+        settings = adamw_settings(self.config, kwargs)
         if prepared is None:
             return optimizers.create(model, settings, offload=self.config.adam_offload)
         trained = self._trained(model, None)
@@ -104,15 +107,17 @@ class DeepspeedStrategy(BackendStrategy):
             pin_memory=torch.cuda.is_available(),
             reshard_after_forward=reshard_after_forward,
         )
-        return construction.build_engine(model, settings, optimizer), optimizer
+        return construction.build_engine(model, settings, self.device, optimizer), optimizer
 
     def _evaluating(self, model: torch.nn.Module, shard_size: int, *, reshard_after_forward: bool) -> torch.nn.Module:
-        stage = evaluation_stage(self.config, shard_size, self.world_size)
+        stage = evaluation_stage(self.config, shard_size)
         size = parameters.size_of(model)
         settings = evaluation_config(self.config, size, stage=stage, reshard_after_forward=reshard_after_forward)
+        if self.config.bf16 or self.config.fp16:
+            construction.cast(model, torch.bfloat16 if self.config.bf16 else torch.float16)
         if stage == 3 and shard_size not in (-1, self.world_size):
-            construction.spread_over_groups(model, settings, shard_size)
-        engine: torch.nn.Module = construction.build_engine(model, settings)
+            construction.spread_over_groups(model, settings, self.device, shard_size)
+        engine: torch.nn.Module = construction.build_engine(model, settings, self.device)
         engine.eval()
         return engine
 
@@ -126,10 +131,14 @@ class DeepspeedStrategy(BackendStrategy):
     def _micro_step(self, prepared: Prepared) -> None:
         engine: Any = prepared.model
         engine.step()
+        accumulation.end_micro_batch(engine.optimizer)
 
     def _step(self, prepared: Prepared) -> Step:
         engine: Any = prepared.model
+        if self.config.adam_offload and self.accumulated_gradient > 1:
+            accumulation.complete(engine)
         engine.step()
+        accumulation.clear_buffers(engine.optimizer)
         return Step(norm=float(engine.get_global_grad_norm()), applied=engine.was_step_applied())
 
     def _forget_gradients(self, prepared: Prepared) -> None:
@@ -155,7 +164,9 @@ class DeepspeedStrategy(BackendStrategy):
         restoring.restore(prepared.model, folder, strict=loading.strict, optimizer=loading.optimizer)
 
     def save_model(self, model: torch.nn.Module, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
-        raise NotImplementedError
+        """As in ``StrategyBase``; rank 0 writes, and holds what it writes in host memory."""
+        weights = self.full_parameters(model)
+        saving.save_pretrained(self.unwrap_model(model), weights, tokenizer, output_dir, Ranks(), **kwargs)
 
     def full_parameters(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """As in ``StrategyBase``; at stage 3 one parameter is gathered at a time."""

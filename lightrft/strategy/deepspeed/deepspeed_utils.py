@@ -10,7 +10,7 @@ from lightrft.errors import ConfigError
 if TYPE_CHECKING:
     from lightrft.strategy.config import StrategyConfig
 
-__all__ = ["ModelSize", "evaluation_config", "evaluation_stage", "training_config"]
+__all__ = ["ModelSize", "evaluation_config", "evaluation_stage", "training_config", "training_stage"]
 
 _LARGEST_BUCKET = 500_000_000
 _LARGEST_PERSISTENT = 100_000
@@ -60,43 +60,48 @@ def training_config(
             f"shard_size is {shard_size} in a world of {world_size}, for a model that is trained: DeepSpeed spreads it "
             f"over all ranks: use -1 or {world_size}, or FSDP (--fsdp), which can do that"
         )
-    zero = _zero(config.zero_stage, size, reshard_after_forward=reshard_after_forward)
+    zero = _zero(training_stage(config), size, reshard_after_forward=reshard_after_forward)
     zero["overlap_comm"] = config.overlap_comm
-    zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = _bucket(size)
+    zero["reduce_bucket_size"] = _bucket(size)
     if config.adam_offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin_memory}
     if config.zpg != 1:
         zero["zero_hpz_partition_size"] = config.zpg
-    settings = _common(config, zero) | {
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": float(config.max_norm),  # DeepSpeed clips at 1 if nothing is said
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
+    settings = (
+        _common(config, zero)
+        | _precision(config)
+        | {
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": float(config.max_norm),  # DeepSpeed clips at 1 if nothing is said
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+    )
     if config.grad_accum_dtype is not None:
         settings["data_types"] = {"grad_accum_dtype": config.grad_accum_dtype}
     return settings
 
 
-def evaluation_stage(config: StrategyConfig, shard_size: int, world_size: int) -> int:
+def training_stage(config: StrategyConfig) -> int:
+    """ZeRO stage of a model that is trained: that of the config, with one exception.
+
+    For stage 1 in bf16 with gradients accumulated in fp32 DeepSpeed has an optimizer of its own, which ends the run
+    when a gradient is zero or not finite. Stage 2 computes the same, and skips such a step.
+    """
+    own = config.bf16 and config.grad_accum_dtype == "fp32" and not config.adam_offload
+    return 2 if config.zero_stage == 1 and own else config.zero_stage
+
+
+def evaluation_stage(config: StrategyConfig, shard_size: int) -> int:
     """ZeRO stage of a model that is only evaluated: 3 if its weights are spread, else 0.
 
     Args:
-        config: of the strategy; below stage 3 each rank keeps all weights.
+        config: of the strategy; below stage 3 each rank keeps all weights, unless ``shard_size`` says otherwise.
         shard_size: as in ``prepare_model``.
-        world_size: all ranks.
-
-    Raises:
-        ConfigError: ``shard_size`` asks for groups of ranks, and the strategy is not at stage 3.
     """
-    if config.zero_stage == 3:
-        return 0 if shard_size == 1 else 3
-    if shard_size not in (-1, 1, world_size):
-        raise ConfigError(
-            f"shard_size is {shard_size} in a world of {world_size} with zero_stage {config.zero_stage}: groups of ranks "
-            "share weights at zero_stage 3 only; use that, or shard_size -1"
-        )
-    return 0
+    if shard_size == -1:
+        return 3 if config.zero_stage == 3 else 0
+    return 0 if shard_size == 1 else 3
 
 
 def evaluation_config(
@@ -107,10 +112,14 @@ def evaluation_config(
     Args:
         config: of the strategy.
         size: of the model.
-        stage: 0 or 3; DeepSpeed wants an optimizer for the others.
+        stage: 0 or 3; DeepSpeed wants an optimizer for the others. At stage 0 it says nothing of the precision, since
+            DeepSpeed would make an optimizer for it: the weights are cast before.
         reshard_after_forward: at stage 3, free gathered weights after use.
     """
-    return _common(config, _zero(stage, size, reshard_after_forward=reshard_after_forward))
+    zero = _zero(stage, size, reshard_after_forward=reshard_after_forward)
+    if stage == 3 and config.zpg != 1:
+        zero["zero_hpz_partition_size"] = config.zpg
+    return _common(config, zero) | (_precision(config) if stage == 3 else {})
 
 
 def _common(config: StrategyConfig, zero: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +127,6 @@ def _common(config: StrategyConfig, zero: dict[str, Any]) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.micro_train_batch_size,
         "steps_per_print": None,
         "zero_optimization": zero,
-        **_precision(config),
     }
 
 

@@ -48,6 +48,8 @@ def _move_weights(engine: Any, device: torch.device, *, offload: bool) -> None:
         parameter.data = parameter.data.to(device)
     if engine.zero_optimization_stage() == 3 and engine.basic_optimizer is not None:
         _move_partitions(engine.optimizer, device)
+        if not offload:
+            engine.optimizer.checkpoint_event_epilogue()  # small parameters are whole again
     elif engine.basic_optimizer is not None:
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
 
@@ -57,7 +59,7 @@ def _move_weights(engine: Any, device: torch.device, *, offload: bool) -> None:
             _reload(engine, [State.lp_params])
 
 
-def _beside_the_optimizer(engine: Any) -> Iterator[torch.nn.Parameter]:
+def _beside_the_optimizer(engine: Any) -> Iterator[Any]:
     """Parameters that DeepSpeed does not move: all of a model that is only evaluated, the frozen ones of another."""
     trained = engine.basic_optimizer is not None
     for parameter in engine.module.parameters():
@@ -67,14 +69,14 @@ def _beside_the_optimizer(engine: Any) -> Iterator[torch.nn.Parameter]:
 
 def _move_partitions(optimizer: Any, device: torch.device) -> None:
     """Move the weights of stage 3. DeepSpeed's own way mixes them up where several groups have an optimizer."""
-    from deepspeed.runtime.utils import get_mapping_to_flat_buffer
-
     optimizer.empty_partition_cache()
     optimizer.lp_param_buffer.data = optimizer.lp_param_buffer.data.to(device)
     optimizer.fp16_partitioned_groups_flat.clear()
     optimizer._set_fp16_partitioned_groups_flat()
-    for tensor, offset, length in get_mapping_to_flat_buffer(optimizer._get_parameter_partitions()):
-        tensor.data = optimizer.lp_param_buffer.narrow(0, offset, length)
+    offset = 0
+    for partition in optimizer._get_parameter_partitions():
+        partition.data = optimizer.lp_param_buffer.narrow(0, offset, partition.numel())
+        offset += partition.numel()
 
 
 def _states_of_optimizer(engine: Any) -> list[Any]:

@@ -8,57 +8,30 @@ from typing import TYPE_CHECKING, Any
 from lightrft.errors import ConfigError
 from lightrft.strategy.deepspeed import runtime
 from lightrft.strategy.deepspeed.parameters import shape_of
+from lightrft.strategy.utils.optimizers import parameter_groups
 
 if TYPE_CHECKING:
     import torch
     from torch.optim import Optimizer
 
-    from lightrft.strategy.config import StrategyConfig
+__all__ = ["change", "create", "mark_decay"]
 
-__all__ = ["change", "create", "mark_decay", "settings"]
-
-_KNOWN = ("lr", "betas", "eps", "weight_decay")
 _DECAYS = "decays"
 
 
-def settings(config: StrategyConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the optimizer is to have: what is given and not ``None``, else what the config says.
-
-    Raises:
-        ConfigError: something else is given.
-    """
-    unknown = sorted(given.keys() - set(_KNOWN))
-    if unknown:
-        raise ConfigError(f"create_optimizer got {', '.join(unknown)}: expected any of {', '.join(_KNOWN)}")
-    default = {
-        "lr": config.actor_learning_rate,
-        "betas": tuple(config.adam_betas),
-        "eps": 1e-8,
-        "weight_decay": config.weight_decay,
-    }
-    return default | {name: value for name, value in given.items() if value is not None}
-
-
 def create(model: torch.nn.Module, wanted: Mapping[str, Any], *, offload: bool) -> Optimizer:
-    """An optimizer of the trainable parameters; one-dimensional ones do not decay.
+    """An optimizer of the trainable parameters.
 
     Args:
         model: not yet prepared; it may have been built spread over the ranks.
-        wanted: as ``settings`` gives it.
+        wanted: as ``adamw_settings`` gives it.
         offload: whether it steps on the CPU.
 
     Raises:
         ConfigError: nothing is trainable.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise ConfigError(f"{type(model).__name__} has no trainable parameter: an optimizer would have nothing to step")
-    groups: list[dict[str, Any]] = [
-        {"params": [one for one in trained if len(shape_of(one)) > 1]},
-        {"params": [one for one in trained if len(shape_of(one)) <= 1], "weight_decay": 0.0},
-    ]
     adam: Any = runtime.adam_class(offload=offload)
-    optimizer: Optimizer = adam([group for group in groups if group["params"]], **wanted)
+    optimizer: Optimizer = adam(parameter_groups(model, wanted["weight_decay"]), **wanted)
     return optimizer
 
 
@@ -73,7 +46,7 @@ def change(optimizer: Optimizer | None, wanted: Mapping[str, Any], *, name: str)
 
     Args:
         optimizer: of an engine.
-        wanted: as ``settings`` gives it.
+        wanted: as ``adamw_settings`` gives it.
         name: of the model, for messages.
 
     Raises:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lightrft.strategy.deepspeed.deepspeed_utils import ModelSize
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["full", "is_partitioned", "refresh_masters", "shape_of", "size_of"]
 

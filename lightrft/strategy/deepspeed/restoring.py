@@ -111,11 +111,18 @@ def _restore_states(engine: Any, saved: SavedEngine, todo: list[Overlap], flats:
                     states[of_flat][key] = torch.zeros_like(of_flat, dtype=value.dtype)
                 states[of_flat][key][place] = value[run].to(of_flat.device)
             else:
-                states[of_flat][key] = value.clone() if torch.is_tensor(value) else value
+                states[of_flat][key] = _counter(value, engine.basic_optimizer)
     for group, known in zip(engine.optimizer.param_groups, saved.groups, strict=True):
         group.update({key: value for key, value in known.items() if key != "params"})
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
         engine.optimizer._hp_optimizer_states_linked = False
+
+
+def _counter(value: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """A number, such as the count of steps, as ``optimizer`` keeps it: PyTorch's in tensors, DeepSpeed's as it is."""
+    if type(optimizer).__module__.startswith("torch.optim"):
+        return value.clone() if torch.is_tensor(value) else torch.tensor(float(value))
+    return int(value) if torch.is_tensor(value) else value
 
 
 def _spread_masters(engine: Any) -> None:

@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["adam_class", "connect", "fp16_allowed"]
+__all__ = ["adam_class", "connect", "fp16_allowed", "launch_forward", "launched"]
 
 
 def connect() -> None:
-    """Let DeepSpeed use the process group of this process; one that is alone gets a group of its own. *Collective*.
+    """Let DeepSpeed use the process group of this process.
 
     DeepSpeed compiles nothing here: its all-reduce in shared memory, which it would compile for minutes, is used only
     if it was built when DeepSpeed was installed.
     """
     import deepspeed
 
-    os.environ.setdefault("LOCAL_RANK", "0")  # of a process that no launcher started; DeepSpeed insists on it
     if not _is_built("deepspeed_shm_comm"):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        dist.init_process_group(_backend(), store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-
-
-def _backend() -> str:
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def _is_built(name: str) -> bool:
@@ -45,18 +37,24 @@ def _is_built(name: str) -> bool:
 
 
 def adam_class(*, offload: bool) -> type[Optimizer]:
-    """The fastest AdamW that is there without compiling on this machine; with CUDA DeepSpeed's own are compiled once.
+    """The fastest AdamW that is there: DeepSpeed's own if it is built, or can be for CUDA, else PyTorch's.
 
     Args:
         offload: the optimizer's states, and its step, are on the CPU.
     """
     name = "cpu_adam" if offload else "fused_adam"
-    if not (_is_built(name) or torch.cuda.is_available()):
+    if not (_is_built(name) or _compiles_for_cuda()):
         return torch.optim.AdamW
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-    found: Any = DeepSpeedCPUAdam if offload else FusedAdam
+    found: type[Optimizer] = DeepSpeedCPUAdam if offload else FusedAdam
     return found
+
+
+def _compiles_for_cuda() -> bool:
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return torch.cuda.is_available() and CUDA_HOME is not None
 
 
 @contextmanager
@@ -73,3 +71,40 @@ def fp16_allowed() -> Iterator[None]:
         yield
     finally:
         del accelerator.is_fp16_supported
+
+
+@contextmanager
+def launched(device: torch.device) -> Iterator[None]:
+    """Tell DeepSpeed which GPU is this process's, while it works: it reads that in ``LOCAL_RANK``.
+
+    That variable may be missing (Slurm, a process alone), or count GPUs that the launcher does not show.
+    """
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = _local_rank(device)
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
+
+
+def launch_forward(module: torch.nn.Module, device: torch.device) -> None:
+    """Do so in each forward pass of ``module`` too, where DeepSpeed reads it at stage 3."""
+    if os.environ.get("LOCAL_RANK") == _local_rank(device):
+        return
+    entered: list[AbstractContextManager[None]] = []
+
+    def enter(*_: object) -> None:
+        entered.append(launched(device))
+        entered[-1].__enter__()
+
+    def leave(*_: object) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    module.register_forward_pre_hook(enter, prepend=True)
+    module.register_forward_hook(leave, always_call=True)
+
+
+def _local_rank(device: torch.device) -> str:
+    return str(device.index or 0) if device.type == "cuda" else os.environ.get("LOCAL_RANK", "0")

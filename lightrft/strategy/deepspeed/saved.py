@@ -155,8 +155,8 @@ def _by_rank(folder: Path) -> dict[int, Path]:
     found = {int(match[1]): folder / match[0] for match in matches}
     if not found or sorted(found) != list(range(len(found))):
         raise CheckpointError(
-            f"{folder} has optimizer files of the ranks {sorted(found)}: expected those of all ranks that saved, from 0 "
-            "on; the checkpoint is incomplete, or not DeepSpeed's"
+            f"{folder} has optimizer files of the ranks {sorted(found)}: expected those of all ranks that saved, from "
+            "0 on; the checkpoint is incomplete, or not DeepSpeed's"
         )
     return dict(sorted(found.items()))
 

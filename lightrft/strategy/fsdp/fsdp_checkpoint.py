@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
 from lightrft.errors import CheckpointError
+from lightrft.strategy.utils.saving import persistent_buffers
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -33,6 +37,8 @@ __all__ = [
     "LOSS_SCALE",
     "MODEL",
     "STATE",
+    "empty_optimizer_entries",
+    "fitting",
     "load",
     "model_entries",
     "optimizer_entries",
@@ -50,8 +56,8 @@ MODEL, STATE, GROUPS, LOSS_SCALE = "model.", "optimizer.state.", "optimizer.grou
 
 def save(folder: Path, entries: Mapping[str, Any]) -> None:
     """Write ``entries`` below ``folder``. *Collective*."""
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
-    dcp.save(dict(entries), checkpoint_id=str(folder / FOLDER), planner=planner)
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    dcp_save(dict(entries), checkpoint_id=str(folder / FOLDER), planner=planner)
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -61,7 +67,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         CheckpointError: there is nothing that ``save`` wrote.
     """
     try:
-        found: dict[str, Any] = dcp.FileSystemReader(str(folder / FOLDER)).read_metadata().state_dict_metadata
+        found: dict[str, Any] = FileSystemReader(str(folder / FOLDER)).read_metadata().state_dict_metadata
     except OSError as error:
         raise CheckpointError(
             f"{folder} holds no checkpoint in DCP format ({error}): convert it, or name a folder that FSDP wrote"
@@ -71,8 +77,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 def load(folder: Path, entries: dict[str, Any]) -> None:
     """Read ``entries``: tensors in place, other values into the dict. *Collective*."""
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp.load(entries, checkpoint_id=str(folder / FOLDER), planner=planner)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    dcp_load(entries, checkpoint_id=str(folder / FOLDER), planner=planner)
 
 
 # -- Weights ----------------------------------------------------------------------------------------------------------
@@ -80,13 +86,11 @@ def load(folder: Path, entries: dict[str, Any]) -> None:
 
 def model_entries(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
     """Weights and persistent buffers of ``module``, as they are kept; ``parameters`` are its parameters by name."""
-    known = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    buffers = {name: value for name, value in module.state_dict().items() if name not in known}
-    entries = {name: value.detach() for name, value in parameters.items()} | buffers
+    entries = {name: value.detach() for name, value in parameters.items()} | persistent_buffers(module)
     return {MODEL + name: value for name, value in entries.items()}
 
 
-def check_model(entries: dict[str, Any], metadata: Mapping[str, Any], *, strict: bool) -> dict[str, Any]:
+def fitting(entries: dict[str, Any], metadata: Mapping[str, Any], *, strict: bool) -> dict[str, Any]:
     """The ``entries`` that a checkpoint holds.
 
     Raises:
@@ -112,18 +116,20 @@ def check_model(entries: dict[str, Any], metadata: Mapping[str, Any], *, strict:
 # -- Optimizer --------------------------------------------------------------------------------------------------------
 
 
-def optimizer_entries(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+def optimizer_entries(optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -> dict[str, Any]:
     """States and groups of ``optimizer``; ``names`` are the names of the parameters it steps."""
     entries: dict[str, Any] = {
         f"{STATE}{names[parameter]}.{key}": value
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
-    entries[GROUPS] = [{**group, "params": [names[one] for one in group["params"]]} for group in optimizer.param_groups]
+    entries[GROUPS] = [
+        {**group, "params": [names[one] for one in group["params"]]} for group in optimizer.param_groups
+    ]
     return entries
 
 
-def empty_optimizer_entries(metadata: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+def empty_optimizer_entries(metadata: Mapping[str, Any], names: Mapping[torch.Tensor, str]) -> dict[str, Any]:
     """Where the optimizer entries of a checkpoint are read into, sharded like the parameters that they belong to.
 
     Raises:
@@ -143,7 +149,7 @@ def _below(metadata: Mapping[str, Any], prefix: str) -> list[str]:
     return [entry for entry in metadata if entry.startswith(prefix) and "." not in entry[len(prefix) :]]
 
 
-def _empty(saved: Any, parameter: nn.Parameter) -> Any:
+def _empty(saved: Any, parameter: torch.Tensor) -> Any:
     if not isinstance(saved, TensorStorageMetadata):
         return None
     if isinstance(parameter, DTensor) and tuple(saved.size) == tuple(parameter.shape):
@@ -151,7 +157,7 @@ def _empty(saved: Any, parameter: nn.Parameter) -> Any:
     return torch.zeros(saved.size, dtype=saved.properties.dtype)
 
 
-def set_optimizer(optimizer: Optimizer, entries: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> None:
+def set_optimizer(optimizer: Optimizer, entries: Mapping[str, Any], names: Mapping[torch.Tensor, str]) -> None:
     """Put what was read into ``optimizer``, whose groups may hold other parameters together than those saved."""
     order = [one for group in optimizer.param_groups for one in group["params"]]
     saved = {name: group for group in entries[GROUPS] for name in group["params"]}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from lightrft.errors import ConfigError
 from lightrft.strategy.fsdp.fsdp_utils import local
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 __all__ = ["Masters", "StateMover", "point", "release"]
 
@@ -76,8 +78,8 @@ class Masters:
         for group in optimizer.param_groups:
             if any(one in optimizer.state and one in self.pairs for one in group["params"]):
                 raise ConfigError(
-                    f"{type(optimizer).__name__} has stepped 16-bit parameters: with use_mp_opt it steps fp32 masters from "
-                    "the first step on; use the optimizer of create_optimizer or prepare"
+                    f"{type(optimizer).__name__} has stepped 16-bit parameters: with use_mp_opt it steps fp32 masters "
+                    "from the first step on; use the optimizer of create_optimizer or prepare"
                 )
             group["params"] = [self.of(one) for one in group["params"]]
 
@@ -108,51 +110,41 @@ class StateMover:
 
     Args:
         optimizer: whose states.
-        masters: the masters it steps, if it steps masters.
+        masters: the masters it steps.
+        device: of this rank.
     """
 
-    def __init__(self, optimizer: Optimizer, masters: Masters | None = None) -> None:
+    def __init__(self, optimizer: Optimizer, masters: Masters, device: torch.device) -> None:
         self._optimizer = optimizer
         self._masters = masters
+        self._device = device
         self._stream: torch.cuda.Stream | None = None
 
     def move(self, device: torch.device) -> None:
-        """Begin to move everything to ``device``."""
-        cuda = self._cuda_of(device)
-        if cuda is None:
+        """Begin to move everything to ``device``: that of this rank, or the CPU."""
+        if self._device.type != "cuda":
             self._replace(lambda tensor: tensor.to(device))
             return
         if self._stream is None:
-            self._stream = torch.cuda.Stream(cuda)
-        present = torch.cuda.current_stream(cuda)
-        self._stream.wait_stream(present)
-        with torch.cuda.stream(self._stream):
-            self._replace(lambda tensor: _copied(tensor, device, self._stream))
+            self._stream = torch.cuda.Stream(self._device)
+        stream, present = self._stream, torch.cuda.current_stream(self._device)
+        stream.wait_stream(present)
+        with torch.cuda.stream(stream):
+            self._replace(lambda tensor: _copied(tensor, device, stream))
         if device.type == "cuda":
-            present.wait_stream(self._stream)
+            present.wait_stream(stream)
 
     def wait(self) -> None:
         """Until what was moved is there."""
         if self._stream is not None:
             self._stream.synchronize()
 
-    def _cuda_of(self, device: torch.device) -> torch.device | None:
-        """The CUDA device that takes part, if one does."""
-        devices = (device, *(local(one).device for one in self._tensors()))
-        return next((one for one in devices if one.type == "cuda"), None)
-
-    def _tensors(self) -> Iterable[torch.Tensor]:
-        for state in self._optimizer.state.values():
-            yield from (value for value in state.values() if _is_moved(value))
-        if self._masters is not None:
-            yield from self._masters.pairs.values()
-
     def _replace(self, moved: Any) -> None:
         for state in self._optimizer.state.values():
             for key, value in state.items():
                 if _is_moved(value):
                     state[key] = _with_local(value, moved(local(value)))
-        for master in self._masters.pairs.values() if self._masters is not None else ():
+        for master in self._masters.pairs.values():
             new = nn.Parameter(_with_local(master.detach(), moved(local(master.detach()))), master.requires_grad)
             torch.utils.swap_tensors(master, new)
 
@@ -171,13 +163,11 @@ def _with_local(tensor: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _copied(tensor: torch.Tensor, device: torch.device, stream: torch.cuda.Stream | None) -> torch.Tensor:
-    """A copy, begun on the current stream; ``tensor`` keeps its memory until it is done."""
-    if tensor.device.type == device.type:
-        return tensor
-    there = torch.empty_like(tensor, device=device, pin_memory=device.type == "cpu")
+def _copied(tensor: torch.Tensor, device: torch.device, stream: torch.cuda.Stream) -> torch.Tensor:
+    """A copy, begun on ``stream``; ``tensor`` keeps its memory until it is done."""
+    leaves = device.type == "cpu"
+    there = torch.empty_like(tensor, device=device, pin_memory=leaves)
     there.copy_(tensor, non_blocking=True)
-    if tensor.device.type == "cuda":
-        assert stream is not None
+    if leaves:
         tensor.record_stream(stream)
     return there

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,12 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from lightrft.strategy.config import StrategyConfig
+if TYPE_CHECKING:
+    from lightrft.strategy.config import StrategyConfig
 
 __all__ = [
-    "DTYPES",
     "blocks_of",
     "forget_gradients",
+    "let_go",
     "local",
     "low_precision",
     "make_mesh",
@@ -27,7 +28,6 @@ __all__ = [
     "whole",
 ]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -44,7 +44,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     declared = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     found = _outermost(model, lambda module, _: type(module).__name__ in declared)
     if not found:
-        listed = Counter(type(child) for module in model.modules() if isinstance(module, nn.ModuleList) for child in module)
+        listed = Counter(
+            type(child) for module in model.modules() if isinstance(module, nn.ModuleList) for child in module
+        )
         found = _outermost(model, lambda module, parent: isinstance(parent, nn.ModuleList) and listed[type(module)] > 1)
     everywhere = _uses(model)
     return [block for block in found if all(everywhere[one] == count for one, count in _uses(block).items())]
@@ -92,11 +94,9 @@ def low_precision(config: StrategyConfig) -> torch.dtype | None:
 
 
 def precision_policy(model: nn.Module, config: StrategyConfig) -> MixedPrecisionPolicy:
-    """Compute in the dtype of the settings; accumulate and reduce gradients in fp32, or in ``grad_accum_dtype``."""
-    reduce: torch.dtype | None = DTYPES[config.grad_accum_dtype or "fp32"]
-    if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
-        reduce = None
-    return MixedPrecisionPolicy(param_dtype=low_precision(config), reduce_dtype=reduce)
+    """Compute in the dtype of the settings; accumulate and reduce gradients in fp32, those of fp64 in fp64."""
+    double = any(parameter.dtype == torch.float64 for parameter in model.parameters())
+    return MixedPrecisionPolicy(param_dtype=low_precision(config), reduce_dtype=None if double else torch.float32)
 
 
 def offload_policy(config: StrategyConfig, device: torch.device) -> OffloadPolicy:
@@ -131,9 +131,14 @@ def sharded_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
     After a forward pass without backward, a module may still hold gathered parameters; they are let go.
     """
-    for one in _units(module):
-        one.reshard()
+    let_go(module)
     return dict(module.named_parameters())
+
+
+def let_go(module: nn.Module) -> None:
+    """Free gathered parameters that a forward pass without backward has left, before the sharded ones change."""
+    for unit in _units(module):
+        unit.reshard()
 
 
 def forget_gradients(module: nn.Module) -> None:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
-from lightrft.errors import CheckpointError, ConfigError
-from lightrft.strategy.backend_strategy import BackendStrategy, Loading, Step
-from lightrft.strategy.fsdp import averaging, fsdp_optimizer
-from lightrft.strategy.fsdp import fsdp_checkpoint as checkpoint
-from lightrft.strategy.fsdp.fsdp_optimizer import Masters, StateMover
+from lightrft.errors import ConfigError
+from lightrft.strategy.backend_strategy import BackendStrategy
+from lightrft.strategy.fsdp import fsdp_optimizer
 from lightrft.strategy.fsdp.fsdp_utils import (
     blocks_of,
-    forget_gradients,
+    let_go,
     local,
     low_precision,
     make_mesh,
@@ -34,12 +26,21 @@ from lightrft.strategy.fsdp.fsdp_utils import (
     whole,
 )
 from lightrft.strategy.fsdp.meta_init import Materializer, without_storage
-from lightrft.strategy.prepared import Prepared
-from lightrft.strategy.utils import saving
+from lightrft.strategy.fsdp.sharded_model import ShardedModel
+from lightrft.strategy.utils import moving_average, optimizers, saving
 from lightrft.strategy.utils.agreement import Ranks
 from lightrft.strategy.utils.loss_scale import LossScale
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.optim import Optimizer
+
+    from lightrft.strategy.backend_strategy import Loading, Step
+    from lightrft.strategy.prepared import Prepared
+
 __all__ = ["FSDPV2Strategy"]
+
+_SHARDED = "sharded"
 
 
 class FSDPV2Strategy(BackendStrategy):
@@ -53,15 +54,10 @@ class FSDPV2Strategy(BackendStrategy):
 
     backend = "fsdp"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def _know_the_world(self) -> None:
         self._meshes: dict[int, DeviceMesh] = {}
         self._builds_without_storage = False
-        super().__init__(*args, **kwargs)
-
-    def setup_distributed(self, timeout: timedelta | None = None, num_gpu_per_node: int | None = None) -> None:
-        super().setup_distributed(timeout, num_gpu_per_node)
-        if not dist.is_initialized():  # alone: FSDP2 wants a group nevertheless
-            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        super()._know_the_world()
 
     # -- Models -------------------------------------------------------------------------------------------------------
 
@@ -98,7 +94,7 @@ class FSDPV2Strategy(BackendStrategy):
         offload = offload_policy(self.config, self.device)
         for unit in (*blocks_of(model), model):
             if filler is not None:
-                filler.fill(unit, model)
+                filler.fill(unit)
             fully_shard(
                 unit,
                 mesh=mesh,
@@ -136,49 +132,30 @@ class FSDPV2Strategy(BackendStrategy):
     def _spread(self, model: nn.Module, *, optimizer: Optimizer | None = None, **kwargs: Any) -> nn.Module:
         wrapped = super()._spread(model, optimizer=optimizer, **kwargs)
         prepared = self.prepared.of(wrapped)
-        parameters = sharded_parameters(wrapped)
-        prepared.backend["parameters"] = parameters
-        if prepared.training:
-            prepared.backend["masters"] = Masters(parameters.values() if self.config.use_mp_opt else ())
-            prepared.backend["loss_scale"] = LossScale() if self.config.fp16 else None
+        trained = prepared.training
+        prepared.backend[_SHARDED] = ShardedModel(
+            wrapped,
+            self.device,
+            masters=trained and self.config.use_mp_opt,
+            loss_scale=LossScale() if trained and self.config.fp16 else None,
+        )
         if optimizer is not None:
-            self._adopt(prepared, optimizer)
+            _of(prepared).adopt(optimizer)
         return wrapped
 
     def create_optimizer(self, model: nn.Module, **kwargs: Any) -> Optimizer:
+        settings = optimizers.adamw_settings(self.config, kwargs)
         prepared = self.prepared.find(model)
         if prepared is not None:
-            sharded_parameters(prepared.module)
-        optimizer = self._new_optimizer(model, **kwargs)
+            sharded_parameters(prepared.module)  # not those that a forward pass has gathered
+        groups = optimizers.parameter_groups(model, settings.pop("weight_decay"))
+        optimizer = torch.optim.AdamW(groups, fused=True, **settings)
         if prepared is not None:
             self._adopt(prepared, optimizer)
         return optimizer
 
-    def _new_optimizer(
-        self,
-        model: nn.Module,
-        lr: float | None = None,
-        betas: tuple[float, float] | None = None,
-        eps: float = 1e-8,
-        weight_decay: float | None = None,
-        **kwargs: Any,
-    ) -> Optimizer:
-        from lightrft.strategy.utils.optimizers import parameter_groups
-
-        config = self.config
-        groups = parameter_groups(model, config.weight_decay if weight_decay is None else weight_decay)
-        return torch.optim.AdamW(
-            groups,
-            lr=config.actor_learning_rate if lr is None else lr,
-            betas=config.adam_betas if betas is None else betas,
-            eps=eps,
-            **{"fused": True, **kwargs},
-        )
-
     def _adopt(self, prepared: Prepared, optimizer: Optimizer) -> None:
-        """Make ``optimizer`` the one of ``prepared``."""
-        prepared.backend["masters"].adopt(optimizer)
-        prepared.backend["mover"] = StateMover(optimizer, prepared.backend["masters"])
+        _of(prepared).adopt(optimizer)
         prepared.optimizer = optimizer
 
     def _known(self, model: nn.Module, optimizer: Optimizer | None = None) -> Prepared:
@@ -190,96 +167,43 @@ class FSDPV2Strategy(BackendStrategy):
     # -- Training -----------------------------------------------------------------------------------------------------
 
     def _backward(self, prepared: Prepared, loss: torch.Tensor, *, last: bool, **kwargs: Any) -> None:
-        if prepared.backend.get("synchronizing", True) != last:
-            prepared.module.set_requires_gradient_sync(last)  # type: ignore[operator]
-            prepared.backend["synchronizing"] = last
-        scale: LossScale | None = prepared.backend["loss_scale"]
-        factor = (1.0 if scale is None else scale.scale) / self.accumulated_gradient
-        (loss if factor == 1 else loss * factor).backward(**kwargs)
+        _of(prepared).backward(prepared.module, loss, parts=self.accumulated_gradient, last=last, **kwargs)
 
     def _micro_step(self, prepared: Prepared) -> None:
-        pass
+        """Nothing: FSDP2 keeps the gradients."""
 
     def _step(self, prepared: Prepared) -> Step:
-        masters: Masters = prepared.backend["masters"]
-        scale: LossScale | None = prepared.backend["loss_scale"]
-        assert prepared.optimizer is not None
-        masters.take_gradients()
-        stepped = [masters.of(one) for one in prepared.backend["parameters"].values()]
-        gradients = [one.grad for one in stepped if one.grad is not None]
-        shrink = 1.0 if scale is None else 1 / scale.scale
-        norm = _global_norm(gradients) * shrink
-        applied = math.isfinite(norm)
-        if applied:
-            if 0 < self.config.max_norm < norm:
-                shrink *= self.config.max_norm / (norm + 1e-6)
-            if shrink != 1:
-                torch._foreach_mul_([local(one) for one in gradients], shrink)
-            prepared.optimizer.step()
-            masters.give_weights()
-        for one in stepped:
-            one.grad = None
-        if scale is not None:
-            scale.update(overflow=not applied)
-        return Step(norm=norm, applied=applied)
+        return _of(prepared).step(prepared.module, self.config.max_norm)
 
     def _forget_gradients(self, prepared: Prepared) -> None:
-        forget_gradients(prepared.module)
+        _of(prepared).forget_gradients(prepared.module)
 
     def moving_average(self, model: nn.Module, ema: nn.Module, beta: float = 0.992, device: str = "cpu") -> None:
-        """As in ``StrategyBase``. A prepared ``ema`` that is kept in 16 bits gets fp32 masters, which take part."""
-        source = self._kept(self._known(model))
+        """As in ``StrategyBase``. A prepared ``ema`` in 16 bits gets fp32 masters, which hold the average."""
+        source = _of(self._known(model)).kept
         known = self.prepared.find(ema)
         if known is None:
-            averaging.move_whole(ema, source, beta=beta, on=torch.device(device), device=self.device)
+            moving_average.update(source.items(), ema.named_parameters(), beta, device)
             return
-        masters = known.backend.setdefault("masters", Masters(known.backend["parameters"].values()))
-        averaging.move_sharded(self._kept(known), source, beta=beta, device=self.device)
-        masters.give_weights()
+        target = _of(known)
+        target.keep_in_fp32()
+        let_go(known.module)
+        where = next((local(one).device for one in target.kept.values()), self.device)
+        moving_average.update(source.items(), target.kept.items(), beta, where)
+        target.masters.give_weights()
 
     # -- Checkpoints --------------------------------------------------------------------------------------------------
 
-    def _kept(self, prepared: Prepared) -> dict[str, nn.Parameter]:
-        """The parameters by name in the precision they are kept in."""
-        parameters = sharded_parameters(prepared.module)
-        masters = prepared.backend.get("masters") or Masters(())
-        return {name: masters.of(one) for name, one in parameters.items()}
-
     def _write(self, prepared: Prepared, folder: Path) -> None:
-        kept = self._kept(prepared)
-        entries = checkpoint.model_entries(prepared.module, kept)
-        if prepared.optimizer is not None:
-            prepared.backend["mover"].wait()
-            entries |= checkpoint.optimizer_entries(prepared.optimizer, {one: name for name, one in kept.items()})
-        scale: LossScale | None = prepared.backend.get("loss_scale")
-        if scale is not None:
-            entries[checkpoint.LOSS_SCALE] = torch.tensor([scale.scale, scale.good_steps], dtype=torch.float64)
-        checkpoint.save(folder, entries)
+        _of(prepared).write(prepared.module, folder)
 
     def _read(self, prepared: Prepared, folder: Path, loading: Loading) -> None:
-        metadata = checkpoint.read_metadata(folder)
-        kept = self._kept(prepared)
-        names = {one: name for name, one in kept.items()}
-        entries = checkpoint.model_entries(prepared.module, kept)
-        entries = checkpoint.check_model(entries, metadata, strict=loading.strict)
-        optimizer = prepared.optimizer if loading.optimizer else None
-        if loading.optimizer and prepared.training and prepared.optimizer is None:
-            raise CheckpointError(
-                "there is no optimizer to load states into: pass optimizer=, or load_optimizer_states=False"
-            )
-        if optimizer is not None:
-            entries |= checkpoint.empty_optimizer_entries(metadata, names)
-        scale: LossScale | None = prepared.backend.get("loss_scale")
-        if scale is not None and loading.optimizer and checkpoint.LOSS_SCALE in metadata:
-            entries[checkpoint.LOSS_SCALE] = torch.zeros(2, dtype=torch.float64)
-        checkpoint.load(folder, entries)
-        if prepared.backend.get("masters"):
-            prepared.backend["masters"].give_weights()
-        if optimizer is not None:
-            checkpoint.set_optimizer(optimizer, entries, names)
-        if checkpoint.LOSS_SCALE in entries:
-            value, good_steps = entries[checkpoint.LOSS_SCALE].tolist()
-            scale.scale, scale.good_steps = value, int(good_steps)
+        sharded = _of(prepared)
+        if loading.optimizer and prepared.training:
+            sharded.check_optimizer()
+        sharded.read(prepared.module, folder, loading)
+        if prepared.optimizer_offloaded_at is not None:
+            self._move_optimizer(prepared, torch.device("cpu"))
 
     def full_parameters(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         low = low_precision(self.config)
@@ -299,7 +223,14 @@ class FSDPV2Strategy(BackendStrategy):
 
     def _move_optimizer(self, prepared: Prepared, device: torch.device) -> None:
         if not self.config.fsdp_cpu_offload and self.device.type != "cpu":
-            prepared.backend["mover"].move(device)
+            mover = _of(prepared).mover
+            assert mover is not None
+            mover.move(device)
+
+
+def _of(prepared: Prepared) -> ShardedModel:
+    sharded: ShardedModel = prepared.backend[_SHARDED]
+    return sharded
 
 
 def _resharding(reshard_after_forward: bool, *, training: bool) -> bool | None:
@@ -315,16 +246,3 @@ def _recompute_activations(model: nn.Module) -> None:
             "one, as models of transformers have it, or switch the setting off"
         )
     able.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _global_norm(gradients: list[torch.Tensor]) -> float:
-    """The 2-norm of all gradients together, in one collective. *Collective*."""
-    if not gradients:
-        return 0.0
-    norms = torch._foreach_norm([local(one) for one in gradients], 2, torch.float32)
-    total = torch.stack(norms).square().sum()
-    first = next((one for one in gradients if isinstance(one, DTensor)), None)
-    if first is not None:
-        mesh = first.device_mesh
-        dist.all_reduce(total, group=mesh["shard"].get_group() if mesh.ndim > 1 else mesh.get_group())
-    return math.sqrt(float(total))

@@ -34,7 +34,6 @@ _LOADING = {
     "adapter_name",
     "device_map",
     "disable_mmap",
-    "dtype",
     "ignore_mismatched_sizes",
     "key_mapping",
     "low_cpu_mem_usage",
@@ -43,7 +42,6 @@ _LOADING = {
     "offload_folder",
     "output_loading_info",
     "state_dict",
-    "torch_dtype",
     "use_safetensors",
     "variant",
     "weights_only",
@@ -75,7 +73,7 @@ def _device_type() -> str:
 
 @contextmanager
 def _pretrained_without_storage() -> Iterator[None]:
-    """transformers refuses ``from_pretrained`` on the meta device: build from the configuration instead."""
+    """Transformers refuses ``from_pretrained`` on the meta device: build from the configuration instead."""
     try:
         from transformers import PreTrainedModel
     except ImportError:
@@ -89,24 +87,27 @@ def _pretrained_without_storage() -> Iterator[None]:
         PreTrainedModel.from_pretrained = loads  # type: ignore[method-assign]
 
 
-def _built_from_config(cls: Any, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> nn.Module:
+def _built_from_config(cls: Any, path: Any, /, *args: Any, config: Any = None, **kwargs: Any) -> nn.Module:
     if kwargs.get("quantization_config") is not None:
         raise ConfigError("a quantized model cannot be built with meta_init: use init_model_context() without it")
     wants_info = kwargs.get("output_loading_info", False)
     where = {name: kwargs.pop(name) for name in _WHERE & kwargs.keys()}
     about_model = {name: value for name, value in kwargs.items() if name not in _LOADING}
-    attention = about_model.pop("attn_implementation", None)
+    chosen = {name: about_model.pop(name) for name in ("attn_implementation",) if name in about_model}
+    dtype = about_model.pop("dtype", about_model.pop("torch_dtype", None))
+    chosen |= {} if dtype in {None, "auto"} else {"dtype": dtype}
     if config is None or isinstance(config, str):
         loads = cls.config_class.from_pretrained
         config, about_model = loads(config or path, return_unused_kwargs=True, **where, **about_model)
         about_model = {name: value for name, value in about_model.items() if name not in _WHERE}
-    chosen = {} if attention is None else {"attn_implementation": attention}
     model: nn.Module = cls._from_config(config, *args, **chosen, **about_model).eval()
     return (model, {}) if wants_info else model  # type: ignore[return-value]
 
 
 class Materializer:
     """Gives a model that was built without storage on some ranks the tensors of rank 0, part by part. *Collective*.
+
+    Buffers, and tensors that modules keep as plain attributes, come at once; parameters when ``fill`` is called.
 
     Args:
         model: built by all ranks alike.
@@ -118,62 +119,63 @@ class Materializer:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._device = device
-        self._parameters = _named(model)
-        self._check_same(type(model).__name__, device)
-        self._fill_others(model)
+        self._model = model
+        self._waiting = dict(model.named_parameters())
+        others = _others(model)
+        tensors = [*self._waiting.values(), *(tensor for _, _, tensor in others)]
+        dtypes = self._agreed_dtypes([*self._waiting, *(name for _, name, _ in others)], tensors)
+        self._dtypes = dict(zip(self._waiting, dtypes, strict=False))
+        self._fill_others(others, dtypes[len(self._waiting) :])
 
     @classmethod
     def is_needed(cls, model: nn.Module, device: torch.device) -> bool:
         """Whether any rank has a tensor without storage. *Collective*."""
         bare = any(tensor.is_meta for _, _, tensor in _others(model)) or any(one.is_meta for one in model.parameters())
-        flag = torch.tensor([float(bare)], device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        return _any(bare, device)
 
-    def fill(self, unit: nn.Module, model: nn.Module) -> None:
-        """Give the parameters of ``unit`` that have not been given storage yet the values of rank 0."""
+    def fill(self, unit: nn.Module) -> None:
+        """Give the parameters of ``unit`` that have no storage yet the values of rank 0; tied ones stay one."""
         inside = {id(one) for one in unit.parameters()}
-        mine = {name: one for name, one in self._parameters.items() if id(one) in inside}
+        mine = [name for name, one in self._waiting.items() if id(one) in inside]
         new: dict[int, nn.Parameter] = {}
-        for name, old in mine.items():
-            dtype = self._dtypes[name]
-            data = _from_rank_0(old.detach(), self._device, dtype)
+        for name in mine:
+            old = self._waiting.pop(name)
+            data = _from_rank_0(old.detach(), self._device, self._dtypes[name])
             new[id(old)] = nn.Parameter(data, requires_grad=old.requires_grad)
-            del self._parameters[name]
-        for module in model.modules():
-            for name, held in module._parameters.items():
+        for module in self._model.modules():
+            for key, held in module._parameters.items():
                 if id(held) in new:
-                    module._parameters[name] = new[id(held)]
+                    module._parameters[key] = new[id(held)]
 
-    def _check_same(self, kind: str, device: torch.device) -> None:
-        mine = {name: (tuple(one.shape), one.dtype) for name, one in self._parameters.items()}
-        first: list[Any] = [mine]
-        dist.broadcast_object_list(first, src=0, device=device)
-        shapes = {name: shape for name, (shape, _) in mine.items()}
-        same = shapes == {name: shape for name, (shape, _) in first[0].items()}
-        flag = torch.tensor([float(same)], device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        if not flag.item():
-            odd = sorted(set(shapes) ^ set(first[0])) or [
-                name for name in shapes if shapes[name] != first[0][name][0]
-            ]
+    def _agreed_dtypes(self, names: list[str], tensors: list[torch.Tensor]) -> list[torch.dtype]:
+        """The dtypes that rank 0 has: a pretrained model gets them from its files, which the others do not read."""
+        mine = [(name, tuple(tensor.shape)) for name, tensor in zip(names, tensors, strict=True)]
+        told: list[Any] = [(mine, [tensor.dtype for tensor in tensors])]
+        dist.broadcast_object_list(told, src=0, device=self._device)
+        shapes, dtypes = told[0]
+        if _any(mine != shapes, self._device):
+            odd = sorted({name for name, _ in set(mine) ^ set(shapes)})
+            where = f", this one differs from rank 0 in {', '.join(odd[:3])}" if odd else ""
             raise ConfigError(
-                f"{type(self).__name__} of {kind}: the ranks have built different models"
-                f"{': ' + ', '.join(odd[:3]) if odd else ''}; build the same one on every rank in init_model_context"
+                f"the ranks have built different models ({type(self._model).__name__}{where}): build the same one on "
+                "every rank, in strategy.init_model_context(meta_init=True)"
             )
-        self._dtypes = {name: dtype for name, (_, dtype) in first[0].items()}
+        agreed: list[torch.dtype] = dtypes
+        return agreed
 
-    def _fill_others(self, model: nn.Module) -> None:
-        """Buffers, and tensors that modules keep as plain attributes; those with two names stay one tensor."""
+    def _fill_others(self, others: list[tuple[dict[str, Any], str, torch.Tensor]], dtypes: list[torch.dtype]) -> None:
         done: dict[int, torch.Tensor] = {}
-        for holder, name, tensor in _others(model):
+        for (holder, name, tensor), dtype in zip(others, dtypes, strict=True):
             if id(tensor) not in done:
-                done[id(tensor)] = _from_rank_0(tensor, self._device)
+                done[id(tensor)] = _from_rank_0(tensor, self._device, dtype)
             holder[name] = done[id(tensor)]
 
 
-def _named(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters())
+def _any(mine: bool, device: torch.device) -> bool:
+    """Whether it is so on any rank. *Collective*."""
+    flag = torch.tensor([float(mine)], device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag.item())
 
 
 def _others(model: nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor]]:

@@ -1,85 +1,28 @@
 """The checkpoints in one folder, as one process sees and changes them: begin, commit, find, rotate, clean up.
 
-A checkpoint is written in a hidden folder beside its place and renamed when it is complete. Names that are hidden::
-
-    .lightrft-saving.<job>.<host>.<pid>-<rank>.<tag>     a checkpoint that is being written
-    .lightrft-replaced.<job>.<host>.<pid>-<rank>.<tag>   a complete one, set aside until a newer one has taken its place
-    .lightrft-deleting.<job>.<host>.<pid>-<rank>.<tag>   one that is being deleted
-    .lightrft-latest.<job>.<host>.<pid>-<rank>.<tag>     the file ``latest``, being written
-
-A process that dies leaves them behind. A later save of the same job, or of any process on the same machine, deletes
-them if the process that they name is gone; a ``replaced`` folder whose tag is missing is put back first. Readers change
-nothing: they find a ``replaced`` folder where the tag itself is missing.
+A checkpoint is written in a hidden folder beside its place (:mod:`lightrft.strategy.utils.hidden_names`), which is
+renamed when it is complete. A process that dies leaves hidden ones behind. A later save of the same job, or of any
+process on the same machine, deletes them if the process that they name is gone; a ``replaced`` folder whose tag is
+missing is put back first. Readers change nothing: they find a ``replaced`` folder where the tag itself is missing.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import socket
 import time
 import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from lightrft.errors import CheckpointError, ConfigError
 from lightrft.strategy.utils.checkpoint_info import INFO_FILE, LATEST_FILE, CheckpointInfo, check_tag, read_info
 from lightrft.strategy.utils.durable_files import delete, file_sizes, sync_folder, sync_tree, write_file
+from lightrft.strategy.utils.hidden_names import Hidden, Owner
 
-__all__ = ["GB", "CheckpointStore", "Owner", "check_complete"]
+__all__ = ["GB", "CheckpointStore", "check_complete"]
 
 GB = 10**9
-_HIDDEN = re.compile(r"\.lightrft-(saving|replaced|deleting|latest)\.([^.]+)\.([^.]+)\.(\d+)-(\d+)\.(.+)")
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """The process that made something hidden. The texts have no dots."""
-
-    job: str
-    host: str
-    pid: int
-    rank: int
-
-    @classmethod
-    def me(cls) -> Owner:
-        """This rank of this process; the job is what Slurm or torchrun call it."""
-        job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or "none"
-        return cls(_plain(job), _plain(socket.gethostname()), os.getpid(), int(os.environ.get("RANK", "0")))
-
-    def is_gone_or(self, me: Owner) -> bool:
-        """Whether it is the process ``me``, or does not live any more as far as ``me`` can know.
-
-        On this machine the process tells; on another one, only an earlier process of the same job is known to be gone.
-        """
-        if self.host != me.host:
-            return self.job == me.job != "none"
-        return self.rank == me.rank if self.pid == me.pid else not _lives(self.pid)
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9-]", "_", name)[:40]
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-@dataclass(frozen=True, slots=True)
-class _Hidden:
-    """A hidden folder or file, known by its name."""
-
-    path: Path
-    kind: str
-    owner: Owner
-    tag: str
 
 
 class CheckpointStore:
@@ -172,19 +115,13 @@ class CheckpointStore:
         with os.scandir(self.save_dir) as entries:
             return sorted(entries, key=lambda entry: entry.name)
 
-    def _hidden(self) -> list[_Hidden]:
-        found = []
-        for entry in self._entries():
-            parts = _HIDDEN.fullmatch(entry.name)
-            if parts:
-                kind, job, host, pid, rank, tag = parts.groups()
-                found.append(_Hidden(Path(entry.path), kind, Owner(job, host, int(pid), int(rank)), tag))
-        return found
+    def _hidden(self) -> list[Hidden]:
+        parsed = (Hidden.parse(Path(entry.path)) for entry in self._entries())
+        return [hidden for hidden in parsed if hidden is not None]
 
     def _hide(self, kind: str, tag: str) -> Path:
         """The hidden name of ``kind`` that is this process's own."""
-        me = self.me
-        return self.save_dir / f".lightrft-{kind}.{me.job}.{me.host}.{me.pid}-{me.rank}.{tag}"
+        return Hidden.path_of(self.save_dir, kind, self.me, tag)
 
     # -- what changes something ---------------------------------------------------------------------------------
 
@@ -244,6 +181,7 @@ class CheckpointStore:
             aside = self._take_place(path, info.tag, undo)
             if info.save_latest:
                 written = self._hide("latest", info.tag)
+                undo.callback(self._delete, written)
                 write_file(written, f"{info.tag}\n".encode())
                 written.replace(self.save_dir / LATEST_FILE)
             undo.pop_all()

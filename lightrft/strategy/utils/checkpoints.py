@@ -118,14 +118,14 @@ class CheckpointFolder:
         failed = f"the checkpoint {tag!r} was not saved in {self.save_dir}"
         states: dict[str, bytes] = {}
         pickled: list[str] = []
-        with self.ranks.together(failed) as outcome:
+        with self.ranks.together(f"nothing was saved in {self.save_dir}") as outcome:
             check_tag(tag)
             _check_limits(steps, max_num, max_mem)
             if self.ranks.rank == 0:
                 states, pickled = _serialized(client_state, scheduler_state)
             outcome.mine = {"tag": tag, "backend": backend, "steps": steps, "save_latest": save_latest}
             outcome.mine |= {"max_num": max_num, "max_mem": max_mem}
-        check_same(outcome.all, failed)
+        check_same(outcome.all, f"nothing was saved in {self.save_dir}")
         path, host = self._begin(tag, failed)
         with self._discarded_on_error(path):
             self._see(path, host, failed)
@@ -159,7 +159,7 @@ class CheckpointFolder:
 
     def _commit(self, path: Path, info: CheckpointInfo, states: dict[str, bytes]) -> None:
         for rank in range(info.world_size):
-            if not (path / random_state_file(rank)).is_file():
+            if not self._appears(path / random_state_file(rank)):
                 raise CheckpointError(
                     f"{path} does not show what rank {rank} wrote: save_dir has to be shared by all nodes"
                 )
@@ -179,16 +179,22 @@ class CheckpointFolder:
     def _see(self, path: Path, host: str, failed: str) -> None:
         """Every rank sees what rank 0 has made."""
         with self.ranks.together(failed):
-            deadline = time.monotonic() + self._patience
-            while not path.exists():
-                if time.monotonic() >= deadline:
-                    raise CheckpointError(
-                        f"{path}, which rank 0 sees on {host}, is not there on {socket.gethostname()}: save_dir has to "
-                        "be a folder on a file system that all nodes share"
-                    )
-                time.sleep(0.1)
-                if self.save_dir.is_dir():
-                    list(self.save_dir.iterdir())  # makes a network file system look again
+            if not self._appears(path):
+                raise CheckpointError(
+                    f"{path}, which rank 0 sees on {host}, is not there on {socket.gethostname()}: save_dir has to "
+                    "be a folder on a file system that all nodes share"
+                )
+
+    def _appears(self, path: Path) -> bool:
+        """Whether something that another rank has made is there, or comes within the time to be patient."""
+        deadline = time.monotonic() + self._patience
+        while not path.exists():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+            if path.parent.is_dir():
+                list(path.parent.iterdir())  # makes a network file system look again
+        return True
 
     # -- loading ------------------------------------------------------------------------------------------------
 

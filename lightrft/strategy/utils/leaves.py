@@ -38,7 +38,7 @@ class Leaf(NamedTuple):
 
     Attributes:
         path: the keys that lead to it; empty if the data is a single value.
-        value: a detached tensor, an int, a float or a bool; or whatever else was given, see :func:`refusal`.
+        value: a tensor, an int, a float or a bool; or whatever else was given, see :func:`refusal`.
     """
 
     path: Path
@@ -69,10 +69,8 @@ def _walk(data: Any, path: Path) -> Iterator[Leaf]:
     if isinstance(data, Mapping):
         for key, value in data.items():
             yield from _walk(value, (*path, key))
-    elif isinstance(data, np.generic):
-        yield Leaf(path, data.item())
     else:
-        yield Leaf(path, data.detach() if isinstance(data, Tensor) else data)
+        yield Leaf(path, data.item() if isinstance(data, np.generic) else data)
 
 
 def refusal(value: Any) -> str:

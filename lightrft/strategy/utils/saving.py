@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-from lightrft.strategy.utils.agreement import Ranks
+    from lightrft.strategy.utils.agreement import Ranks
 
-__all__ = ["OUTSIDE", "WEIGHTS", "save_pretrained"]
+__all__ = ["OUTSIDE", "WEIGHTS", "persistent_buffers", "save_pretrained"]
 
 WEIGHTS = "model.safetensors"
 """Weights of a model that cannot save itself."""
@@ -55,7 +56,7 @@ def save_pretrained(
             weights[name] = tensor.detach().to("cpu", copy=True).contiguous()
     with ranks.together(f"the model was not saved in {output_dir}"):
         if writes:
-            weights |= {name: value.detach().to("cpu", copy=True) for name, value in _buffers(module).items()}
+            weights |= {name: value.detach().to("cpu", copy=True) for name, value in persistent_buffers(module).items()}
             inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
             outside = {name: value for name, value in weights.items() if not name.startswith(prefix)}
             _write(model, inside, outside, Path(output_dir), kwargs)
@@ -80,8 +81,8 @@ def _kept_by(model: nn.Module | None) -> Any:
     return lambda name: name in trained or not set(adapters).isdisjoint(name.split("."))
 
 
-def _buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Those that belong to the state of ``module``."""
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that belong to the state of ``module``, by name."""
     return {
         f"{path}.{name}" if path else name: buffer
         for path, one in module.named_modules()

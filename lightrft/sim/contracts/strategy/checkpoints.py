@@ -168,7 +168,11 @@ def _chooses(make: Make, folder: str) -> list[Any]:
     run.strategy.save_ckpt(run.model, folder, client_state={"step": 2})
     expected = run.weights
     kept, results = run.optimizer.param_groups[0]["lr"], []
-    for options in ({"load_module_only": True}, {"load_lr_scheduler_states": False, "load_optimizer_states": False}):
+    choices: tuple[dict[str, Any], ...] = (
+        {"load_module_only": True},
+        {"load_lr_scheduler_states": False, "load_optimizer_states": False},
+    )
+    for options in choices:
         other = Run(make, seed=1)
         _, client = other.strategy.load_ckpt(other.model, folder, **options)
         workload.same(other.weights, expected, what=str(options), within=0.0)

@@ -144,8 +144,8 @@ def _in_context(make: Make, meta_init: bool) -> dict[str, torch.Tensor]:
     strategy = make(max_norm=0.0)
     with strategy.init_model_context(meta_init=meta_init):
         torch.manual_seed(0)
-        model = workload.Transformer()
-    model = strategy.prepare_model(model, is_training=True)
+        built = workload.Transformer()
+    model = strategy.prepare_model(built, is_training=True)
     optimizer = strategy.create_optimizer(model, lr=0.01)
     found = workload.weights(strategy, model)
     _step(strategy, model, optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ def llama(seed: int = 0) -> Any:
     """One layer, with fewer heads for keys and values than for queries."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    settings: dict[str, Any] = {"attn_implementation": "sdpa"}
     config = LlamaConfig(
         vocab_size=workload.VOCABULARY,
         hidden_size=16,
@@ -33,8 +35,8 @@ def llama(seed: int = 0) -> Any:
         num_key_value_heads=2,
         max_position_embeddings=32,
         initializer_range=0.2,
-        attn_implementation="sdpa",
         tie_word_embeddings=False,
+        **settings,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -81,7 +83,7 @@ def train(strategy: Any, recipe: Recipe) -> Told:
     model, optimizer, _ = strategy.prepare((model, recipe.make(model.parameters()), None))
     losses, norms = [], []
     for step in range(recipe.steps):
-        total, norm = 0.0, None
+        total, norm = 0.0, math.nan
         for ids in _micro_batches(strategy, step):
             loss = loss_of(model, strategy.sp_data_processor, ids)
             strategy.backward(loss, model, optimizer)

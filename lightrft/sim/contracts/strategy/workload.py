@@ -49,7 +49,8 @@ class Block(nn.Module):
         q, k, v = self.inputs(self.norm(x)).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.outputs(attended.transpose(1, 2).reshape(batch, length, -1))
-        return x + self.narrow(functional.gelu(self.widen(x)))
+        found: Tensor = x + self.narrow(functional.gelu(self.widen(x)))
+        return found
 
 
 class Transformer(nn.Module):
