@@ -242,13 +242,12 @@ def with_loss_scale(make, folder, *, load):
     if load:
         run.strategy.load_ckpt(run.model, folder)
     run.train(BEFORE if load else 0, BEFORE + 1)
-    prepared = run.strategy.prepared.of(run.model)
-    if "loss_scale" in prepared.backend:
-        scale = prepared.backend["loss_scale"]
-        found = scale.scale, scale.good_steps
-    else:
-        scaler = run.model.optimizer.loss_scaler
+    scaler = getattr(getattr(run.model, "optimizer", None), "loss_scaler", None)
+    if scaler is not None:
         found = scaler.cur_scale, scaler.cur_iter - scaler.last_overflow_iter - 1
+    else:
+        kept = run.strategy.prepared.of(run.model).backend.values()
+        found = next((one.loss_scale.scale, one.loss_scale.good_steps) for one in kept if hasattr(one, "loss_scale"))
     run.strategy.save_ckpt(run.model, folder, "again")
     return found
 

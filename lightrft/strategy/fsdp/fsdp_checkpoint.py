@@ -123,9 +123,7 @@ def optimizer_entries(optimizer: Optimizer, names: Mapping[torch.Tensor, str]) -
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
-    entries[GROUPS] = [
-        {**group, "params": [names[one] for one in group["params"]]} for group in optimizer.param_groups
-    ]
+    entries[GROUPS] = [{**group, "params": [names[one] for one in group["params"]]} for group in optimizer.param_groups]
     return entries
 
 
