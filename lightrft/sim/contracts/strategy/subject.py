@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from unittest import SkipTest
 
@@ -87,8 +88,9 @@ class Subject:
 
     @contextmanager
     def folder(self) -> Iterator[str]:
-        """A folder that all ranks see, gone afterwards."""
-        with tempfile.TemporaryDirectory() as path:
+        """A folder that all ranks see, gone afterwards; in memory where the system has such a place."""
+        memory = Path("/dev/shm")
+        with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as path:
             yield path
 
 
