@@ -160,6 +160,7 @@ class WatchedWorld(SimWorld):
 LIBRARY_NAMES = tuple(library.name for library in LIBRARIES)
 
 EXCUSED = {
+    "lightrft.sim.places._places[]": "a cache of where code comes from, the same for all",
     "deepspeed.accelerator.real_accelerator.ds_accelerator.max_mem": "memory of the process, which the ranks share",
     "deepspeed.runtime.engine._ENGINE_BACKWARD_GRAPH_TRACKER._active_states[]": "by object, asked about one's own",
     "deepspeed.runtime.engine._ENGINE_BACKWARD_GRAPH_TRACKER._graph_task_refcounts[]": "by number of a backward pass",

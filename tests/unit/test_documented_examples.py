@@ -15,6 +15,9 @@ from lightrft.strategy.fake_strategy import FakeStrategy, get_fake_strategy
 from lightrft.strategy.strategy_base import StrategyBase
 from lightrft.utils import add_arguments
 
+# Libraries warn of what they use themselves when they are loaded.
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
+
 BACKENDS = {
     "fake": {"strategy": "fake", "fsdp": False, "zero_stage": 2},
     "FSDP": {"fsdp": True, "zero_stage": 2},
