@@ -45,7 +45,14 @@ def install(session: nox.Session, *packages: str) -> None:
 def unit(session: nox.Session) -> None:
     """Unit tests, on simulated ranks only."""
     install(session, "-e", ".[deepspeed,train]", "hypothesis", "pytest", "pytest-xdist")
-    session.run("pytest", "-n", str(WORKERS), *session.posargs)
+    session.run("pytest", "-n", str(WORKERS), "-m", "not slow", *session.posargs)
+
+
+@nox.session(python=PYTHONS[0])
+def slow(session: nox.Session) -> None:
+    """The unit tests that take longer: many random programs, failures at every step, conversions, many ranks."""
+    install(session, "-e", ".[deepspeed,train]", "hypothesis", "pytest", "pytest-xdist")
+    session.run("pytest", "-n", str(WORKERS), "-m", "slow", *session.posargs)
 
 
 @nox.session(python=PYTHONS[0])

@@ -1006,6 +1006,7 @@ def test_a_copy_of_a_tensor_from_a_world_can_be_used_outside():
     assert torch.equal(copy.deepcopy(x).to("cpu") + 1, torch.full((2,), 2.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outside_first", [False, True])
 def test_torch_compile_works_in_a_world_and_after_it(outside_first):
     script = f"""

@@ -420,6 +420,7 @@ def prepared(save_dir, existing):
     return 9 + len(existing) if existing else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_k13_wherever_the_machine_stops_a_good_checkpoint_is_found_and_the_next_save_cleans_up(tmp_path, situation):
     existing, options = SITUATIONS[situation]
@@ -454,6 +455,7 @@ def found_after(save_dir, last, options):
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_k13_wherever_a_rank_stops_the_last_good_one_is_found(tmp_path, size):
     found = set()
@@ -553,6 +555,7 @@ def test_ranks_that_save_alone_into_one_folder_do_not_disturb_each_other(tmp_pat
 # -- something fails ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*could not be deleted", "ignore:.*old ones were not deleted")
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("tag", ["old", "new"])

@@ -35,6 +35,7 @@ def test_simulated_ranks_keep_the_contract(check, name):
     check(subject(name))
 
 
+@pytest.mark.slow
 @contracts.process_group.parametrize()
 def test_they_keep_it_in_a_random_order(check):
     check(subject("simulated gloo", schedule="random", seed=1))

@@ -31,10 +31,12 @@ def test_data_parallel_training_equals_one_process(program, size):
     assert_equal(SimWorld(size).run(program), torch_native.plain(ranks=size))
 
 
+@pytest.mark.slow
 def test_fsdp2_on_64_ranks_equals_one_process():
     assert_equal(SimWorld(64).run(torch_native.fsdp2), torch_native.plain(ranks=64))
 
 
+@pytest.mark.slow
 def test_zero3_on_16_ranks_equals_one_process():
     assert_equal(SimWorld(16).run(zero.zero3), torch_native.plain(ranks=16))
 

@@ -31,6 +31,7 @@ PROGRAMS = [
 written_by = functools.cache(written)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_no_two_ranks_write_to_library_state_that_is_not_listed(program):
     places = written_by(program)

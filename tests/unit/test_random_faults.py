@@ -69,6 +69,7 @@ def draw_program(random: Random, fault: str) -> tuple[str, int, int]:
     return SETUP.format(width=width, height=height) + body, height * width, culprit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_single_fault_is_blamed_on_its_rank_alone(fault, seed):

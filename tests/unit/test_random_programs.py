@@ -31,6 +31,8 @@ from programs.random_programs import (
 from lightrft.errors import SimulationError
 from lightrft.sim import SimWorld
 
+pytestmark = pytest.mark.slow
+
 EACH = 20
 """Faulty programs of each kind."""
 

@@ -20,6 +20,8 @@ from lightrft.errors import ConfigError
 from lightrft.sim import SimWorld
 from lightrft.strategy.utils.sequence_parallel import SequenceParallelProcessor, disable, enable
 
+pytestmark = pytest.mark.slow
+
 shapes = pytest.mark.parametrize(("ranks", "sp"), [(2, 2), (4, 4), (4, 2)])
 """Ranks, and ranks that share a sequence."""
 

@@ -356,6 +356,7 @@ def reduced_alone(op, size):
     return expect
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(layouts(), st.sampled_from([1, 2, 4]), st.sampled_from(OPS), st.integers(0, 9))
 def test_k12_any_dict_is_reduced_as_each_of_its_values_alone(layout, size, op, seed):
@@ -368,6 +369,7 @@ def test_k12_any_dict_is_reduced_as_each_of_its_values_alone(layout, size, op, s
     assert len(collectives) <= (0 if size == 1 else 4)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(layouts(), st.sampled_from([1, 2, 3]), st.integers(0, 9))
 def test_any_dict_is_gathered_as_each_of_its_values_alone(layout, size, seed):

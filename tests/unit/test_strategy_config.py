@@ -541,6 +541,7 @@ def configs(draw):
     return StrategyConfig(**chosen, extra_args=draw(extra))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(configs())
 def test_what_a_configuration_says_makes_the_same_one(config):

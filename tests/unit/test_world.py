@@ -288,6 +288,7 @@ def test_the_process_is_afterwards_as_it_was(ending, error):
     assert c_environ("HOME") == home
 
 
+@pytest.mark.slow
 def test_a_thousand_small_worlds_leave_no_thread_and_no_object():
     body = session(dist.barrier)
     for _ in range(20):

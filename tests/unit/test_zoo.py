@@ -177,6 +177,7 @@ def test_a_mended_program_runs_clean(name):
     check_mended(name)
 
 
+@pytest.mark.slow
 @every_pair
 def test_a_pair_does_the_same_for_every_seed(name):
     check_pair(name, SCHEDULES)

@@ -36,6 +36,7 @@ def llama(seed: int = 0) -> Any:
         max_position_embeddings=32,
         initializer_range=0.2,
         tie_word_embeddings=False,
+        use_cache=False,
         **settings,
     )
     with torch.random.fork_rng(devices=[]):

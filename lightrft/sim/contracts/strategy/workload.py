@@ -40,16 +40,14 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.inputs = nn.Linear(WIDTH, 3 * WIDTH, bias=False)  # a bias of keys has no gradient but rounding
         self.outputs = nn.Linear(WIDTH, WIDTH)
-        self.widen = nn.Linear(WIDTH, 2 * WIDTH)
-        self.narrow = nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         """From and to a tensor of shape (batch, length, width)."""
         batch, length, _ = x.shape
         q, k, v = self.inputs(self.norm(x)).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.outputs(attended.transpose(1, 2).reshape(batch, length, -1))
-        found: Tensor = x + self.narrow(functional.gelu(self.widen(x)))
+        gelu = functional.gelu(attended.transpose(1, 2).reshape(batch, length, -1))
+        found: Tensor = x + self.outputs(gelu)
         return found
 
 
@@ -63,7 +61,7 @@ class Transformer(nn.Module):
     def __init__(self, *, tied: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList([Block()])
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         if tied:
             self.head.weight = self.embedding.weight
