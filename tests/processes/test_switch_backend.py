@@ -70,6 +70,23 @@ def test_the_losses_are_the_same_with_every_backend(backend, expected):
     assert steps_of([*torchrun(2), *FLAGS[backend]]) == expected
 
 
+SLURM = {
+    "SLURM_PROCID": "0",
+    "SLURM_NTASKS": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODELIST": "localhost",
+    "SLURM_JOB_ID": "7041",
+}
+
+
+@pytest.mark.parametrize("variables", [{}, SLURM], ids=["alone", "Slurm"])
+@pytest.mark.parametrize("backend", ["FSDP2", "ZeRO-2"])
+def test_a_process_without_torchrun_tells_the_same(backend, variables, expected, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert steps_of([sys.executable, SCRIPT, *FLAGS[backend]]) == expected
+
+
 @pytest.mark.parametrize("backend", FLAGS)
 def test_f18_killed_in_the_middle_it_goes_on_at_another_size(backend, expected, tmp_path):
     flags = [*FLAGS[backend], "--ckpt_path", str(tmp_path / "checkpoints")]

@@ -157,6 +157,14 @@ def test_its_checks_and_capabilities_are_those_of_the_page():
         assert section.split("|---|---|\n")[1].strip().splitlines() == rows, implementation
 
 
+def test_the_checks_of_strategies_are_those_of_the_page():
+    contract = contracts.strategy.contract
+    assert contract.table() in PAGE
+    assert {name for check in contract.checks for name in check.needs} == contract.capabilities.keys()
+    for name, meaning in contract.capabilities.items():
+        assert f"| `{name}` | {meaning} |" in PAGE, name
+
+
 def test_every_capability_is_needed_and_had_by_some_and_lacked_by_some():
     capabilities = contracts.process_group.contract.capabilities.keys()
     assert {name for check in CHECKS for name in check.needs} == capabilities
