@@ -27,8 +27,6 @@ from lightrft.strategy.deepspeed.deepspeed_utils import (
     evaluation_stage,
     training_config,
 )
-from lightrft.strategy.utils import saving
-from lightrft.strategy.utils.agreement import Ranks
 from lightrft.strategy.utils.optimizers import adamw_settings
 
 if TYPE_CHECKING:
@@ -162,11 +160,6 @@ class DeepspeedStrategy(BackendStrategy):
 
     def _read(self, prepared: Prepared, folder: Path, loading: Loading) -> None:
         restoring.restore(prepared.model, folder, strict=loading.strict, optimizer=loading.optimizer)
-
-    def save_model(self, model: torch.nn.Module, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
-        """As in ``StrategyBase``; rank 0 writes, and holds what it writes in host memory."""
-        weights = self.full_parameters(model)
-        saving.save_pretrained(self.unwrap_model(model), weights, tokenizer, output_dir, Ranks(), **kwargs)
 
     def full_parameters(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """As in ``StrategyBase``; at stage 3 one parameter is gathered at a time."""

@@ -27,8 +27,7 @@ from lightrft.strategy.fsdp.fsdp_utils import (
 )
 from lightrft.strategy.fsdp.meta_init import Materializer, without_storage
 from lightrft.strategy.fsdp.sharded_model import ShardedModel
-from lightrft.strategy.utils import moving_average, optimizers, saving
-from lightrft.strategy.utils.agreement import Ranks
+from lightrft.strategy.utils import moving_average, optimizers
 from lightrft.strategy.utils.loss_scale import LossScale
 
 if TYPE_CHECKING:
@@ -210,10 +209,6 @@ class FSDPV2Strategy(BackendStrategy):
         for name, parameter in sharded_parameters(model).items():
             dtype = low if low is not None and parameter.is_floating_point() else parameter.dtype
             yield name, whole(parameter, self.device, dtype)
-
-    def save_model(self, model: nn.Module, tokenizer: Any, output_dir: str, **kwargs: Any) -> None:
-        parameters = self.full_parameters(model)
-        saving.save_pretrained(self.unwrap_model(model), parameters, tokenizer, output_dir, Ranks(), **kwargs)
 
     # -- Memory -------------------------------------------------------------------------------------------------------
 
