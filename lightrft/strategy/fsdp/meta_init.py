@@ -80,11 +80,12 @@ def _pretrained_without_storage() -> Iterator[None]:
         yield
         return
     loads = PreTrainedModel.__dict__["from_pretrained"]
-    PreTrainedModel.from_pretrained = classmethod(_built_from_config)  # type: ignore[assignment, method-assign]
+    patched: Any = PreTrainedModel
+    patched.from_pretrained = classmethod(_built_from_config)
     try:
         yield
     finally:
-        PreTrainedModel.from_pretrained = loads  # type: ignore[method-assign]
+        patched.from_pretrained = loads
 
 
 def _built_from_config(cls: Any, path: Any, /, *args: Any, config: Any = None, **kwargs: Any) -> nn.Module:
