@@ -156,7 +156,8 @@ def optimizer_part(optimizer: Optimizer | None, flat: FlatParameters) -> dict[st
         for name, state in states.items()
     }
     shapes = {piece.name: list(piece.parameter.shape) for piece in flat.pieces}
-    return {"elements": {MASTER: flat.masters.detach().float().clone(), **elements}, "once": once, "shapes": shapes}
+    elements = {MASTER: flat.masters.detach().float().clone(), **elements}
+    return {"elements": elements, "once": once, "shapes": shapes, "stated": [name for name in states if states[name]]}
 
 
 def _is_elementwise(value: Any) -> bool:
@@ -184,20 +185,23 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for part in parts:
         for name, once in part["once"].items():
             states[name] |= once
-    for kind in parts[0]["elements"]:
+    stated = {name for part in parts for name in part["stated"]}
+    for kind in {kind: None for part in parts for kind in part["elements"]}:
         flat = torch.cat([_padded(part, kind) for part in parts])
         offset = 0
         for name, shape in shapes.items():
             length = math.prod(shape)
-            states[name][kind] = flat[offset : offset + length].view(shape)
+            if kind == MASTER or name in stated:
+                states[name][kind] = flat[offset : offset + length].view(shape)
             offset += length
     return states
 
 
 def _padded(part: dict[str, Any], kind: str) -> torch.Tensor:
-    """The elements of a part; those of the last rank end before the part does."""
-    elements: torch.Tensor = part["elements"][kind]
-    missing = part["elements"][MASTER].numel() - elements.numel()
+    """The elements of a part; those of the last rank end before the part does, and a rank may have none of a kind."""
+    masters: torch.Tensor = part["elements"][MASTER]
+    elements: torch.Tensor = part["elements"].get(kind, masters[:0])
+    missing = masters.numel() - elements.numel()
     return torch.cat([elements, elements.new_zeros(missing)]) if missing else elements
 
 
@@ -215,8 +219,10 @@ def take_states(optimizer: Optimizer | None, flat: FlatParameters, states: dict[
         kept = {kind: _cut(value, own) for kind, value in states[piece.name].items()}
         with torch.no_grad():
             piece.master.copy_(kept.pop(MASTER))
-        if optimizer is not None and kept:
-            optimizer.state[piece.master] = kept
+        if optimizer is not None:
+            optimizer.state.pop(piece.master, None)
+            if kept and piece.master.numel():
+                optimizer.state[piece.master] = kept
     flat.publish()
 
 

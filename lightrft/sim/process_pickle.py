@@ -95,6 +95,8 @@ def _must_travel(name: str, module: ModuleType) -> bool:
     file = getattr(module, "__file__", None)
     if not isinstance(file, str) or not is_user_file(file) or module.__name__ != name:
         return False
+    if name.partition(".")[0] == "lightrft":  # every rank has it; pytest loads it as its own, once it is installed
+        return False
     loader = type(getattr(module, "__loader__", None)).__module__
     return loader.startswith("_pytest.") or not _is_importable(name, file, tuple(sys.path))
 

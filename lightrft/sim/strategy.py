@@ -120,8 +120,7 @@ class FakeStrategy(BackendStrategy):
         groups = optimizers.parameter_groups(model if prepared is None else prepared.module, decay)
         if prepared is None:
             return torch.optim.AdamW(groups, **settings)
-        flat = self._flat(prepared)
-        for one in flat:
+        for one in self._flat(prepared):
             repoint(groups, one.pieces)
         prepared.optimizer = torch.optim.AdamW(groups, **settings)
         return prepared.optimizer
@@ -140,7 +139,10 @@ class FakeStrategy(BackendStrategy):
     ) -> tuple[nn.Module, Optimizer | None]:
         if optimizer is not None and optimizer.state:
             raise ConfigError("the optimizer has stepped already: prepare the model before its first step")
-        model = model.to(device=self.device, dtype=self._compute_dtype)
+        if optimizer is None and training and self.mirrors == "deepspeed":
+            optimizer = self.create_optimizer(model)
+        model = model.to(self.device)
+        self._cast(model)
         recomputes = getattr(model, "gradient_checkpointing_enable", None)
         if self.config.gradient_checkpointing and training and callable(recomputes):
             recomputes()
@@ -150,6 +152,12 @@ class FakeStrategy(BackendStrategy):
         wrapped = FakeEngine(model) if self.mirrors == "deepspeed" else model
         self._flats[wrapped] = flat
         return wrapped, optimizer
+
+    def _cast(self, model: nn.Module) -> None:
+        """Parameters to what the model computes in; buffers stay what they are."""
+        for parameter in model.parameters() if self._compute_dtype is not None else ():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(self._compute_dtype)
 
     def _flattened(self, model: nn.Module) -> list[FlatParameters]:
         by_dtype: dict[torch.dtype, dict[str, nn.Parameter]] = {}
@@ -172,15 +180,18 @@ class FakeStrategy(BackendStrategy):
     def _known(self, model: nn.Module, optimizer: Optimizer | None = None) -> Prepared:
         prepared = self.prepared.find(model)
         if prepared is None and self._is_alone and isinstance(model, nn.Module):
-            return self._adopt(model, optimizer)
-        return super()._known(model, optimizer)
+            prepared = self._adopt(model)
+        prepared = super()._known(model, optimizer) if prepared is None else prepared
+        if optimizer is not None and prepared.optimizer is None:
+            for one in self._flat(prepared):
+                repoint(optimizer.param_groups, one.pieces)
+            prepared.optimizer = optimizer
+        return prepared
 
-    def _adopt(self, model: nn.Module, optimizer: Optimizer | None) -> Prepared:
+    def _adopt(self, model: nn.Module) -> Prepared:
         """Take in a model that was not prepared: a single rank has nothing to spread it over."""
         flat = self._flats[model] = self._flattened(model)
-        for one in flat:
-            repoint([] if optimizer is None else optimizer.param_groups, one.pieces)
-        return self.prepared.add(Prepared(optimizer=optimizer, training=bool(flat)), model=model)
+        return self.prepared.add(Prepared(training=bool(flat)), model=model)
 
     # -- Training -----------------------------------------------------------------------------------------------------
 

@@ -154,6 +154,8 @@ class BackendStrategy(StrategyBase):
         wrapped, stepping = self._shard(
             model, optimizer, training=training, shard_size=shard_size, reshard_after_forward=reshard_after_forward
         )
+        if not training:
+            wrapped.eval()
         prepared = Prepared(optimizer=stepping, scheduler=scheduler, training=training)
         self.prepared.add(prepared, model=wrapped, module=self.unwrap_model(wrapped))
         return wrapped
@@ -216,6 +218,7 @@ class BackendStrategy(StrategyBase):
                 f"{type(prepared.module).__name__} was prepared for evaluation: pass it to prepare() with trainable "
                 "parameters or with its optimizer, or to prepare_model(..., is_training=True)"
             )
+        _check_optimizer(prepared, optimizer)
         if prepared.optimizer is None:
             prepared.optimizer = optimizer
         return prepared
@@ -294,12 +297,27 @@ class BackendStrategy(StrategyBase):
                 "`lightrft ckpt convert`, or load it with the backend that wrote it"
             )
         whole = not load_module_only
+        if prepared.offloaded_at is not None or prepared.optimizer_offloaded_at is not None:
+            raise OffloadStateError(
+                f"load_ckpt at {call_site()}: the model or its optimizer is offloaded, since "
+                f"{prepared.offloaded_at or prepared.optimizer_offloaded_at}; load it back first"
+            )
+        if whole and load_optimizer_states and prepared.training and prepared.optimizer is None:
+            raise CheckpointError(
+                f"{found} may hold states of an optimizer, and the model has none yet: call create_optimizer(model) "
+                "before load_ckpt, pass optimizer=, or pass load_optimizer_states=False"
+            )
+        state = folder.load_scheduler_state(found) if whole and load_lr_scheduler_states else None
+        if state is not None and prepared.scheduler is None:
+            raise CheckpointError(
+                f"{found} holds the state of a scheduler, and none is known: pass scheduler=, prepare the model with "
+                "it, or pass load_lr_scheduler_states=False"
+            )
         self._read(prepared, found, Loading(strict=load_module_strict, optimizer=whole and load_optimizer_states))
         if not whole:
             return str(found), {}
         prepared.steps = info.steps
-        state = folder.load_scheduler_state(found)
-        if load_lr_scheduler_states and prepared.scheduler is not None and state is not None:
+        if state is not None:
             _resume_schedule(prepared.scheduler, state)
         folder.restore_random_state(found)
         return str(found), folder.load_client_state(found)
@@ -311,6 +329,7 @@ class BackendStrategy(StrategyBase):
 
     def _remembering(self, model: torch.nn.Module, optimizer: Optimizer | None, scheduler: Any) -> Prepared:
         prepared = self._known(model, optimizer)
+        _check_optimizer(prepared, optimizer)
         prepared.optimizer = optimizer if optimizer is not None else prepared.optimizer
         prepared.scheduler = scheduler if scheduler is not None else prepared.scheduler
         return prepared
@@ -384,6 +403,14 @@ class BackendStrategy(StrategyBase):
                 "prepare() returned, or create it with create_optimizer(prepared_model)"
             )
         return prepared
+
+
+def _check_optimizer(prepared: Prepared, optimizer: Optimizer | None) -> None:
+    if optimizer is not None and prepared.optimizer is not None and optimizer is not prepared.optimizer:
+        raise ConfigError(
+            f"{type(prepared.module).__name__} is stepped by another optimizer ({type(prepared.optimizer).__name__}): "
+            "pass the one that prepare() returned, or that create_optimizer(prepared_model) made"
+        )
 
 
 def _resume_schedule(scheduler: Any, state: Any) -> None:

@@ -78,6 +78,10 @@ def requests_of(
     """
     if (token_ids is None) == (prompts is None):
         raise ConfigError("pass all_prompt_token_ids or all_prompts, and not both")
+    if isinstance(prompts, str):
+        raise ConfigError("all_prompts is one text: expected a list of texts")
+    if images is None and images_num is not None and any(images_num):
+        raise ConfigError(f"images_num asks for {sum(images_num)} images, and there are none")
     count = len(token_ids if prompts is None else prompts)
     pictures = _shared_out(images, images_num, count)
     films = _each("videos", videos, count)

@@ -45,7 +45,7 @@ def gather_and_generate(
     everything = [request for each in shared for request in each]
     leads = engine.runs_on_all_ranks or ranks.rank == 0
     completions: list[Any] = []
-    with ranks.together("generation failed") as outcome:
+    with ranks.together("generation failed", EngineStateError) as outcome:
         if everything and leads:
             completions = engine.generate(everything, sampling_params)
             outcome.mine = _samples(completions, everything)
@@ -82,7 +82,7 @@ def gather(make_requests: Callable[[], Sequence[Request]], ranks: Ranks, device:
 
     Token ids travel as tensors; requests with text, images or videos on some rank are pickled.
     """
-    with ranks.together("prompts were not gathered") as outcome:
+    with ranks.together("prompts were not gathered", EngineStateError) as outcome:
         requests = list(make_requests())
         outcome.mine = all(request.is_tokens for request in requests)
     if ranks.world_size == 1:

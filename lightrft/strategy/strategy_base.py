@@ -14,12 +14,13 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from lightrft.errors import ConfigError, EngineStateError
+from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
 from lightrft.strategy import engine as engines
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.groups import ParallelGroups
 from lightrft.strategy.prepared import Registry
 from lightrft.strategy.utils import collectives, data, environment, leaves, memory, printing, schedulers, seeds
+from lightrft.strategy.utils.agreement import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -519,7 +520,7 @@ class StrategyBase(ABC):
             EngineStateError: there is one already.
             ConfigError: there is no such engine, or its package is missing.
         """
-        if self.inference_engine is not None:
+        if self.inference_engine_status not in (engines.EngineStatus.ABSENT, engines.EngineStatus.DEAD):
             raise EngineStateError(
                 f"this strategy has an inference engine already ({self.inference_engine_type}): shut it down before "
                 "setting up another one"
@@ -546,9 +547,12 @@ class StrategyBase(ABC):
 
         engine = self._engine("update_engine_weights")
         self.drop_partial_accumulation(actor)
-        self.wakeup_inference_engine()
         bucket_bytes = self.config.engine_update_bucket_mb << 20
-        weight_sync.send(engine, self.full_parameters(actor), bucket_bytes=bucket_bytes)
+        ranks = Ranks(rank=self.get_rank(), world_size=self.world_size)
+        with ranks.together("the engine was not woken", EngineStateError):
+            self.wakeup_inference_engine()
+        with ranks.together("weights were not sent", WeightSyncError):
+            weight_sync.send(engine, self.full_parameters(actor), bucket_bytes=bucket_bytes)
 
     def gather_and_generate(
         self,
@@ -575,11 +579,15 @@ class StrategyBase(ABC):
         from lightrft.strategy import requests, rollout
 
         engine = self._engine("gather_and_generate")
-        self.wakeup_inference_engine()
+
+        def mine() -> list[requests.Request]:
+            self.wakeup_inference_engine()  # here, so that a rank on which it fails keeps no other one waiting
+            return requests.requests_of(all_prompt_token_ids, all_prompts, all_images, images_num)
+
         try:
             return rollout.gather_and_generate(
                 engine,
-                lambda: requests.requests_of(all_prompt_token_ids, all_prompts, all_images, images_num),
+                mine,
                 sampling_params,
                 group=self.engine_mp_group,
                 device=self.device,
@@ -592,9 +600,13 @@ class StrategyBase(ABC):
         self, sampling_params: Any, prompt_token_ids: Any = None, multi_modal_inputs: Any = None
     ) -> list[Any]:
         """Generate with the engine of this rank's group, without gathering: all its ranks pass the same prompts."""
+        from lightrft.strategy import requests
+
         engine = self._engine("engine_generate_local")
-        requests = multi_modal_inputs if prompt_token_ids is None else prompt_token_ids
-        return list(engine.generate(requests, sampling_params))
+        if (prompt_token_ids is None) == (multi_modal_inputs is None):
+            raise ConfigError("engine_generate_local: pass prompt_token_ids or multi_modal_inputs, and not both")
+        mine = multi_modal_inputs if prompt_token_ids is None else requests.requests_of(prompt_token_ids)
+        return list(engine.generate(mine, sampling_params))
 
     def wakeup_inference_engine(self) -> None:
         """Wake the engine; nothing if it is awake, or if there is none."""

@@ -106,7 +106,8 @@ def send(
         poison: see ``in_buckets``.
 
     Raises:
-        WeightSyncError: names are missing, unexpected or come twice; nothing tells then what the engine holds.
+        WeightSyncError: names are missing, unexpected or come twice, or the engine did not read them all; nothing tells
+            then what it holds.
     """
     sent = Sent(version=engine.weight_version + 1)
 
@@ -121,9 +122,19 @@ def send(
         for bucket in in_buckets(named(), bucket_bytes, dtype=dtype, poison=poison):
             sent.buckets += 1
             yield bucket
-        _check_coverage(sent.names, expected)
 
-    engine.update_weights(counted(), sent.version)
+    buckets = counted()
+    try:
+        engine.update_weights(buckets, sent.version)
+        unread = next(buckets, None)
+    finally:
+        for _ in buckets:  # gathering is collective: a rank whose engine fails goes through all of it nevertheless
+            pass
+    if unread is not None:
+        raise WeightSyncError(
+            f"the engine stopped reading after bucket {sent.buckets - 1}: it holds a part of the weights"
+        )
+    _check_coverage(sent.names, expected)
     engine.reset_caches()
     return sent
 

@@ -12,12 +12,14 @@ Names are those of the model before it was sharded. A tied parameter is written 
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -57,7 +59,10 @@ MODEL, STATE, GROUPS, LOSS_SCALE = "model.", "optimizer.state.", "optimizer.grou
 def save(folder: Path, entries: Mapping[str, Any]) -> None:
     """Write ``entries`` below ``folder``. *Collective*."""
     planner = DefaultSavePlanner(flatten_state_dict=False)
-    dcp_save(dict(entries), checkpoint_id=str(folder / FOLDER), planner=planner)
+    try:
+        dcp_save(dict(entries), checkpoint_id=str(folder / FOLDER), planner=planner)
+    except CheckpointException as error:  # not an Exception: it would pass by everything that cleans up
+        raise CheckpointError(f"{folder} was not written: {error}") from error
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -68,7 +73,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     """
     try:
         found: dict[str, Any] = FileSystemReader(str(folder / FOLDER)).read_metadata().state_dict_metadata
-    except OSError as error:
+    except (OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
         raise CheckpointError(
             f"{folder} holds no checkpoint in DCP format ({error}): convert it, or name a folder that FSDP wrote"
         ) from error
@@ -78,7 +83,10 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 def load(folder: Path, entries: dict[str, Any]) -> None:
     """Read ``entries``: tensors in place, other values into the dict. *Collective*."""
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    dcp_load(entries, checkpoint_id=str(folder / FOLDER), planner=planner)
+    try:
+        dcp_load(entries, checkpoint_id=str(folder / FOLDER), planner=planner)
+    except CheckpointException as error:
+        raise CheckpointError(f"{folder} was not read: {error}") from error
 
 
 # -- Weights ----------------------------------------------------------------------------------------------------------

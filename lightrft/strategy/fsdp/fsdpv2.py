@@ -183,6 +183,7 @@ class FSDPV2Strategy(BackendStrategy):
         known = self.prepared.find(ema)
         if known is None:
             moving_average.update(source.items(), ema.named_parameters(), beta, device)
+            moving_average.copy_buffers(self.unwrap_model(model).named_buffers(), ema.named_buffers())
             return
         target = _of(known)
         target.keep_in_fp32()
@@ -190,6 +191,7 @@ class FSDPV2Strategy(BackendStrategy):
         where = next((local(one).device for one in target.kept.values()), self.device)
         moving_average.update(source.items(), target.kept.items(), beta, where)
         target.masters.give_weights()
+        moving_average.copy_buffers(self.unwrap_model(model).named_buffers(), known.module.named_buffers())
 
     # -- Checkpoints --------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightrft.errors import ConfigError
+from lightrft.errors import ConfigError, LightRFTError
+from lightrft.strategy.utils.agreement import Ranks
 
 __all__ = ["Materializer", "without_storage"]
 
@@ -58,11 +59,12 @@ def without_storage() -> Iterator[None]:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield
         return
-    if dist.get_rank() == 0:
-        yield
-    else:
-        with torch.device("meta"), _pretrained_without_storage():
+    with Ranks().together("the model was not built", LightRFTError):
+        if dist.get_rank() == 0:
             yield
+        else:
+            with torch.device("meta"), _pretrained_without_storage():
+                yield
     state = torch.get_rng_state()
     torch.set_rng_state(_from_rank_0(state, torch.device(_device_type())).cpu())
 

@@ -65,7 +65,7 @@ class Ranks:
         return values
 
     @contextmanager
-    def together(self, what: str) -> Iterator[Outcome]:
+    def together(self, what: str, otherwise: type[errors.LightRFTError] = errors.CheckpointError) -> Iterator[Outcome]:
         """A step that fails on every rank if it fails on one. It costs one :meth:`gather`, whether it fails or not.
 
         A step that is left by something other than an ``Exception`` (an interrupt, the end of the process) is left
@@ -73,25 +73,27 @@ class Ranks:
 
         Args:
             what: what did not happen if the step fails, as the beginning of the message.
+            otherwise: class of the error if the step raised none of this package.
 
         Raises:
             LightRFTError: the step raised one on some rank; the class is that of the lowest such rank.
-            CheckpointError: it raised something else.
         """
         outcome = Outcome()
         try:
             yield outcome
         except Exception as error:  # noqa: BLE001 - it is raised on every rank
-            self._settle(what, outcome, error)
+            self._settle(what, outcome, error, otherwise)
         else:
-            self._settle(what, outcome, None)
+            self._settle(what, outcome, None, otherwise)
 
-    def _settle(self, what: str, outcome: Outcome, error: Exception | None) -> None:
+    def _settle(
+        self, what: str, outcome: Outcome, error: Exception | None, otherwise: type[errors.LightRFTError]
+    ) -> None:
         mine = None if error is None else (type(error).__name__, _text(error))
         gathered = self.gather((mine, outcome.mine))
         failures = {rank: failure for rank, (failure, _) in enumerate(gathered) if failure is not None}
         if failures:
-            raise _error(what, failures, self.world_size) from error
+            raise _error(what, failures, self.world_size, otherwise) from error
         outcome.all = [value for _, value in gathered]
 
 
@@ -119,11 +121,13 @@ def _text(error: Exception) -> str:
     return str(error) if own else f"{type(error).__name__}: {error}"
 
 
-def _error(what: str, failures: dict[int, tuple[str, str]], world_size: int) -> errors.LightRFTError:
+def _error(
+    what: str, failures: dict[int, tuple[str, str]], world_size: int, otherwise: type[errors.LightRFTError]
+) -> errors.LightRFTError:
     """The error that all ranks raise: the same on each."""
     name = next(iter(failures.values()))[0]
     found = getattr(errors, name, None)
-    cls = found if isinstance(found, type) and issubclass(found, errors.LightRFTError) else errors.CheckpointError
+    cls = found if isinstance(found, type) and issubclass(found, errors.LightRFTError) else otherwise
     texts = [text for _, text in failures.values()]
     if len(set(texts)) == 1 and len(failures) == world_size:
         return cls(f"{what}: {texts[0]}")
