@@ -9,7 +9,6 @@ devices are refused.
 from __future__ import annotations
 
 import math
-import os
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +26,7 @@ from lightrft.sim.flat_parameters import FlatParameters, repoint
 from lightrft.strategy.backend_strategy import BackendStrategy, Loading, Step
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.prepared import Prepared
-from lightrft.strategy.utils import environment, moving_average, optimizers
+from lightrft.strategy.utils import moving_average, optimizers
 from lightrft.strategy.utils.loss_scale import LossScale
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ class FakeStrategy(BackendStrategy):
         super().__init__(seed, max_norm, micro_train_batch_size, train_batch_size, args)
 
     def setup_distributed(self, timeout: timedelta | None = None, num_gpu_per_node: int | None = None) -> None:
-        launched = environment.RankEnvironment.read(os.environ, gpus_per_node=num_gpu_per_node).source != "alone"
+        launched = self._place(num_gpu_per_node).source != "alone"
         if launched or dist.is_initialized():
             super().setup_distributed(timeout, num_gpu_per_node)
         self._is_set_up = True

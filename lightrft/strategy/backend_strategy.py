@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import CheckpointError, ConfigError, OffloadStateError
 from lightrft.strategy.prepared import Prepared
-from lightrft.strategy.strategy_base import StrategyBase, call_site, check_model
+from lightrft.strategy.strategy_base import StrategyBase
 from lightrft.strategy.utils import saving
 from lightrft.strategy.utils.agreement import Ranks
+from lightrft.strategy.utils.call_sites import call_site
 from lightrft.strategy.utils.checkpoints import CheckpointFolder
 
 if TYPE_CHECKING:
@@ -116,12 +117,12 @@ class BackendStrategy(StrategyBase):
         if given is None:
             return None
         if not isinstance(given, (tuple, list)):
-            check_model(given)
+            _check_model(given)
             return self._spread(given, training=any(p.requires_grad for p in given.parameters()))
         model, optimizer, scheduler = _parts(given)
         if model is None:
             return tuple(given)
-        check_model(model)
+        _check_model(model)
         wrapped = self._spread(model, optimizer=optimizer, scheduler=scheduler, training=optimizer is not None)
         return (wrapped, self.prepared.of(wrapped).optimizer, scheduler)[: len(given)]
 
@@ -132,7 +133,7 @@ class BackendStrategy(StrategyBase):
         shard_size: int = -1,
         reshard_after_forward: bool = True,
     ) -> torch.nn.Module:
-        check_model(model)
+        _check_model(model)
         return self._spread(
             model, training=is_training, shard_size=shard_size, reshard_after_forward=reshard_after_forward
         )
@@ -359,12 +360,12 @@ class BackendStrategy(StrategyBase):
     def _refuse_offloaded(self, prepared: Prepared) -> None:
         if prepared.offloaded_at is not None:
             raise OffloadStateError(
-                f"training at {call_site(3)}: the model is offloaded, since {prepared.offloaded_at}; call reload_model "
+                f"training at {call_site()}: the model is offloaded, since {prepared.offloaded_at}; call reload_model "
                 "first"
             )
         if prepared.optimizer_offloaded_at is not None:
             raise OffloadStateError(
-                f"training at {call_site(3)}: the optimizer is offloaded, since {prepared.optimizer_offloaded_at}; "
+                f"training at {call_site()}: the optimizer is offloaded, since {prepared.optimizer_offloaded_at}; "
                 "call maybe_load_optimizer first"
             )
 
@@ -425,3 +426,15 @@ def _parts(given: Any) -> tuple[Any, Any, Any]:
         raise ConfigError(f"prepare() got a tuple of {len(given)}: expected (model, optimizer, scheduler)")
     model, optimizer, scheduler = [*given, None, None][:3]
     return model, optimizer, scheduler
+
+
+def _check_model(model: object) -> None:
+    """Refuse what is no ``torch.nn.Module``.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"expected a torch.nn.Module, got {type(model).__name__}")

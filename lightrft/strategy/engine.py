@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import ConfigError
+from lightrft.strategy.engine_state import EngineState, EngineStatus
+from lightrft.strategy.requests import Completion, Request, request_of
+from lightrft.strategy.sampling import SamplingParams
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ENGINE_TYPES", "EngineStatus", "RolloutEngine", "check_engine_type", "is_engine"]
+    from lightrft.strategy.engine_settings import EngineSettings
+
+__all__ = ["ENGINE_TYPES", "EngineStatus", "RolloutEngine", "StatefulEngine", "check_engine_type", "is_engine"]
 
 ENGINE_TYPES = ("vllm", "sglang")
 """The engines that ``--engine_type`` names."""
 
 
-class EngineStatus(StrEnum):
-    """What state an engine is in, ``strategy.inference_engine_status``."""
-
-    ABSENT = "absent"
-    AWAKE = "awake"
-    ASLEEP = "asleep"
-    DEAD = "dead"
-
-
 class RolloutEngine(ABC):
     """What generates: a real engine or a fake one.
 
-    ``sleep`` and ``wake_up`` may be called in any state but ``DEAD``; in the state that they lead to they do nothing.
+    In which state which call is allowed is said by ``EngineState``. ``sleep`` and ``wake_up`` do nothing in the state
+    that they lead to.
     """
 
     @property
@@ -50,9 +47,14 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def generate(self, requests: Sequence[Any], sampling_params: Any) -> list[Any]:
-        """Completions of ``requests``, in their order.
+        """Completions of ``requests``, in their order; those of one request follow each other.
+
+        Args:
+            requests: see ``Request``.
+            sampling_params: what ``SamplingParams.of`` takes.
 
         Raises:
+            ConfigError: the engine cannot do what a request or the parameters ask for.
             EngineStateError: the engine is asleep or dead.
             StaleWeightsError: its weights were dropped by a sleep, and have not been sent again.
         """
@@ -67,7 +69,17 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def update_weights(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int) -> None:
-        """Replace the weights by those in ``buckets``, whose names are those of a checkpoint."""
+        """Replace the weights by those in ``buckets``.
+
+        Args:
+            buckets: names of a checkpoint and whole tensors, every weight once; a bucket is good until the next is
+                asked for. All of them are read.
+            version: of the new weights; larger than ``weight_version``.
+
+        Raises:
+            EngineStateError: the engine is asleep or dead.
+            WeightSyncError: weights do not fit the model, or some are missing. The engine is stale then.
+        """
 
     @abstractmethod
     def reset_caches(self) -> None:
@@ -76,6 +88,80 @@ class RolloutEngine(ABC):
     @abstractmethod
     def shutdown(self) -> None:
         """End the engine. It is ``DEAD`` afterwards."""
+
+
+class StatefulEngine(RolloutEngine):
+    """An engine that keeps to ``EngineState``: every call is checked before an implementation carries it out.
+
+    Args:
+        name: of the engine, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.state = EngineState(name)
+
+    @property
+    def status(self) -> EngineStatus:
+        """The state of the engine."""
+        return self.state.status
+
+    @property
+    def weight_version(self) -> int:
+        """How often the weights were updated."""
+        return self.state.weight_version
+
+    def generate(self, requests: Sequence[Any], sampling_params: Any) -> list[Completion]:
+        """See ``RolloutEngine``."""
+        params = SamplingParams.of(sampling_params)
+        wanted = [request_of(one) for one in requests]
+        return self.state.generate(lambda: self._generate(wanted, params) if wanted else [])
+
+    def sleep(self, level: int = 1) -> None:
+        """See ``RolloutEngine``."""
+        self.state.sleep(level, lambda: self._sleep(level))
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """See ``RolloutEngine``."""
+        self.state.wake_up(tags, self._wake_up)
+
+    def update_weights(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int) -> None:
+        """See ``RolloutEngine``."""
+        self.state.update(version, lambda: self._load(buckets))
+
+    def reset_caches(self) -> None:
+        """See ``RolloutEngine``."""
+        self.state.check("reset_caches")
+        self._reset_caches()
+
+    def shutdown(self) -> None:
+        """See ``RolloutEngine``. A second call does nothing."""
+        if self.status is not EngineStatus.DEAD:
+            self.state.end("was shut down")
+            self._shutdown()
+
+    @abstractmethod
+    def _generate(self, requests: list[Request], params: SamplingParams) -> list[Completion]:
+        """Completions of one request or more."""
+
+    @abstractmethod
+    def _sleep(self, level: int) -> None:
+        """Free what ``level`` says."""
+
+    @abstractmethod
+    def _wake_up(self, tags: list[str]) -> None:
+        """Take what ``tags`` name, all of them asleep."""
+
+    @abstractmethod
+    def _load(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]]) -> None:
+        """Replace the weights."""
+
+    @abstractmethod
+    def _reset_caches(self) -> None:
+        """Drop every cache that depends on the weights; nothing while they are asleep."""
+
+    @abstractmethod
+    def _shutdown(self) -> None:
+        """Free everything."""
 
 
 def is_engine(candidate: object) -> bool:
@@ -110,35 +196,53 @@ def each_engine(engines: object) -> list[Any]:
     return [one for one in several if one is not None]
 
 
+_ASLEEP = "_lightrft_asleep"
+"""Mark of an engine of a library that was put to sleep here. SGLang's cannot be asked, and dies of waking up twice."""
+
+
+def status_of(engine: Any) -> EngineStatus:
+    """The state of an engine of any kind; ``None`` is an absent one. What a raw engine did by itself is not seen."""
+    if engine is None:
+        return EngineStatus.ABSENT
+    if isinstance(engine, RolloutEngine):
+        return engine.status
+    return EngineStatus.ASLEEP if getattr(engine, _ASLEEP, False) else EngineStatus.AWAKE
+
+
 def put_to_sleep(engine: Any, level: int = 1) -> None:
     """Put an engine of any kind to sleep; one that sleeps already is left alone."""
+    if status_of(engine) not in (EngineStatus.AWAKE, EngineStatus.STALE):
+        return
     if isinstance(engine, RolloutEngine):
-        if engine.status is EngineStatus.AWAKE:
-            engine.sleep(level)
-    elif hasattr(engine, "sleep"):
+        engine.sleep(level)
+        return
+    if hasattr(engine, "sleep"):
         engine.sleep(level=level)
     else:
         engine.release_memory_occupation()
+    setattr(engine, _ASLEEP, True)
 
 
 def wake(engine: Any) -> None:
     """Wake an engine of any kind up; one that is awake already is left alone."""
+    if status_of(engine) is not EngineStatus.ASLEEP:
+        return
     if isinstance(engine, RolloutEngine):
-        if engine.status is EngineStatus.ASLEEP:
-            engine.wake_up()
-    elif hasattr(engine, "wake_up"):
+        engine.wake_up()
+        return
+    if hasattr(engine, "wake_up"):
         engine.wake_up()
     else:
         engine.resume_memory_occupation()
+    setattr(engine, _ASLEEP, False)
 
 
-def start(engine_type: str) -> RolloutEngine:
-    """Start an engine of a type that :func:`check_engine_type` knows.
+def start(engine_type: str, settings: EngineSettings) -> RolloutEngine:
+    """Start an engine of a type that :func:`check_engine_type` knows. *Collective*.
 
     Raises:
-        ConfigError: this version has no adapter for it.
+        ConfigError: its package is missing, or it refuses the settings.
     """
-    raise ConfigError(
-        f"engine_type {engine_type!r}: this version has no adapter for it; set strategy.inference_engine to a "
-        "RolloutEngine of your own"
-    )
+    adapter = importlib.import_module(f"lightrft.strategy.{engine_type}_utils")
+    engine: RolloutEngine = adapter.start(settings)
+    return engine

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightrft.errors import ConfigError
 
-__all__ = ["Completion", "Request", "requests_of"]
+__all__ = ["Completion", "Request", "request_of", "requests_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +95,33 @@ def requests_of(
         )
         for index in range(count)
     ]
+
+
+def request_of(entry: Any) -> Request:
+    """A request of what vLLM takes for one prompt; a request stays what it is.
+
+    Args:
+        entry: a mapping with ``prompt_token_ids`` or ``prompt``, and perhaps ``multi_modal_data`` with ``image`` and
+            ``video``, each one or a list.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if isinstance(entry, Request):
+        return entry
+    known = {"prompt_token_ids", "prompt", "multi_modal_data"}
+    if not isinstance(entry, Mapping) or entry.keys() - known:
+        raise ConfigError(
+            f"expected a mapping with some of {', '.join(sorted(known))} for each prompt, got {entry!r:.200}"
+        )
+    media = entry.get("multi_modal_data") or {}
+    tokens = entry.get("prompt_token_ids")
+    return Request(
+        prompt_token_ids=None if tokens is None else tuple(int(token) for token in tokens),
+        prompt=entry.get("prompt"),
+        images=_several(media.get("image")),
+        videos=_several(media.get("video")),
+    )
 
 
 def _shared_out(images: Any, images_num: Any, count: int) -> list[tuple[Any, ...]]:

@@ -7,20 +7,18 @@ order. A loss is the mean over the tokens or sequences of the micro-batch of thi
 from __future__ import annotations
 
 import os
-import sys
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
-from lightrft.strategy import engine as engines
 from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.engine_calls import EngineCalls
 from lightrft.strategy.groups import ParallelGroups
 from lightrft.strategy.prepared import Registry
 from lightrft.strategy.utils import collectives, data, environment, leaves, memory, printing, schedulers, seeds
-from lightrft.strategy.utils.agreement import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["StrategyBase"]
 
 
-class StrategyBase(ABC):
+class StrategyBase(EngineCalls):
     """One interface over training backends and inference engines.
 
     Args:
@@ -95,19 +93,32 @@ class StrategyBase(ABC):
 
         Args:
             timeout: how long a rank may keep the others waiting; PyTorch's default if ``None``.
-            num_gpu_per_node: ranks of one machine, where the variables do not say; it chooses the GPU of a rank.
+            num_gpu_per_node: ranks of one machine, where the variables do not say; it chooses the GPU of a rank. The
+                constructor takes it from ``args``.
         """
         if self._is_set_up:
+            if timeout is not None or num_gpu_per_node is not None:
+                warnings.warn(
+                    "setup_distributed: the process group was made with the strategy, so timeout and num_gpu_per_node "
+                    "change nothing now; give num_gpu_per_node in args",
+                    UserWarning,
+                    stacklevel=2,
+                )
             return
-        where = environment.RankEnvironment.read(os.environ, gpus_per_node=num_gpu_per_node)
+        where = self._place(num_gpu_per_node)
         device = _own_device(where)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         environment.initialise(where, backend, timeout, device)
         self._is_set_up = True
 
+    def _place(self, per_node: int | None = None) -> environment.RankEnvironment:
+        """Where this process stands among the others."""
+        per_node = per_node or self.config.get_extra_arg("num_gpu_per_node")
+        return environment.RankEnvironment.read(os.environ, gpus_per_node=per_node)
+
     def _know_the_world(self) -> None:
         self.world_size = leaves.members(None)
-        self.device = _own_device(environment.RankEnvironment.read(os.environ))
+        self.device = _own_device(self._place())
         self.config.check_world(self.world_size)
         self.accumulated_gradient = self.config.accumulated_gradient(self.world_size)
         self.groups = ParallelGroups.make(
@@ -491,150 +502,6 @@ class StrategyBase(ABC):
         """Wait for the device, and give back memory that the allocator keeps unused."""
         memory.sync_and_clear_cache(self.device)
 
-    # -- Inference engine ---------------------------------------------------------------------------------------------
-
-    @property
-    def inference_engine_status(self) -> engines.EngineStatus:
-        """``absent``, ``awake``, ``asleep`` or ``dead``."""
-        if self.inference_engine is None:
-            return engines.EngineStatus.ABSENT
-        return engines.EngineStatus(self.inference_engine.status)
-
-    def setup_inference_engine(
-        self,
-        args: Any = None,
-        engine_type: str | None = None,
-        actor: Any = None,  # noqa: ARG002 - adapters of engines take it
-    ) -> Any:
-        """Start the engine, awake. *Collective*.
-
-        Args:
-            args: settings; those of the strategy if ``None``.
-            engine_type: ``"vllm"`` or ``"sglang"``; as the settings say if ``None``.
-            actor: whose weights it will get; what ``args.pretrain`` names if ``None``.
-
-        Returns:
-            The engine, also in ``strategy.inference_engine``.
-
-        Raises:
-            EngineStateError: there is one already.
-            ConfigError: there is no such engine, or its package is missing.
-        """
-        if self.inference_engine_status not in (engines.EngineStatus.ABSENT, engines.EngineStatus.DEAD):
-            raise EngineStateError(
-                f"this strategy has an inference engine already ({self.inference_engine_type}): shut it down before "
-                "setting up another one"
-            )
-        config = self.config if args is None else StrategyConfig.from_args(args)
-        chosen = engines.check_engine_type(engine_type or config.engine_type)
-        self.inference_engine = engines.start(chosen)
-        self.inference_engine_type = chosen
-        return self.inference_engine
-
-    def _engine(self, purpose: str) -> Any:
-        if self.inference_engine is None:
-            raise EngineStateError(f"{purpose} needs an inference engine: call strategy.setup_inference_engine() first")
-        return self.inference_engine
-
-    def update_engine_weights(self, actor: torch.nn.Module) -> None:
-        """Send the weights of ``actor`` to the engine, which is woken for it. *Collective*.
-
-        Raises:
-            EngineStateError: there is no engine.
-            WeightSyncError: what the engine holds afterwards is not what was sent.
-        """
-        from lightrft.strategy import weight_sync
-
-        engine = self._engine("update_engine_weights")
-        self.drop_partial_accumulation(actor)
-        bucket_bytes = self.config.engine_update_bucket_mb << 20
-        ranks = Ranks(rank=self.get_rank(), world_size=self.world_size)
-        with ranks.together("the engine was not woken", EngineStateError):
-            self.wakeup_inference_engine()
-        with ranks.together("weights were not sent", WeightSyncError):
-            weight_sync.send(engine, self.full_parameters(actor), bucket_bytes=bucket_bytes)
-
-    def gather_and_generate(
-        self,
-        sampling_params: Any,
-        all_prompt_token_ids: Sequence[Sequence[int]] | None = None,
-        all_prompts: Sequence[str] | None = None,
-        all_images: Sequence[Any] | None = None,
-        sleep_engine: bool = True,
-        images_num: Sequence[int] | None = None,
-    ) -> list[Any]:
-        """Generate for the prompts of this rank, together with the ranks of its engine group. *Collective*.
-
-        Args:
-            sampling_params: the same on all ranks of the group.
-            all_prompt_token_ids: prompts of this rank as token ids; any number, none included.
-            all_prompts: or as text.
-            all_images: images of the prompts, in order.
-            sleep_engine: put the engine to sleep afterwards.
-            images_num: how many images each prompt has.
-
-        Returns:
-            The completions of this rank's prompts, in their order.
-        """
-        from lightrft.strategy import requests, rollout
-
-        engine = self._engine("gather_and_generate")
-
-        def mine() -> list[requests.Request]:
-            self.wakeup_inference_engine()  # here, so that a rank on which it fails keeps no other one waiting
-            return requests.requests_of(all_prompt_token_ids, all_prompts, all_images, images_num)
-
-        try:
-            return rollout.gather_and_generate(
-                engine,
-                mine,
-                sampling_params,
-                group=self.engine_mp_group,
-                device=self.device,
-            )
-        finally:
-            if sleep_engine:
-                self.maybe_sleep_inference_engine()
-
-    def engine_generate_local(
-        self, sampling_params: Any, prompt_token_ids: Any = None, multi_modal_inputs: Any = None
-    ) -> list[Any]:
-        """Generate with the engine of this rank's group, without gathering: all its ranks pass the same prompts."""
-        from lightrft.strategy import requests
-
-        engine = self._engine("engine_generate_local")
-        if (prompt_token_ids is None) == (multi_modal_inputs is None):
-            raise ConfigError("engine_generate_local: pass prompt_token_ids or multi_modal_inputs, and not both")
-        mine = multi_modal_inputs if prompt_token_ids is None else requests.requests_of(prompt_token_ids)
-        return list(engine.generate(mine, sampling_params))
-
-    def wakeup_inference_engine(self) -> None:
-        """Wake the engine; nothing if it is awake, or if there is none."""
-        self.engines_wake_up([self.inference_engine])
-
-    def maybe_sleep_inference_engine(self) -> None:
-        """Put the engine to sleep if ``enable_engine_sleep``; nothing if it sleeps, or if there is none."""
-        if self.config.enable_engine_sleep:
-            self.engines_sleep([self.inference_engine])
-
-    def engines_sleep(self, engines_to_sleep: Any) -> None:
-        """Put each of several engines to sleep; ``None`` among them is passed over."""
-        for engine in engines.each_engine(engines_to_sleep):
-            engines.put_to_sleep(engine)
-
-    def engines_wake_up(self, engines_to_wake: Any) -> None:
-        """Wake each of several engines; ``None`` among them is passed over."""
-        for engine in engines.each_engine(engines_to_wake):
-            engines.wake(engine)
-
-
-def call_site(depth: int = 2) -> str:
-    """``file:line`` of the first caller outside this package, for messages about pairs of calls."""
-    frame = sys._getframe(depth)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("lightrft.strategy"):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
 
 def _own_device(where: environment.RankEnvironment) -> torch.device:
     """The GPU of this process, or the CPU on a machine without any."""
@@ -643,15 +510,3 @@ def _own_device(where: environment.RankEnvironment) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", where.device_index(torch.cuda.device_count()))
-
-
-def check_model(model: object) -> None:
-    """Refuse what is no ``torch.nn.Module``.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    import torch
-
-    if not isinstance(model, torch.nn.Module):
-        raise ConfigError(f"expected a torch.nn.Module, got {type(model).__name__}")

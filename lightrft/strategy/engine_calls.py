@@ -1,0 +1,187 @@
+"""What a strategy does with its inference engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
+from lightrft.strategy import engine as engines
+from lightrft.strategy import requests, rollout, weight_sync
+from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.engine_settings import EngineSettings
+from lightrft.strategy.utils.agreement import Ranks
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+__all__ = ["EngineCalls"]
+
+_GONE = (engines.EngineStatus.ABSENT, engines.EngineStatus.DEAD)
+
+
+class EngineCalls(ABC):
+    """The part of ``StrategyBase`` that speaks of inference engines; what it needs of the rest is declared here."""
+
+    config: StrategyConfig
+    device: torch.device
+    engine_mp_group: ProcessGroup | None
+    inference_engine: Any
+    inference_engine_type: str | None
+
+    @abstractmethod
+    def drop_partial_accumulation(self, model: torch.nn.Module) -> int:
+        """See ``StrategyBase``."""
+
+    @abstractmethod
+    def full_parameters(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """See ``StrategyBase``."""
+
+    @property
+    def inference_engine_status(self) -> engines.EngineStatus:
+        """``absent``, ``awake``, ``asleep`` or ``dead``."""
+        return engines.status_of(self.inference_engine)
+
+    def setup_inference_engine(
+        self,
+        args: Any = None,
+        engine_type: str | None = None,
+        actor: torch.nn.Module | None = None,
+    ) -> Any:
+        """Start the engine, awake. *Collective*.
+
+        Args:
+            args: settings; those of the strategy if ``None``.
+            engine_type: ``"vllm"`` or ``"sglang"``; as the settings say if ``None``.
+            actor: whose weights it gets at once; if ``None``, it has those of ``args.pretrain``.
+
+        Returns:
+            The engine, also in ``strategy.inference_engine``.
+
+        Raises:
+            EngineStateError: there is one already.
+            ConfigError: there is no such engine, or its package is missing.
+        """
+        if self.inference_engine_status not in _GONE:
+            raise EngineStateError(
+                f"this strategy has an inference engine already ({self.inference_engine_type}): shut it down before "
+                "setting up another one"
+            )
+        config = self.config if args is None else StrategyConfig.from_args(args)
+        chosen = engines.check_engine_type(engine_type or config.engine_type)
+        settings = EngineSettings.of(config, device=self.device, group=self.engine_mp_group)
+        self.inference_engine = engines.start(chosen, settings)
+        self.inference_engine_type = chosen
+        if actor is not None:
+            self.update_engine_weights(actor)
+        return self.inference_engine
+
+    def _engine(self, purpose: str) -> Any:
+        if self.inference_engine_status in _GONE:
+            raise EngineStateError(
+                f"{purpose} needs an inference engine, which is {self.inference_engine_status}: call "
+                "strategy.setup_inference_engine() first"
+            )
+        return self.inference_engine
+
+    def update_engine_weights(self, actor: torch.nn.Module) -> None:
+        """Send the weights of ``actor`` to the engine, which is woken for it. *Collective*.
+
+        Raises:
+            EngineStateError: there is no engine.
+            WeightSyncError: what the engine holds afterwards is not what was sent.
+        """
+        engine = self._engine("update_engine_weights")
+        self.drop_partial_accumulation(actor)
+        bucket_bytes = self.config.engine_update_bucket_mb << 20
+        ranks = Ranks()
+        with ranks.together("the engine was not woken", EngineStateError):
+            self.wakeup_inference_engine()
+        with ranks.together("weights were not sent", WeightSyncError):
+            weight_sync.send(engine, self.full_parameters(actor), bucket_bytes=bucket_bytes)
+
+    def gather_and_generate(
+        self,
+        sampling_params: Any,
+        all_prompt_token_ids: Sequence[Sequence[int]] | None = None,
+        all_prompts: Sequence[str] | None = None,
+        all_images: Sequence[Any] | None = None,
+        sleep_engine: bool = True,
+        images_num: Sequence[int] | None = None,
+    ) -> list[Any]:
+        """Generate for the prompts of this rank, together with the ranks of its engine group. *Collective*.
+
+        Args:
+            sampling_params: the same on all ranks of the group.
+            all_prompt_token_ids: prompts of this rank as token ids; any number, none included.
+            all_prompts: or as text.
+            all_images: images of the prompts, in order.
+            sleep_engine: put the engine to sleep afterwards.
+            images_num: how many images each prompt has.
+
+        Returns:
+            The completions of this rank's prompts, in their order.
+        """
+        engine = self._engine("gather_and_generate")
+
+        def mine() -> list[requests.Request]:
+            self.wakeup_inference_engine()  # here, so that a rank on which it fails keeps no other one waiting
+            return requests.requests_of(all_prompt_token_ids, all_prompts, all_images, images_num)
+
+        try:
+            return rollout.gather_and_generate(
+                engine,
+                mine,
+                sampling_params,
+                group=self.engine_mp_group,
+                device=self.device,
+            )
+        finally:
+            if sleep_engine:
+                self.maybe_sleep_inference_engine()
+
+    def engine_generate_local(
+        self, sampling_params: Any, prompt_token_ids: Any = None, multi_modal_inputs: Any = None
+    ) -> list[Any]:
+        """Generate with the engine of this rank's group, without gathering: all its ranks pass the same prompts.
+
+        Args:
+            sampling_params: the same on all ranks of the group.
+            prompt_token_ids: one list of token ids for each prompt.
+            multi_modal_inputs: or one mapping for each prompt, as vLLM takes it: ``prompt_token_ids`` or ``prompt``,
+                and ``multi_modal_data`` with ``image`` and ``video``.
+
+        Raises:
+            ConfigError: both or none of them are given.
+        """
+        engine = self._engine("engine_generate_local")
+        if (prompt_token_ids is None) == (multi_modal_inputs is None):
+            raise ConfigError("engine_generate_local: pass prompt_token_ids or multi_modal_inputs, and not both")
+        mine = (
+            requests.requests_of(prompt_token_ids)
+            if multi_modal_inputs is None
+            else [requests.request_of(one) for one in multi_modal_inputs]
+        )
+        self.wakeup_inference_engine()
+        return list(engine.generate(mine, sampling_params))
+
+    def wakeup_inference_engine(self) -> None:
+        """Wake the engine; nothing if it is awake, or if there is none."""
+        self.engines_wake_up([self.inference_engine])
+
+    def maybe_sleep_inference_engine(self) -> None:
+        """Put the engine to sleep if ``enable_engine_sleep``; nothing if it sleeps, or if there is none."""
+        if self.config.enable_engine_sleep:
+            self.engines_sleep([self.inference_engine])
+
+    def engines_sleep(self, engines_to_sleep: Any) -> None:
+        """Put each of several engines to sleep; ``None`` among them is passed over."""
+        for engine in engines.each_engine(engines_to_sleep):
+            engines.put_to_sleep(engine)
+
+    def engines_wake_up(self, engines_to_wake: Any) -> None:
+        """Wake each of several engines; ``None`` among them is passed over."""
+        for engine in engines.each_engine(engines_to_wake):
+            engines.wake(engine)

@@ -1,0 +1,84 @@
+"""What an adapter needs to know to start its engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightrft.errors import ConfigError
+from lightrft.strategy.sources import ReadOnlyMapping
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+    from lightrft.strategy.config import StrategyConfig
+
+__all__ = ["EngineSettings"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """Settings of one engine, the same on all ranks of its group but for ``group``.
+
+    Attributes:
+        model: path or name of the model whose weights the engine has at first.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``: that of the training, which the weights will have.
+        tp_size: ranks that share the engine.
+        memory_share: of the GPU, that the engine may use.
+        max_model_len: most tokens of a prompt and its completion together.
+        max_tokens: most tokens of a completion that does not say how many.
+        seed: of the strategy.
+        sleeps: whether the engine will be put to sleep.
+        device: of this rank.
+        group: the ranks that share the engine; ``None`` for a rank alone without a process group.
+        options: arguments for the engine's own constructor, which win over what follows from the rest.
+    """
+
+    model: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    tp_size: int
+    memory_share: float
+    max_model_len: int
+    max_tokens: int
+    seed: int
+    sleeps: bool
+    device: torch.device
+    group: dist.ProcessGroup | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, config: StrategyConfig, *, device: torch.device, group: dist.ProcessGroup | None, model: str | None = None
+    ) -> EngineSettings:
+        """Those that follow from the settings of a strategy.
+
+        Args:
+            config: its entry ``engine_options``, a mapping, gives ``options``.
+            device: of this rank.
+            group: the ranks that share the engine.
+            model: instead of ``config.pretrain``.
+
+        Raises:
+            ConfigError: nothing names the model, or ``engine_options`` is no mapping.
+        """
+        name = model or config.pretrain
+        if name is None:
+            raise ConfigError("the engine needs a model: set pretrain to its path or name")
+        options = config.get_extra_arg("engine_options") or {}
+        if not isinstance(options, Mapping):
+            raise ConfigError(f"engine_options is {options!r:.100}: expected a mapping of the engine's own arguments")
+        return cls(
+            model=name,
+            dtype="bfloat16" if config.bf16 else "float16" if config.fp16 else "float32",
+            tp_size=config.engine_tp_size,
+            memory_share=config.engine_mem_util,
+            max_model_len=config.prompt_max_len + config.generate_max_len,
+            max_tokens=config.generate_max_len,
+            seed=config.seed,
+            sleeps=config.enable_engine_sleep,
+            device=device,
+            group=group,
+            options=ReadOnlyMapping(options),
+        )

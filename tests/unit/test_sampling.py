@@ -1,0 +1,97 @@
+"""Sampling parameters: ours, and what engines make of them."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from lightrft.errors import ConfigError
+from lightrft.strategy.sampling import SamplingParams
+
+
+class Vllm:
+    """Constructor and attributes as of the engine's class."""
+
+    __module__ = "vllm.sampling_params"
+
+    def __init__(self, n=1, temperature=1.0, max_tokens=16, logprobs=None, seed=None, stop=None, top_k=0, bad_words=()):
+        self.__dict__.update({name: value for name, value in locals().items() if name != "self"})
+        self._private = "not ours"
+
+
+class Sglang:
+    __module__ = "sglang.srt.sampling.sampling_params"
+
+    def __init__(self, max_new_tokens=128, temperature=1.0, n=1, sampling_seed=None, stop=None, regex=None):
+        if regex == "(":
+            raise ValueError("unbalanced")
+        self.max_new_tokens, self.temperature, self.n = max_new_tokens, temperature, n
+        self.sampling_seed, self.stop_strs, self.regex = sampling_seed, stop, regex
+
+
+def test_the_names_of_both_engines_mean_the_same():
+    ours = SamplingParams(n=2, temperature=0.5, max_tokens=7, seed=3, stop=("a",), logprobs=True)
+    plain = {"n": 2, "temperature": 0.5, "seed": 3, "stop": "a", "logprobs": 0}
+    assert SamplingParams.of({**plain, "max_tokens": 7}) == ours
+    assert SamplingParams.of({**plain, "max_new_tokens": 7}) == ours
+    assert SamplingParams.of(Vllm(2, 0.5, 7, logprobs=0, seed=3, stop=["a"])) == ours
+    assert SamplingParams.of(ours) is ours
+    assert SamplingParams.of(None) == SamplingParams()
+
+
+@pytest.mark.parametrize("given", [Vllm(3, 0.5, 7, 0, 1, ["a", "b"]), Sglang(7, 0.5, 3, 1, ["a"], regex="x*")])
+def test_an_object_comes_back_as_it_was(given):
+    params = SamplingParams.of(given)
+    if isinstance(given, Vllm):
+        assert vars(params.to_vllm(Vllm)) == vars(given)
+    else:
+        assert vars(Sglang(**params.to_sglang(Sglang))) == vars(given)
+
+
+def test_what_an_engine_lacks_is_named():
+    params = SamplingParams(options={"bad_words": ["x"]}, max_tokens=7)
+    assert params.to_vllm(Vllm).bad_words == ["x"]
+    with pytest.raises(ConfigError, match="SGLang has no bad_words; it knows max_new_tokens, temperature"):
+        params.to_sglang(Sglang)
+    with pytest.raises(ConfigError, match="vLLM has no min_p"):
+        SamplingParams(min_p=0.5).to_vllm(Vllm)
+    with pytest.raises(ConfigError, match="SGLang refuses them: unbalanced"):
+        SamplingParams.of({"regex": "("}).to_sglang(Sglang)
+    with pytest.raises(ConfigError, match="max_new_tokens is given twice for SGLang"):
+        SamplingParams(max_tokens=2, options={"max_new_tokens": 3}).to_sglang(Sglang)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"n": 0}, "n=0: expected at least 1"),
+        ({"temperature": -1}, "temperature=-1: expected 0 or more"),
+        ({"top_p": 0}, "top_p=0: expected above 0, at most 1"),
+        ({"top_p": 1.5, "top_k": -2}, "top_p=1.5.*; top_k=-2"),
+        ({"max_tokens": 0}, "max_tokens=0: expected at least 1"),
+        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens=4: expected 0 to max_tokens"),
+        ({"temperature": 0, "n": 2}, "all samples would be the same"),
+        ({"options": {"n": 2}}, "options has n, which"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        SamplingParams(**given)
+
+
+def test_what_is_none_is_refused():
+    with pytest.raises(ConfigError, match="is a SimpleNamespace: expected SamplingParams"):
+        SamplingParams.of(SimpleNamespace(n=1))
+    with pytest.raises(ConfigError, match="max_new_tokens and max_tokens mean the same"):
+        SamplingParams.of({"max_tokens": 1, "max_new_tokens": 2})
+
+
+def test_no_log_probs_unless_asked_for():
+    assert [SamplingParams.of({"logprobs": given}).logprobs for given in (None, False, 0, 1, True)] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert SamplingParams(logprobs=True).to_vllm(Vllm).logprobs == 0
+    assert "logprobs" not in SamplingParams(logprobs=True).to_sglang(Sglang)
