@@ -113,7 +113,7 @@ def start_child(module: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def read_child(child: subprocess.Popen[str]) -> Any:
-    """Wait for the end of a child and return the JSON that it printed."""
+    """Wait for the end of a child and return the JSON in its last line; libraries may have logged before it."""
     try:
         output, _ = child.communicate(timeout=CHILD_LIMIT_S)
     except subprocess.TimeoutExpired:
@@ -121,7 +121,7 @@ def read_child(child: subprocess.Popen[str]) -> Any:
         raise
     if child.returncode != 0:
         raise RuntimeError(f"{child.args}: exit status {child.returncode}")
-    return json.loads(output) if output else None
+    return json.loads(output.splitlines()[-1]) if output else None
 
 
 def in_fresh_process(module: str, *arguments: str) -> Any:

@@ -36,7 +36,7 @@ MOVES = {
     "wake weights": lambda made: made.wake_up(["weights"], lambda tags: None),
     "wake kv_cache": lambda made: made.wake_up(["kv_cache"], lambda tags: None),
     "update": lambda made: made.update(made.weight_version + 1, lambda: None),
-    "update fails": lambda made: update_that_fails(made),
+    "update fails": update_that_fails,
     "end": lambda made: made.end("was shut down"),
 }
 
