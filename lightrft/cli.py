@@ -234,12 +234,14 @@ def _load_the_simulator() -> None:
     gc.disable()
     try:
         import lightrft.sim.world  # noqa: F401
+        from lightrft.sim.frozen import freeze_for_good
     finally:
         gc.enable()
+    freeze_for_good()
 
 
 def _spare_the_end() -> None:
-    """Collect garbage once. The interpreter would look through everything several times before it ends."""
+    """Collect the garbage of the script. The interpreter would look through everything several times as it ends."""
     gc.collect()
     gc.freeze()
 

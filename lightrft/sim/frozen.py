@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["freeze_imports", "frozen_heap"]
+__all__ = ["freeze_for_good", "freeze_imports", "frozen_heap"]
 
 
 @contextmanager
@@ -22,6 +22,12 @@ def frozen_heap() -> Iterator[None]:
     finally:
         _frozen_here.clear()
         gc.unfreeze()
+
+
+def freeze_for_good() -> None:
+    """The same, for a process that does nothing but one run: nothing is looked through again at its end."""
+    gc.freeze()
+    _frozen_here.append(True)
 
 
 def freeze_imports() -> None:
