@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightrft.errors import ConfigError
+from lightrft.errors import ConfigError, WeightSyncError
 from lightrft.strategy.engine_state import EngineState, EngineStatus
 from lightrft.strategy.requests import Completion, Request, request_of
 from lightrft.strategy.sampling import SamplingParams
@@ -85,6 +85,10 @@ class RolloutEngine(ABC):
     def reset_caches(self) -> None:
         """Forget whatever was computed with former weights."""
 
+    def fingerprints(self) -> Mapping[str, str] | None:
+        """The ``fingerprint`` of each weight that the engine holds, by name; ``None`` if it cannot tell."""
+        return None
+
     @abstractmethod
     def shutdown(self) -> None:
         """End the engine. It is ``DEAD`` afterwards."""
@@ -126,7 +130,12 @@ class StatefulEngine(RolloutEngine):
 
     def update_weights(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], version: int) -> None:
         """See ``RolloutEngine``."""
-        self.state.update(version, lambda: self._load(buckets))
+        self.state.update(version, lambda: self._load_all(iter(buckets)))
+
+    def _load_all(self, buckets: Iterator[Sequence[tuple[str, torch.Tensor]]]) -> None:
+        self._load(buckets)
+        if next(buckets, None) is not None:
+            raise WeightSyncError(f"{self.state.name} stopped reading before the last bucket")
 
     def reset_caches(self) -> None:
         """See ``RolloutEngine``."""
@@ -152,7 +161,7 @@ class StatefulEngine(RolloutEngine):
         """Take what ``tags`` name, all of them asleep."""
 
     @abstractmethod
-    def _load(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]]) -> None:
+    def _load(self, buckets: Iterator[Sequence[tuple[str, torch.Tensor]]]) -> None:
         """Replace the weights."""
 
     @abstractmethod

@@ -217,11 +217,12 @@ class StrategyBase(EngineCalls):
 
     @abstractmethod
     def full_parameters(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """The whole parameters of ``model``, one after the other, each only until the next is asked for. *Collective*.
+        """The whole parameters of ``model``, one after the other, gathered when they are asked for. *Collective*.
 
         Yields:
-            The name in a checkpoint, and the tensor, whole on every rank, in the dtype that the model computes in. A
-            parameter that is tied to another one comes once.
+            The name, and the tensor, whole on every rank, in the dtype that the model computes in. It may be the
+            parameter itself: to be read only, and before the next step. A parameter that is tied to another one comes
+            once.
         """
 
     def prepare_reward_model(self, reward_model: Any, shard_size: int = -1) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightrft.errors import ConfigError, WeightSyncError
+from lightrft.strategy.utils.fingerprints import fingerprint
 
 if TYPE_CHECKING:
     from lightrft.strategy.engine import RolloutEngine
@@ -19,8 +20,8 @@ __all__ = ["Sent", "in_buckets", "send"]
 
 Named = tuple[str, Tensor]
 
-_ALIGNMENT = 16
-"""Bytes: every dtype may begin there."""
+_POISON = "LIGHTRFT_POISON_BUCKETS"
+"""Set by the simulator, so that an engine that keeps a bucket's tensors is found out."""
 
 
 @dataclass(kw_only=True)
@@ -43,25 +44,23 @@ class Sent:
 def in_buckets(
     parameters: Iterable[Named], limit: int, *, dtype: torch.dtype | None = None, poison: bool = False
 ) -> Iterator[list[Named]]:
-    """Copy ``parameters`` into buckets, one after the other.
+    """Parameters in buckets of at most ``limit`` bytes, one after the other; a larger one has a bucket to itself.
 
-    All buckets use the same memory: the tensors of one are good until the next is asked for. So no more than one
-    bucket, and the one tensor that is being copied into it, exist at a time. A tensor larger than ``limit`` has a
-    bucket to itself, of its size.
+    Nothing is copied that has the right dtype. A bucket is good until the next is asked for, and forgotten then: no
+    more than one, and the tensor after it, exist at a time.
 
     Args:
-        parameters: names and whole tensors; each may be freed as soon as the next is asked for.
+        parameters: names and whole tensors, each good for as long as it is kept.
         limit: bytes of a bucket.
         dtype: of floating-point tensors in the buckets; as they are if ``None``.
-        poison: fill a bucket with 0xFF bytes (NaN as floating point) once it has been used, so that a reader who is
-            not done reads no plausible numbers.
+        poison: send copies, and fill them with 0xFF bytes (NaN as floating point) once they are used, so that a reader
+            who is not done reads no plausible numbers.
 
     Raises:
         ConfigError: ``limit`` is below 1.
     """
     if limit < 1:
         raise ConfigError(f"a bucket of {limit} bytes: expected 1 at least")
-    memory = torch.empty(0, dtype=torch.uint8)
     bucket: list[Named] = []
     used = 0
     for name, tensor in parameters:
@@ -69,19 +68,20 @@ def in_buckets(
         size = tensor.numel() * wanted.itemsize
         if bucket and used + size > limit:
             yield bucket
+            _spent(bucket, poison)
             bucket, used = [], 0
-            if poison:
-                memory.fill_(255)
-        if memory.numel() < used + size or memory.device != tensor.device:
-            memory = torch.empty(max(limit, size), dtype=torch.uint8, device=tensor.device)
-        view = memory[used : used + size].view(wanted).view(tensor.shape)
-        view.copy_(tensor.detach())
-        bucket.append((name, view))
-        used = -(-(used + size) // _ALIGNMENT) * _ALIGNMENT
+        bucket.append((name, tensor.detach().to(wanted, copy=poison)))
+        used += size
     if bucket:
         yield bucket
-        if poison:
-            memory.fill_(255)
+        _spent(bucket, poison)
+
+
+def _spent(bucket: list[Named], poison: bool) -> None:
+    if poison:
+        for _, tensor in bucket:
+            tensor.view(-1).view(torch.uint8).fill_(255)
+    bucket.clear()
 
 
 def send(
@@ -90,40 +90,30 @@ def send(
     *,
     bucket_bytes: int,
     dtype: torch.dtype | None = None,
-    rename: Callable[[str], str] = str,
-    expected: Sequence[str] | None = None,
-    poison: bool = False,
+    verify: bool = False,
 ) -> Sent:
     """Replace the weights of ``engine``. *Collective*.
 
     Args:
-        engine: awake, or at least its weights.
-        parameters: all of them: names of the trainer, whole tensors.
+        engine: with its weights awake.
+        parameters: all of them: names of a checkpoint, whole tensors.
         bucket_bytes: see ``in_buckets``.
-        dtype: of the engine's weights.
-        rename: from the trainer's name to that of a checkpoint.
-        expected: names of a checkpoint that the engine needs; not checked if ``None``.
-        poison: see ``in_buckets``.
+        dtype: of the engine's weights; as the parameters are if ``None``.
+        verify: compare what the engine holds afterwards with what was sent, bit by bit.
 
     Raises:
-        WeightSyncError: names are missing, unexpected or come twice, or the engine did not read them all; nothing tells
-            then what it holds.
+        ConfigError: the engine cannot tell what it holds, which ``verify`` needs.
+        WeightSyncError: names are missing, unexpected or come twice, or the engine did not read them all: it is stale
+            then. Or it holds something else.
     """
+    if verify and engine.fingerprints() is None:
+        raise ConfigError(f"{type(engine).__name__} cannot tell which weights it holds: leave verify=True out")
     sent = Sent(version=engine.weight_version + 1)
-
-    def named() -> Iterator[Named]:
-        for name, tensor in parameters:
-            new = rename(name)
-            sent.names.append(new)
-            sent.bytes += tensor.numel() * tensor.element_size()
-            yield new, tensor
-
-    def counted() -> Iterator[list[Named]]:
-        for bucket in in_buckets(named(), bucket_bytes, dtype=dtype, poison=poison):
-            sent.buckets += 1
-            yield bucket
-
-    buckets = counted()
+    digests: dict[str, str] | None = {} if verify else None
+    poison = os.environ.get(_POISON) == "1"
+    buckets = _counted(
+        sent, in_buckets(_noted(sent, parameters, digests, dtype), bucket_bytes, dtype=dtype, poison=poison)
+    )
     try:
         engine.update_weights(buckets, sent.version)
         unread = next(buckets, None)
@@ -134,32 +124,36 @@ def send(
         raise WeightSyncError(
             f"the engine stopped reading after bucket {sent.buckets - 1}: it holds a part of the weights"
         )
-    _check_coverage(sent.names, expected)
     engine.reset_caches()
+    if digests is not None:
+        _compare(digests, engine.fingerprints() or {})
     return sent
 
 
-def _check_coverage(names: Sequence[str], expected: Sequence[str] | None) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) != len(names) else []
-    missing = sorted(set(expected or ()) - set(names))
-    unexpected = sorted(set(names) - set(expected)) if expected is not None else []
-    problems = [
-        f"{kind}: {', '.join(found[:5])}" + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-        for kind, found in (("missing", missing), ("unexpected", unexpected), ("sent twice", twice))
-        if found
-    ]
-    if problems:
-        raise WeightSyncError(
-            f"the weights that were sent are not those of the engine: {'; '.join(problems)}. Check that actor and "
-            "engine are of the same model, and how names are mapped"
-        )
+def _noted(
+    sent: Sent, parameters: Iterable[Named], digests: dict[str, str] | None, dtype: torch.dtype | None
+) -> Iterator[Named]:
+    """``parameters``, written down in ``sent``, and their digests, if they are wanted, in ``digests``."""
+    seen: set[str] = set()
+    for name, tensor in parameters:
+        if name in seen:
+            raise WeightSyncError(f"{name} was sent twice: names of the trainer are mapped to the same one")
+        seen.add(name)
+        sent.names.append(name)
+        sent.bytes += tensor.numel() * tensor.element_size()
+        if digests is not None:
+            digests[name] = fingerprint(tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor)
+        yield name, tensor
 
 
-def fingerprint(parameters: Iterable[Named]) -> dict[str, str]:
-    """A short digest of each tensor's bytes, by name: equal if and (almost surely) only if the bytes are."""
-    return {
-        name: hashlib.blake2b(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), digest_size=8
-        ).hexdigest()
-        for name, tensor in parameters
-    }
+def _counted(sent: Sent, buckets: Iterable[list[Named]]) -> Iterator[list[Named]]:
+    for bucket in buckets:
+        sent.buckets += 1
+        yield bucket
+
+
+def _compare(sent: Mapping[str, str], held: Mapping[str, str]) -> None:
+    other = [name for name, digest in sent.items() if held.get(name) != digest]
+    if other:
+        named = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
+        raise WeightSyncError(f"the engine holds other weights than were sent: {named}")

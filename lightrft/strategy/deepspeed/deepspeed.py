@@ -164,7 +164,7 @@ class DeepspeedStrategy(BackendStrategy):
     def full_parameters(self, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """As in ``StrategyBase``; at stage 3 one parameter is gathered at a time."""
         for name, parameter in parameters.full(self.prepared.of(model).module):
-            yield name, parameter.data
+            yield name, parameter.data.clone() if parameters.is_partitioned(parameter) else parameter.data
 
     # -- Memory -------------------------------------------------------------------------------------------------------
 

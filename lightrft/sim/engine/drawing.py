@@ -1,0 +1,135 @@
+"""Logits to tokens: penalties, temperature, top-k, top-p, min-p, and the draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightrft.sim.engine.numbers import mixed, uniform
+
+if TYPE_CHECKING:
+    from lightrft.sim.engine.samples import Sample
+    from lightrft.strategy.sampling import SamplingParams
+
+__all__ = ["Drawer", "Step"]
+
+_NEVER = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The next token of each sample, (B,), and its log-probs before and after what the parameters change, (B,)."""
+
+    tokens: Tensor
+    raw: Tensor
+    processed: Tensor
+
+
+class Drawer:
+    """Draws the next token of each of B samples; what it draws for one depends on that one alone.
+
+    Args:
+        samples: B of them.
+        ends: token ids that end a completion of each, of the model and of the parameters; not drawn before
+            ``min_tokens``.
+    """
+
+    def __init__(self, samples: Sequence[Sample], ends: Sequence[frozenset[int]]) -> None:
+        params = [sample.params for sample in samples]
+        self._samples = samples
+        self._params = params
+        self._ends = ends
+        self._seeds = np.array([sample.seed % 2**64 for sample in samples], dtype=np.uint64)
+        self._greedy = torch.tensor([each.temperature == 0 for each in params])
+        self._all_greedy = bool(self._greedy.all())
+        self._plain = all(each.temperature in (0, 1) for each in params)
+        self._temperature = torch.tensor([each.temperature or 1.0 for each in params], dtype=torch.float64).unsqueeze(1)
+        self._cut = any(each.top_k > 0 or each.top_p < 1 or each.min_p > 0 for each in params)
+        self._special = [
+            row for row, each in enumerate(params) if _penalises(each) or each.logit_bias or each.min_tokens
+        ]
+
+    def keep(self, rows: Sequence[int]) -> Drawer:
+        """The same for some of the samples, in this order."""
+        return Drawer([self._samples[row] for row in rows], [self._ends[row] for row in rows])
+
+    def draw(self, logits: Tensor, drawn: Sequence[Sequence[int]]) -> Step:
+        """One step.
+
+        Args:
+            logits: (B, V), float64.
+            drawn: tokens of each sample so far.
+        """
+        raw = logits.log_softmax(-1)
+        changed = self._changed(logits, drawn)
+        if not self._plain:
+            changed = changed / self._temperature
+        if self._cut:
+            changed = _cut(changed, self._params)
+        processed = raw if changed is logits else changed.log_softmax(-1)
+        tokens = processed.argmax(-1)
+        if not self._all_greedy:
+            steps = np.array([len(each) for each in drawn], dtype=np.uint64)
+            tokens = torch.where(self._greedy, tokens, _inverse(processed.exp(), mixed(self._seeds, steps)))
+        chosen = tokens.unsqueeze(1)
+        return Step(tokens, raw.gather(1, chosen).squeeze(1), processed.gather(1, chosen).squeeze(1))
+
+    def _changed(self, logits: Tensor, drawn: Sequence[Sequence[int]]) -> Tensor:
+        if not self._special:
+            return logits
+        logits = logits.clone()
+        for row in self._special:
+            params = self._params[row]
+            _penalise(logits[row], params, self._samples[row].tokens, drawn[row])
+            for token, bias in (params.logit_bias or {}).items():
+                logits[row, int(token)] += bias
+            if len(drawn[row]) < params.min_tokens:
+                logits[row, sorted(self._ends[row])] = _NEVER
+        return logits
+
+
+def _penalises(params: SamplingParams) -> bool:
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
+
+
+def _penalise(logits: Tensor, params: SamplingParams, prompt: Sequence[int], drawn: Sequence[int]) -> None:
+    """Change the logits (V,) of one sample.
+
+    The repetition penalty (Keskar et al., 2019) counts prompt and completion, the others the completion alone.
+    """
+    if params.repetition_penalty != 1:
+        seen = sorted({*prompt, *drawn})
+        found = logits[seen]
+        logits[seen] = torch.where(found > 0, found / params.repetition_penalty, found * params.repetition_penalty)
+    if drawn:
+        tokens, counts = torch.tensor(drawn).unique(return_counts=True)
+        logits[tokens] -= params.frequency_penalty * counts + params.presence_penalty
+
+
+def _cut(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Forbid what ``min_p``, ``top_k`` and ``top_p`` forbid, in this order."""
+    size = logits.shape[1]
+    top_k = torch.tensor([each.top_k if 0 < each.top_k < size else size for each in params]).unsqueeze(1)
+    top_p = torch.tensor([each.top_p for each in params], dtype=torch.float64).unsqueeze(1)
+    min_p = torch.tensor([each.min_p for each in params], dtype=torch.float64).unsqueeze(1)
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    ordered = ordered.masked_fill(ordered < ordered[:, :1] + min_p.log(), _NEVER)
+    ordered = ordered.masked_fill(torch.arange(size) >= top_k, _NEVER)
+    probs = ordered.softmax(-1)
+    before = probs.cumsum(-1) - probs
+    ordered = ordered.masked_fill((before >= top_p) & (torch.arange(size) > 0), _NEVER)
+    return torch.empty_like(logits).scatter_(1, order, ordered)
+
+
+def _inverse(probs: Tensor, numbers: np.ndarray) -> Tensor:
+    """The token at which the cumulated probability passes a uniform number: (B, V) and (B,) to (B,)."""
+    cumulated = probs.cumsum(-1)
+    wanted = torch.from_numpy(uniform(numbers)).unsqueeze(1) * cumulated[:, -1:]
+    found = torch.searchsorted(cumulated, wanted, right=True).squeeze(1)
+    last = probs.shape[1] - 1 - (probs.flip(-1) > 0).to(torch.int8).argmax(-1)
+    return torch.minimum(found, last)

@@ -1,0 +1,89 @@
+"""What the core of the fake engine needs of a model, whatever it computes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lightrft.errors import WeightSyncError
+
+if TYPE_CHECKING:
+    from torch import Size, Tensor
+
+    from lightrft.sim.engine.samples import Drawn, Sample
+
+__all__ = ["LanguageModel"]
+
+
+class LanguageModel(ABC):
+    """Weights, and what is drawn with them.
+
+    Attributes:
+        vocabulary: how many tokens there are.
+        ends: tokens that end a completion.
+    """
+
+    vocabulary: int
+    ends: frozenset[int]
+
+    @abstractmethod
+    def shapes(self) -> Mapping[str, Size]:
+        """Names and shapes of the weights that a checkpoint of the model has; empty if they are not known."""
+
+    @abstractmethod
+    def optional(self) -> frozenset[str]:
+        """Names that a checkpoint may have or not: weights that are tied to others."""
+
+    @abstractmethod
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Copy one weight in; its name and shape fit."""
+
+    @abstractmethod
+    def drop(self) -> None:
+        """Destroy the weights: whatever is computed before they are put in again is NaN, or an error."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest of all weights as they were put in."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Empty the prefix cache."""
+
+    @abstractmethod
+    def forget_media(self) -> None:
+        """Empty the encoder cache."""
+
+    @abstractmethod
+    def draw(self, samples: Sequence[Sample]) -> list[Drawn]:
+        """A completion of each of ``samples``, which depends on the weights and on that sample alone."""
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], *, whole: bool = True) -> None:
+        """Put weights in.
+
+        Args:
+            weights: by the names of a checkpoint.
+            whole: whether all have to be there.
+
+        Raises:
+            WeightSyncError: one is unknown or has another shape, or one is missing. Those before it are in.
+        """
+        known = self.shapes()
+        seen = set()
+        for name, tensor in weights:
+            if known and name not in known:
+                raise WeightSyncError(f"{name} is no weight of this model, which has {_some(known)}")
+            if known and tensor.shape != known[name]:
+                raise WeightSyncError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(known[name])}")
+            self.put(name, tensor)
+            seen.add(name)
+        missing = [name for name in known if name not in seen and name not in self.optional()]
+        if whole and missing:
+            raise WeightSyncError(f"{len(missing)} weights are missing: {_some(missing)}")
+
+
+def _some(names: Iterable[str]) -> str:
+    several = list(names)
+    more = f" and {len(several) - 3} more" if len(several) > 3 else ""
+    return ", ".join(several[:3]) + more

@@ -1,0 +1,47 @@
+"""What the core of the fake engine is asked for, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from lightrft.strategy.sampling import SamplingParams
+
+__all__ = ["Drawn", "Sample"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One completion of one prompt, to be drawn.
+
+    Attributes:
+        tokens: of the prompt, one at least.
+        params: how to draw; ``max_tokens`` is set.
+        seed: 64 bits that choose among the completions that are possible; none counts where the temperature is 0.
+        media: digests of the images and videos of the prompt.
+    """
+
+    tokens: tuple[int, ...]
+    params: SamplingParams
+    seed: int = 0
+    media: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """A completion.
+
+    Attributes:
+        tokens: that were drawn, the one that ended it included.
+        raw: log-prob of each by the distribution of the model.
+        processed: the same by the one that it was drawn from.
+        finish_reason: ``"stop"`` at a token or text that ends, ``"length"`` at ``max_tokens``.
+        stop: the token or text of the parameters that ended it; ``None`` at the end token of the model.
+    """
+
+    tokens: tuple[int, ...]
+    raw: tuple[float, ...]
+    processed: tuple[float, ...]
+    finish_reason: Literal["stop", "length"]
+    stop: int | str | None = None
