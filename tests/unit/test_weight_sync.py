@@ -37,7 +37,7 @@ class Holder(StatefulEngine):
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8]
 tensors = st.builds(
-    lambda shape, dtype: torch.arange(0, max(1, torch.Size(shape).numel())).to(dtype)[: torch.Size(shape).numel()].view(shape),
+    lambda shape, dtype: torch.arange(torch.Size(shape).numel()).to(dtype).view(shape),
     st.lists(st.integers(0, 7), max_size=3),
     st.sampled_from(DTYPES),
 )  # fmt: skip
@@ -167,7 +167,7 @@ def test_an_engine_that_cannot_tell_what_it_holds_is_not_verified():
 def test_a_fingerprint_depends_on_every_bit_shape_and_dtype(tensor, data):
     plain = fingerprint(tensor)
     assert fingerprint(tensor.clone()) == plain
-    assert fingerprint(tensor.view(-1, 1)) != plain
+    assert fingerprint(tensor[None]) != plain
     if tensor.numel():
         place = data.draw(st.integers(0, tensor.numel() * tensor.itemsize - 1))
         other = tensor.clone()

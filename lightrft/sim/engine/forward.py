@@ -144,8 +144,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention to keys and values that heads share, which are read once and copied never.
 
-    ``query`` is (B, heads, Q, size of a head); ``key`` and ``value`` have fewer heads, and K tokens; the mask, (B, 1, Q,
-    K), is true where a query sees a key.
+    ``query`` is (B, heads, Q, size of a head); ``key`` and ``value`` have fewer heads, and K tokens; the mask is
+    (B, 1, Q, K), true where a query sees a key.
     """
     batch, heads, count, size = query.shape
     shared = key.shape[1]
