@@ -84,13 +84,13 @@ def test_a_completion_depends_on_weights_prompt_parameters_and_seed(kind, traine
     model = make(kind, folder, prefix_caching=False)
     long = {"max_tokens": 30, "ignore_eos": True}
     seen = [model.draw([sample([5, 6], **long)])[0].tokens]
-    for one in (
+    others = [
         sample([5, 7], **long),
         sample([5, 6], seed=1, **long),
         sample([5, 6], temperature=0.3, **long),
         sample([5, 6], temperature=0, **long),
-    ):
-        seen.append(model.draw([one])[0].tokens)
+    ]
+    seen += [one.tokens for one in model.draw(others)]
     name, tensor = next((name, tensor) for name, tensor in checkpoint_tensors(folder) if "q_proj.weight" in name)
     model.put(name, tensor * 2)
     seen.append(model.draw([sample([5, 6], **long)])[0].tokens)

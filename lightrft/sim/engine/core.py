@@ -34,7 +34,7 @@ class Core:
     def __init__(self, model: LanguageModel, name: str, ranks: Ranks) -> None:
         self.model = model
         self.state = EngineState(name)
-        self._ranks = ranks
+        self.ranks = ranks
 
     def generate(self, samples: Sequence[Sample]) -> list[Drawn]:
         """A completion of each sample, the same on all ranks of the group. *Collective* in the group.
@@ -47,13 +47,13 @@ class Core:
         return self.state.generate(lambda: self._generate(samples))
 
     def _generate(self, samples: Sequence[Sample]) -> list[Drawn]:
-        if self._ranks.world_size == 1:
+        if self.ranks.world_size == 1:
             return self.model.draw(samples)
-        with self._ranks.together("ranks of one engine cannot generate", EngineStateError) as asked:
+        with self.ranks.together("ranks of one engine cannot generate", EngineStateError) as asked:
             asked.mine = self._question(samples)
         self._check_same(asked.all)
-        with self._ranks.together("generation failed", EngineStateError) as answer:
-            if self._ranks.rank == 0:
+        with self.ranks.together("generation failed", EngineStateError) as answer:
+            if self.ranks.rank == 0:
                 answer.mine = self.model.draw(samples)
         found: list[Drawn] = answer.all[0]
         return found

@@ -23,7 +23,7 @@ _END_ODDS = 64
 """One token in so many ends a completion."""
 
 _BASE = np.uint64(0x2545F4914F6CDD1D)
-_TOKEN, _LOG_PROB, _END = (np.uint64(salt) for salt in (1, 2, 3))
+_TOKEN, _LOG_PROB, _END = 1, 2, 3
 
 
 class HashModel(LanguageModel):

@@ -47,7 +47,7 @@ class TransformerModel(LanguageModel):
         try:
             config = AutoConfig.from_pretrained(path)
             with torch.random.fork_rng(devices=[]):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)  # type: ignore[no-untyped-call]
         except (OSError, ValueError) as error:
             raise ConfigError(f"the fake engine cannot build the model in {path}: {error}") from error
         self._model = model.eval().requires_grad_(False)
@@ -163,7 +163,7 @@ class TransformerModel(LanguageModel):
         """Keys and values, and the logits of the last token, of the prompts; each prompt is computed once."""
         room = max(len(one.tokens) for one in samples) + max(one.params.max_tokens or 1 for one in samples)
         several = list(dict.fromkeys(one.tokens for one in samples))
-        cache = self._prefixes or {}
+        cache: PrefixCache | dict[tuple[int, ...], Any] = self._prefixes or {}
         known = [tokens for tokens in several if tokens in cache]
         new = [tokens for tokens in several if tokens not in cache]
         if not known:

@@ -1,0 +1,97 @@
+"""The model behind a face of the fake engine, from a folder or from nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lightrft.errors import ConfigError
+from lightrft.sim.engine.hash_model import HashModel
+from lightrft.sim.engine.transformer_model import TransformerModel, checkpoint_tensors
+
+if TYPE_CHECKING:
+    from lightrft.sim.engine.language_model import LanguageModel
+
+__all__ = ["Mode", "build", "engines_in", "model_config"]
+
+Mode = Literal["model", "hash"]
+
+_modes: list[Mode] = ["model"]
+
+
+@contextmanager
+def engines_in(mode: Mode) -> Iterator[None]:
+    """What engines that are made meanwhile compute."""
+    if mode not in ("model", "hash"):
+        raise ConfigError(f"the fake engine has no mode {mode!r}: expected 'model' or 'hash'")
+    _modes.append(mode)
+    try:
+        yield
+    finally:
+        _modes.pop()
+
+
+_VOCABULARY = 32_000
+"""Of a model of which nothing is known."""
+
+_DTYPES = {"float32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def model_config(path: str) -> Mapping[str, Any]:
+    """The configuration in the folder of a model; empty if there is none."""
+    file = Path(path) / "config.json"
+    found: Mapping[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return {**found, **(found.get("text_config") or {})}
+
+
+def build(path: str, dtype: str, *, prefix_caching: bool, dummy: bool = False) -> LanguageModel:
+    """The model in ``path``, with its weights.
+
+    In hash mode the folder need not be there: then the engine takes what the first update sends.
+
+    Args:
+        path: folder of the model.
+        dtype: of the engine's weights; ``"auto"`` is that of the configuration.
+        prefix_caching: whether prompts that were seen are remembered.
+        dummy: leave the weights at random values.
+
+    Raises:
+        ConfigError: the folder has no model, or no weights.
+    """
+    config = model_config(path)
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32") if dtype == "auto" else str(dtype)
+    precision = _DTYPES.get(name.removeprefix("torch."))
+    if precision is None:
+        raise ConfigError(f"dtype {dtype!r}: expected one of auto, {', '.join(_DTYPES)}")
+    if _modes[-1] == "hash":
+        return _hash_model(path, config, precision, prefix_caching)
+    if not config:
+        raise ConfigError(
+            f"there is no model in {path}: the fake engine in model mode needs its folder, with config.json and "
+            "weights; in hash mode it needs none"
+        )
+    model = TransformerModel(path, precision, prefix_caching=prefix_caching)
+    if not dummy:
+        if not any(Path(path).glob("*.safetensors")):
+            raise ConfigError(f"there are no weights (*.safetensors) in {path}; load_format='dummy' needs none")
+        model.load(checkpoint_tensors(path))
+    return model
+
+
+def _hash_model(path: str, config: Mapping[str, Any], dtype: torch.dtype, prefix_caching: bool) -> HashModel:
+    ends = config.get("eos_token_id")
+    weights = {name: tensor.to(dtype) for name, tensor in checkpoint_tensors(path)}
+    model = HashModel(
+        config.get("vocab_size") or _VOCABULARY,
+        frozenset([ends] if isinstance(ends, int) else ends or []),
+        shapes={name: tensor.shape for name, tensor in weights.items()},
+        optional=frozenset({"lm_head.weight"}) if config.get("tie_word_embeddings") else frozenset(),
+        prefix_caching=prefix_caching,
+    )
+    model.load(weights.items())
+    return model

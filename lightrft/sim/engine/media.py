@@ -1,0 +1,21 @@
+"""Digests of images and videos, which is all that the fake engine sees of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightrft.sim.engine.numbers import digest
+
+__all__ = ["media_digest"]
+
+
+def media_digest(given: Any) -> int:
+    """64 bits that depend on the content: of an image of Pillow, an array, a tensor, a path, or a list of them."""
+    if isinstance(given, (list, tuple)):
+        return digest(media_digest(one) for one in given)
+    if hasattr(given, "numpy") and hasattr(given, "detach"):
+        given = given.detach().cpu().numpy()
+    if hasattr(given, "tobytes"):
+        shape = getattr(given, "shape", None) or (getattr(given, "size", None), getattr(given, "mode", None))
+        return digest([shape, given.tobytes().hex()])
+    return digest([given])

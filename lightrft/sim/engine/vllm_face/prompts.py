@@ -1,0 +1,102 @@
+"""Prompts as vLLM takes them: text, token ids, or a mapping with images and videos beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightrft.sim.engine.media import media_digest
+from lightrft.sim.engine.vllm_face.exceptions import VLLMValidationError
+
+__all__ = ["Prompt", "Prompts"]
+
+_EXPANDED = 4
+"""Tokens that an image or a video takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt, image tokens expanded; ``media`` are digests."""
+
+    tokens: tuple[int, ...]
+    text: str | None
+    media: tuple[int, ...]
+
+
+class Prompts:
+    """Reads prompts, and refuses those that cannot be completed.
+
+    Args:
+        tokenizer: of transformers, if there is one.
+        vocabulary: how many tokens there are.
+        limit: most tokens of prompt and completion.
+        config: of the model; its ``image_token_id`` and ``video_token_id`` stand for images and videos.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, limit: int, config: Mapping[str, Any]) -> None:
+        self.tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._limit = limit
+        self._media_tokens = {
+            kind: token for kind in ("image", "video") if (token := config.get(f"{kind}_token_id")) is not None
+        }
+
+    def read(self, given: Any) -> list[Prompt]:
+        """The prompts in ``given``: one, or several in a sequence.
+
+        Raises:
+            VLLMValidationError: one is empty, too long, or has tokens that there are not.
+        """
+        one = isinstance(given, (str, Mapping)) or (isinstance(given, Sequence) and given and isinstance(given[0], int))
+        return [self._read(each) for each in ([given] if one else given)]
+
+    def _read(self, given: Any) -> Prompt:
+        if isinstance(given, str):
+            given = {"prompt": given}
+        elif not isinstance(given, Mapping):
+            given = {"prompt_token_ids": given}
+        text, tokens = given.get("prompt"), given.get("prompt_token_ids")
+        if tokens is None:
+            if self.tokenizer is None:
+                raise VLLMValidationError("a prompt is text, and there is no tokenizer: pass prompt_token_ids")
+            tokens = self.tokenizer.encode(text)
+        media, expanded = self._media(given.get("multi_modal_data") or {}, tuple(int(token) for token in tokens))
+        self._check(expanded)
+        return Prompt(expanded, text, media)
+
+    def _media(self, given: Mapping[str, Any], tokens: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Digests of images and videos, and the tokens with one expanded for each."""
+        found: list[int] = []
+        for kind, entries in given.items():
+            if kind not in self._media_tokens:
+                raise VLLMValidationError(f"this model takes no {kind}: its configuration has no {kind}_token_id")
+            several = entries if isinstance(entries, (list, tuple)) else [entries]
+            token = self._media_tokens[kind]
+            if tokens.count(token) != len(several):
+                raise VLLMValidationError(
+                    f"the prompt has {tokens.count(token)} {kind} tokens for {len(several)} {kind}s: expected one each"
+                )
+            found.extend(media_digest(one) for one in several)
+            tokens = tuple(each for one in tokens for each in [one] * (_EXPANDED if one == token else 1))
+        return tuple(found), tokens
+
+    def _check(self, tokens: tuple[int, ...]) -> None:
+        if not tokens:
+            raise VLLMValidationError("a prompt is empty")
+        if len(tokens) >= self._limit:
+            raise VLLMValidationError(
+                f"a prompt of {len(tokens)} tokens leaves no room for a completion: max_model_len is {self._limit}"
+            )
+        if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
+            raise VLLMValidationError(f"a prompt has a token outside of the vocabulary of {self._vocabulary}")
+
+    def text_of(self, tokens: Sequence[int], params: Any, stop: int | str | None) -> str:
+        """The text of a completion; empty without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=params.skip_special_tokens)
+        if isinstance(stop, str):
+            end = text.index(stop) + (len(stop) if params.include_stop_str_in_output else 0)
+            text = text[:end]
+        return text
