@@ -26,6 +26,7 @@ __all__ = ["main"]
 SCHEDULES = ("fifo", "random")
 NUMERICS = ("rank", "ring", "tree", "permuted")
 PROFILES = ("strict", "gloo", "nccl")
+ENGINES = ("model", "hash", "installed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,6 +112,13 @@ def _sim_parser() -> argparse.ArgumentParser:
         "times, or with commas",
     )
     ranks.add_argument("--cuda", action="store_true", help="torch.cuda.is_available() is True (default: False)")
+    ranks.add_argument(
+        "--engines",
+        choices=ENGINES,
+        default="model",
+        help="what vllm and sglang are: fake engines that run the model itself (model), faster ones that derive tokens "
+        "from a digest of the weights (hash), or the installed packages (default: model)",
+    )
     order = parser.add_argument_group("order and seed")
     order.add_argument("--seed", type=_seed, default=0, metavar="S", help="seed of the run (default: 0)")
     order.add_argument(
@@ -338,6 +346,7 @@ def _new_world(options: argparse.Namespace, replay: str) -> SimWorld:
         profile=options.profile,
         rank_local=options.rank_local,
         cuda=options.cuda,
+        engines=options.engines != "installed" and options.engines,
         strict=options.strict,
         check_determinism=options.check_determinism,
     )

@@ -17,6 +17,7 @@ WORLD_OPTIONS = (
     "profile",
     "rank_local",
     "cuda",
+    "engines",
     "strict",
     "check_determinism",
     "stall_after",

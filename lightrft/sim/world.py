@@ -20,6 +20,7 @@ from lightrft.sim.adoption import LockAdoption
 from lightrft.sim.calls import Call, Event, Group, Meeting, Message, Wait
 from lightrft.sim.clock import still_during_collection
 from lightrft.sim.collectives import ORDERS
+from lightrft.sim.engine.faces import MODES, faces
 from lightrft.sim.environ import rank_seed, torchrun_environ
 from lightrft.sim.frozen import frozen_heap
 from lightrft.sim.host import one_core, patched, same_parallelism, stack_size
@@ -57,6 +58,9 @@ class SimWorld:
         profile: what is accepted: ``strict`` (what every real backend accepts), ``gloo`` or ``nccl``.
         rank_local: modules or packages of which every rank has its own globals.
         cuda: whether ``torch.cuda.is_available()`` says yes inside.
+        engines: what ``import vllm`` and ``import sglang`` give inside: fake engines that run the model itself
+            (``model``), faster ones that derive tokens from a digest of the weights (``hash``), or what is installed
+            (``False``).
         strict: whether leftovers at the end of a run are an error instead of a warning.
         check_determinism: run everything twice and stop at the first event, random draw or tensor that differs.
         stall_after: seconds (real) a rank may block outside the simulator before a dump names it.
@@ -76,6 +80,7 @@ class SimWorld:
         profile: str = "strict",
         rank_local: Sequence[str] = (),
         cuda: bool = False,
+        engines: str | bool = "model",
         strict: bool = False,
         check_determinism: bool = False,
         stall_after: float = 5.0,
@@ -92,6 +97,8 @@ class SimWorld:
         if isinstance(rank_local, str):
             raise ConfigError(f"rank_local={rank_local!r}: expected a list of module names, e.g. [{rank_local!r}]")
         check_profile(profile)
+        if engines not in (False, *MODES):
+            raise ConfigError(f"engines={engines!r} is unknown: expected False, or one of {', '.join(MODES)}")
         self.size = size
         self.gpus_per_node = gpus_per_node
         self.seed = seed
@@ -100,6 +107,7 @@ class SimWorld:
         self.profile = profile
         self.rank_local = list(rank_local)
         self.cuda = cuda
+        self.engines = engines
         self.strict = strict
         self.check_determinism = check_determinism
         self.stall_after = stall_after
@@ -222,6 +230,8 @@ class SimWorld:
         with ExitStack() as stack:
             self.switcher = StateSwitcher(self.rank_local)
             stack.enter_context(frozen_heap())
+            if isinstance(self.engines, str):
+                stack.enter_context(faces(self.engines))
             stack.enter_context(still_during_collection())
             stack.enter_context(same_parallelism())
             stack.enter_context(patched())  # before the switcher reads modules: what it writes back is patched too
@@ -258,6 +268,7 @@ class SimWorld:
             port=_MASTER_PORT,
             threads=os.environ.get("OMP_NUM_THREADS", "1"),
         )
+        environ["LIGHTRFT_POISON_BUCKETS"] = "1"
         seed = rank_seed(self.seed, index)
         state = self.switcher.new_state(environ, seed)
         return SimRank(self, index, state, self.gpus_per_node, self.cuda)

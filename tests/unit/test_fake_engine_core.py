@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from fake_models import VOCABULARY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,22 +19,9 @@ from lightrft.sim.engine.transformer_model import TransformerModel, checkpoint_t
 from lightrft.strategy.sampling import SamplingParams
 from lightrft.strategy.utils.agreement import Ranks
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-VOCABULARY = 64
 ALONE = Ranks(rank=0, world_size=1)
-
-
-def tiny(folder, seed=0, **changes):
-    torch.manual_seed(seed)
-    config = transformers.Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128, eos_token_id=1, bos_token_id=0, pad_token_id=0,
-        initializer_range=0.2, **changes,
-    )  # fmt: skip
-    model = transformers.Qwen2ForCausalLM(config).eval()
-    model.save_pretrained(folder)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    return tiny(folder)
+    return tiny_model(folder)
 
 
 def make(kind, folder, **more):
@@ -189,7 +177,7 @@ def test_completions_end_where_they_should(kind, trained, folder):
 
 @pytest.mark.parametrize("kind", ["hash", "model"])
 def test_f05_a_prefix_cache_that_outlives_its_weights_is_seen(kind, trained, folder, tmp_path):
-    tiny(tmp_path, seed=1)
+    tiny_model(tmp_path, seed=1)
     asked = [sample([7, 8, 9, 10], seed=seed, max_tokens=20, ignore_eos=True) for seed in range(3)]
     model = make(kind, folder)
     old = model.draw(asked)
@@ -233,7 +221,7 @@ def test_f06_weights_that_do_not_fit_are_named(kind, trained, folder):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_k18_tied_weights_may_come_once_or_twice(tied, tmp_path):
-    trained = tiny(tmp_path, tie_word_embeddings=tied)
+    trained = tiny_model(tmp_path, tie_word_embeddings=tied)
     model = make("model", str(tmp_path))
     assert model.optional() >= ({"lm_head.weight"} if tied else set())
     both = {name: tensor * 1.5 for name, tensor in trained.state_dict().items()}
@@ -265,7 +253,7 @@ def test_f01_a_deep_sleep_destroys_the_weights(kind, trained, folder):
 
 
 def test_f20_updates_in_turns_equal_fresh_loads(trained, folder, tmp_path):
-    tiny(tmp_path, seed=2)
+    tiny_model(tmp_path, seed=2)
     paths = [folder, str(tmp_path)] * 2
     core = Core(make("model", folder), "the fake", ALONE)
     for path in paths:

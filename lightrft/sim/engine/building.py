@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lightrft.errors import ConfigError
+from lightrft.sim.engine.faces import current_mode
 from lightrft.sim.engine.hash_model import HashModel
 from lightrft.sim.engine.transformer_model import TransformerModel, checkpoint_tensors
 
 if TYPE_CHECKING:
     from lightrft.sim.engine.language_model import LanguageModel
 
-__all__ = ["Mode", "build", "engines_in", "model_config"]
-
-Mode = Literal["model", "hash"]
-
-_modes: list[Mode] = ["model"]
-
-
-@contextmanager
-def engines_in(mode: Mode) -> Iterator[None]:
-    """What engines that are made meanwhile compute."""
-    if mode not in ("model", "hash"):
-        raise ConfigError(f"the fake engine has no mode {mode!r}: expected 'model' or 'hash'")
-    _modes.append(mode)
-    try:
-        yield
-    finally:
-        _modes.pop()
-
+__all__ = ["build", "model_config"]
 
 _VOCABULARY = 32_000
 """Of a model of which nothing is known."""
@@ -68,7 +51,7 @@ def build(path: str, dtype: str, *, prefix_caching: bool, dummy: bool = False) -
     precision = _DTYPES.get(name.removeprefix("torch."))
     if precision is None:
         raise ConfigError(f"dtype {dtype!r}: expected one of auto, {', '.join(_DTYPES)}")
-    if _modes[-1] == "hash":
+    if current_mode() == "hash":
         return _hash_model(path, config, precision, prefix_caching)
     if not config:
         raise ConfigError(

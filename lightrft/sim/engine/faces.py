@@ -4,66 +4,97 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from lightrft.sim.engine.building import Mode, engines_in
+from lightrft.errors import ConfigError
 
-__all__ = ["face", "faces"]
+__all__ = ["MODES", "current_mode", "faces"]
 
-_MODULES: Mapping[str, Mapping[str, str]] = {
-    "vllm": {
-        "vllm": "vllm_face.llm vllm_face.sampling_params vllm_face.outputs",
-        "vllm.entrypoints": "",
-        "vllm.entrypoints.llm": "vllm_face.llm",
-        "vllm.exceptions": "vllm_face.exceptions",
-        "vllm.logprobs": "vllm_face.outputs",
-        "vllm.outputs": "vllm_face.outputs",
-        "vllm.sampling_params": "vllm_face.sampling_params",
-    },
+MODES = ("model", "hash")
+"""What fake engines compute: ``model`` runs the model itself, ``hash`` derives tokens from a digest of the weights."""
+
+_MODULES: Mapping[str, str] = {
+    "vllm": "vllm_face.llm vllm_face.sampling_params vllm_face.outputs vllm_face.version",
+    "vllm.entrypoints": "",
+    "vllm.entrypoints.llm": "vllm_face.llm",
+    "vllm.exceptions": "vllm_face.exceptions",
+    "vllm.logprobs": "vllm_face.outputs",
+    "vllm.outputs": "vllm_face.outputs",
+    "vllm.sampling_params": "vllm_face.sampling_params",
 }
-"""For each library its modules, and which of ours have what is in them."""
+"""For each module of a face, which of ours have what is in it."""
 
-_VERSIONS = {"vllm": "0.32.0"}
-"""Whose surface the faces have."""
+_LIBRARIES = {name.partition(".")[0] for name in _MODULES}
+
+_modes: list[str] = []
 
 
-def face(library: str) -> dict[str, ModuleType]:
-    """Modules of a library, by name, made of the face: the library itself and those below it."""
-    made = {}
-    for name, sources in _MODULES[library].items():
-        module = ModuleType(name, f"The face of {name} in front of the fake engine of lightrft.")
-        module.__path__ = []  # a package whose sub-modules are all here
-        for source in sources.split():
-            ours = importlib.import_module(f"lightrft.sim.engine.{source}")
-            for public in ours.__all__:
-                setattr(module, public, getattr(ours, public))
-        made[name] = module
-    made[library].__version__ = _VERSIONS[library]  # type: ignore[attr-defined]
-    for name, module in made.items():
-        parent, _, own = name.rpartition(".")
-        if parent:
-            setattr(made[parent], own, module)
-    return made
+def current_mode() -> str:
+    """What engines that are made now compute."""
+    return _modes[-1] if _modes else MODES[0]
 
 
 @contextmanager
-def faces(mode: Mode = "model") -> Iterator[None]:
+def faces(mode: str = "model") -> Iterator[None]:
     """``import vllm`` and ``import sglang`` give the fake engine meanwhile, whether they are installed or not.
 
     Args:
-        mode: what the engines compute: ``"model"`` runs the model itself, ``"hash"`` is faster.
+        mode: one of ``MODES``, for the engines that are made meanwhile.
+
+    Raises:
+        ConfigError: there is no such mode.
     """
-    with engines_in(mode):
-        before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in _MODULES}
-        for name in before:
-            del sys.modules[name]
-        for library in _MODULES:
-            sys.modules.update(face(library))
-        try:
-            yield
-        finally:
-            for name in [name for name in sys.modules if name.partition(".")[0] in _MODULES]:
-                del sys.modules[name]
-            sys.modules.update(before)
+    if mode not in MODES:
+        raise ConfigError(f"the fake engine has no mode {mode!r}: expected one of {', '.join(MODES)}")
+    before = _taken_out()
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
+    _modes.append(mode)
+    try:
+        yield
+    finally:
+        _modes.pop()
+        sys.meta_path.remove(finder)
+        _taken_out()
+        sys.modules.update(before)
+
+
+def _taken_out() -> dict[str, ModuleType]:
+    """The modules of the libraries, which are no longer imported then."""
+    names = [name for name in sys.modules if name.partition(".")[0] in _LIBRARIES]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+class _Finder(MetaPathFinder):
+    """Finds the modules of the faces, and no other of those libraries."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,  # noqa: ARG002 - faces are in no folder
+        target: ModuleType | None = None,  # noqa: ARG002
+    ) -> ModuleSpec | None:
+        """A face, if there is one of that name."""
+        if fullname in _MODULES:
+            return ModuleSpec(fullname, _Loader(), is_package=True)
+        if fullname.partition(".")[0] in _LIBRARIES:
+            raise ModuleNotFoundError(
+                f"the fake engine has no {fullname}: SimWorld(engines=False) leaves the library itself in place",
+                name=fullname,
+            )
+        return None
+
+
+class _Loader(Loader):
+    """Fills a module with what is public in ours."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fill it."""
+        for source in _MODULES[module.__name__].split():
+            ours = importlib.import_module(f"lightrft.sim.engine.{source}")
+            for name in ours.__all__:
+                setattr(module, name, getattr(ours, name))

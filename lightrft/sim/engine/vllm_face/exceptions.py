@@ -28,3 +28,7 @@ class VLLMValidationError(VLLMClientError):
         super().__init__(message)
         self.parameter = parameter
         self.value = value
+
+
+for _each in (VLLMError, VLLMClientError, VLLMValidationError):
+    _each.__module__ = "vllm.exceptions"

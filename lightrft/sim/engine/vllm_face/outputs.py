@@ -56,3 +56,8 @@ class RequestOutput:
     encoder_prompt_token_ids: list[int] | None = None
     num_cached_tokens: int | None = None
     num_cache_creation_tokens: int | None = None
+
+
+for _each in (CompletionOutput, RequestOutput):
+    _each.__module__ = "vllm.outputs"
+Logprob.__module__ = "vllm.logprobs"

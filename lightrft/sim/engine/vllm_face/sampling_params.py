@@ -145,3 +145,6 @@ class SamplingParams:
 
 
 SamplingParams.__struct_fields__ = tuple(one.name for one in fields(SamplingParams))
+
+for _each in (RequestOutputKind, SamplingParams):
+    _each.__module__ = "vllm.sampling_params"

@@ -1,0 +1,306 @@
+"""The face of vLLM in front of the fake engine."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from fake_models import VOCABULARY, tiny_model
+
+from lightrft.errors import ConfigError, EngineStateError, RankFailedError, StaleWeightsError
+from lightrft.sim import SimWorld
+from lightrft.sim.engine.faces import MODES, faces
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("model"))
+    tiny_model(path)
+    return path
+
+
+@pytest.fixture(params=MODES)
+def vllm(request):
+    with faces(request.param):
+        yield importlib.import_module("vllm")
+
+
+def test_an_import_gives_the_face_meanwhile_and_no_longer():
+    before = sys.modules.get("vllm")
+    with faces():
+        import vllm
+        from vllm.outputs import RequestOutput
+
+        assert (RequestOutput, vllm.__version__) == (vllm.RequestOutput, "0.32.0")
+        with pytest.raises(ModuleNotFoundError, match=r"has no vllm.lora: SimWorld\(engines=False\)"):
+            importlib.import_module("vllm.lora")
+    assert sys.modules.get("vllm") is before
+    with pytest.raises(ConfigError, match="no mode 'fast': expected one of model, hash"), faces("fast"):
+        pass
+
+
+@pytest.mark.parametrize("engines", ["hash", "model", False])
+def test_in_a_world_an_import_gives_the_face(engines):
+    def program():
+        try:
+            import vllm
+        except ModuleNotFoundError:
+            return None
+        return vllm.LLM.__module__
+
+    found = "vllm.entrypoints.llm" if engines else None
+    assert SimWorld(2, engines=engines).run(program) == [found] * 2
+    with pytest.raises(ConfigError, match="expected False, or one of model, hash"):
+        SimWorld(2, engines="real")
+
+
+def test_outputs_have_the_form_of_vllm(vllm, folder):
+    llm = vllm.LLM(folder, dtype="float32")
+    params = vllm.SamplingParams(n=2, seed=1, max_tokens=4, logprobs=0, ignore_eos=True)
+    first, second = llm.generate([{"prompt_token_ids": [3, 4]}, [5]], params, use_tqdm=False)
+    assert (first.prompt_token_ids, second.prompt_token_ids) == ([3, 4], [5])
+    assert [one.index for one in first.outputs] == [0, 1]
+    assert first.finished
+    assert first.request_id != second.request_id
+    for one in (*first.outputs, *second.outputs):
+        assert len(one.token_ids) == 4
+        assert [list(each) for each in one.logprobs] == [[token] for token in one.token_ids]
+        chosen = [each[token].logprob for each, token in zip(one.logprobs, one.token_ids, strict=True)]
+        assert one.cumulative_logprob == pytest.approx(sum(chosen))
+        assert (one.finish_reason, one.stop_reason, one.finished()) == ("length", None, True)
+    assert first.outputs[0].token_ids != first.outputs[1].token_ids
+    plain = llm.generate([5], vllm.SamplingParams(seed=1))[0].outputs[0]
+    assert plain.logprobs is plain.cumulative_logprob is None
+    assert llm.generate([], params) == []
+
+
+def test_a_seed_means_the_same_in_every_call_and_none_another_each_time(vllm, folder):
+    llm = vllm.LLM(folder)
+    seeded, unseeded = (vllm.SamplingParams(seed=seed, max_tokens=12, ignore_eos=True) for seed in (7, None))
+
+    def tokens(params, prompts=([3, 4],)):
+        return [one.outputs[0].token_ids for one in llm.generate(list(prompts), params)]
+
+    assert tokens(seeded) == tokens(seeded) == tokens(seeded, ([5], [3, 4]))[1:]
+    assert tokens(unseeded) != tokens(unseeded)
+    again = vllm.LLM(folder).generate([3, 4], unseeded)[0].outputs[0].token_ids
+    assert again == vllm.LLM(folder).generate([3, 4], unseeded)[0].outputs[0].token_ids
+    n = vllm.SamplingParams(n=2, seed=7, max_tokens=12, ignore_eos=True)
+    assert llm.generate([3, 4], n)[0].outputs[0].token_ids == tokens(seeded)[0]
+
+
+def test_objects_of_the_face_pass_for_those_of_vllm(vllm, folder):
+    from lightrft.strategy import is_engine
+    from lightrft.strategy.sampling import SamplingParams
+
+    assert is_engine(vllm.LLM(folder))
+    given = vllm.SamplingParams(n=2, seed=4, max_tokens=7, logprobs=0, stop_token_ids=[3])
+    ours = SamplingParams(n=2, seed=4, max_tokens=7, logprobs=True, stop_token_ids=(3,))
+    assert SamplingParams.of(given) == ours
+    assert ours.to_vllm(vllm.SamplingParams) == given
+    with pytest.raises(ConfigError, match="vLLM refuses them: temperature=3: expected 0 to 2"):
+        SamplingParams(temperature=3).to_vllm(vllm.SamplingParams)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[]], "a prompt is empty"),
+        ([[VOCABULARY]], f"outside of the vocabulary of {VOCABULARY}"),
+        ([[3], [-1]], "outside of the vocabulary"),
+        ([[3] * 128], "leaves no room for a completion: max_model_len is 128"),
+        (["text"], "no tokenizer"),
+        ([{"prompt_token_ids": [3], "multi_modal_data": {"image": ["i"]}}], "takes no image"),
+    ],
+)
+def test_prompts_that_cannot_be_completed_are_refused(vllm, folder, prompts, message):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match=message):
+        vllm.LLM(folder).generate(prompts)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"n": 0}, "n=0: expected at least 1"),
+        ({"temperature": 2.5}, "temperature=2.5: expected 0 to 2"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"top_p": 0}, "top_p=0"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"min_tokens": 20}, "min_tokens=20: expected 0 to max_tokens"),
+        ({"temperature": 0, "n": 2}, "expected 1 where the temperature is 0"),
+        ({"stop": ["a"], "detokenize": False}, "where detokenize is False"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0"),
+    ],
+)
+def test_parameters_that_are_not_allowed_are_refused(given, message):
+    with faces():
+        from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
+
+        with pytest.raises(VLLMValidationError, match=message):
+            SamplingParams(**given)
+
+
+def test_a_completion_ends_at_the_length_of_the_model(vllm, folder):
+    llm = vllm.LLM(folder, max_model_len=10)
+    assert llm.llm_engine.model_config.max_model_len == 10
+    found = llm.generate([[3] * 6, [3]], vllm.SamplingParams(max_tokens=50, ignore_eos=True, seed=1))
+    assert [len(one.outputs[0].token_ids) for one in found] == [4, 9]
+
+
+def test_f02_generation_while_it_sleeps_is_an_error_and_no_wait(vllm, folder):
+    llm = vllm.LLM(folder)
+    llm.sleep()
+    assert llm.llm_engine.is_sleeping()
+    with pytest.raises(EngineStateError, match=r"generate at .*test_fake_vllm.py:\d+: the fake vLLM engine is asleep"):
+        llm.generate([3])
+    llm.wake_up(tags=["weights"])
+    assert llm.llm_engine.is_sleeping()
+    llm.wake_up(tags=["kv_cache"])
+    assert not llm.llm_engine.is_sleeping()
+    assert llm.generate([3])
+    llm.llm_engine.engine_core.shutdown()
+    with pytest.raises(EngineStateError, match="was shut down"):
+        llm.generate([3])
+
+
+def test_f01_f05_weights_and_caches_are_what_the_calls_made_of_them(vllm, folder, tmp_path):
+    other = tiny_model(str(tmp_path), seed=1).state_dict()
+    llm = vllm.LLM(folder)
+    params = vllm.SamplingParams(seed=3, max_tokens=12, ignore_eos=True)
+
+    def tokens():
+        return llm.generate([3, 4, 5, 6], params)[0].outputs[0].token_ids
+
+    tokens()
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(other.items())})
+    stale = tokens()
+    llm.reset_prefix_cache()
+    fresh = tokens()
+    assert fresh == vllm.LLM(str(tmp_path)).generate([3, 4, 5, 6], params)[0].outputs[0].token_ids != stale
+    llm.sleep(level=2)
+    llm.wake_up()
+    with pytest.raises(StaleWeightsError, match="has dropped its weights"):
+        tokens()
+    llm.collective_rpc(lambda worker: worker.reload_weights(weights_iterator=iter(other.items())))
+    assert tokens() == fresh
+
+
+def test_images_count_and_their_cache_outlives_an_update_unless_it_is_reset(tmp_path):
+    trained = tiny_model(str(tmp_path), image_token_id=9)
+    with faces("hash"):
+        import vllm
+
+        llm = vllm.LLM(str(tmp_path))
+
+        def tokens(*images, prompt=(3, 9, 4)):
+            asked = {"prompt_token_ids": list(prompt), "multi_modal_data": {"image": list(images)}}
+            found = llm.generate([asked], vllm.SamplingParams(seed=3, max_tokens=12, ignore_eos=True))[0]
+            return found.prompt_token_ids, found.outputs[0].token_ids
+
+        expanded, first = tokens(torch.zeros(2, 2))
+        assert expanded == [3, 9, 9, 9, 9, 4]
+        assert tokens(torch.zeros(2, 2))[1] == first != tokens(torch.ones(2, 2))[1]
+        two = tokens(torch.zeros(2, 2), torch.ones(2, 2), prompt=(9, 9))[1]
+        assert two != tokens(torch.ones(2, 2), torch.zeros(2, 2), prompt=(9, 9))[1]
+        with pytest.raises(Exception, match="has 1 image tokens for 2 images"):
+            tokens(torch.zeros(1), torch.zeros(1))
+        doubled = [(name, tensor * 2) for name, tensor in trained.state_dict().items()]
+        llm.collective_rpc("reload_weights", args=(doubled,))
+        llm.reset_prefix_cache()
+        stale = tokens(torch.zeros(2, 2))[1]
+        llm.reset_prefix_cache()
+        llm.llm_engine.reset_encoder_cache()
+        assert stale != tokens(torch.zeros(2, 2))[1]
+
+
+def on_ranks(size, program, **world):
+    def run():
+        import vllm
+
+        dist.init_process_group("gloo")
+        found = program(vllm, dist.get_rank())
+        dist.destroy_process_group()
+        return found
+
+    return SimWorld(size, **{"engines": "hash", **world}).run(run)
+
+
+@pytest.mark.parametrize("engines", MODES)
+def test_ranks_share_an_engine_and_get_the_same(folder, engines):
+    def program(vllm, rank):
+        llm = vllm.LLM(folder, tensor_parallel_size=2, distributed_executor_backend="external_launcher")
+        prompts = [[3, 4], [5, 6 + rank // 2]]
+        return [one.outputs[0].token_ids for one in llm.generate(prompts, vllm.SamplingParams(seed=2))]
+
+    found = on_ranks(4, program, engines=engines)
+    assert found[0] == found[1]
+    assert found[2] == found[3] != found[0]
+    with faces(engines):
+        import vllm
+
+        alone = vllm.LLM(folder).generate([[3, 4], [5, 6]], vllm.SamplingParams(seed=2))
+        assert [one.outputs[0].token_ids for one in alone] == found[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (lambda rank: ([[3, 4 + rank]], {"seed": 1}), "the prompts of the fake vLLM engine differ between"),
+        (lambda rank: ([[3]], {"seed": rank}), "the seeds of the fake vLLM engine differ"),
+        (lambda rank: ([[3]], {"seed": 1, "temperature": 0.5 + rank / 2}), "the sampling parameters .* differ"),
+        (lambda rank: ([[3]], {}), "sampling without a seed on 2 tensor-parallel ranks"),
+    ],
+)
+def test_f12_ranks_of_one_engine_that_ask_for_different_things_are_told(folder, asked, message):
+    def program(vllm, rank):
+        llm = vllm.LLM(folder, tensor_parallel_size=2, distributed_executor_backend="external_launcher")
+        prompts, params = asked(rank)
+        llm.generate(prompts, vllm.SamplingParams(**params))
+
+    with pytest.raises(RankFailedError, match=message):
+        on_ranks(2, program)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tensor_parallel_size": 2}, "distributed_executor_backend=None"),
+        (
+            {"tensor_parallel_size": 3, "distributed_executor_backend": "external_launcher"},
+            "does not divide a world of 2",
+        ),
+        ({"dtype": "int3"}, "dtype 'int3': expected one of auto"),
+    ],
+)
+def test_engines_that_cannot_be_are_refused(folder, arguments, message):
+    with pytest.raises(RankFailedError, match=message):
+        on_ranks(2, lambda vllm, rank: vllm.LLM(folder, **arguments))
+
+
+def test_folders_without_a_model_or_weights_are_refused(tmp_path):
+    with faces("model"):
+        import vllm
+
+        with pytest.raises(ConfigError, match="there is no model in"):
+            vllm.LLM(str(tmp_path / "none"))
+        tiny_model(str(tmp_path))
+        (tmp_path / "model.safetensors").unlink()
+        with pytest.raises(ConfigError, match="there are no weights"):
+            vllm.LLM(str(tmp_path))
+        assert vllm.LLM(str(tmp_path), load_format="dummy").generate([3])
+        with pytest.raises(TypeError, match="unexpected keyword argument 'tensor_parallel'"):
+            vllm.LLM(str(tmp_path), tensor_parallel=1)
+    with faces("hash"):
+        import vllm
+
+        llm = vllm.LLM("any/name")
+        with pytest.raises(StaleWeightsError, match="holds no weights"):
+            llm.generate([3])
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": [("w", torch.ones(3))]})
+        assert llm.generate([3])
