@@ -133,7 +133,7 @@ class SamplingParams:
         options: dict[str, Any] = {}
         for name, value in entries.items():
             ours = _SYNONYMS.get(name, name)
-            if ours in found:
+            if ours in found and found[ours] != value:
                 raise ConfigError(f"sampling parameters: {name} and {ours} mean the same: give one of them")
             (found if ours in _names() else options)[ours] = value
         own = found.pop("options", None) or {}

@@ -17,7 +17,7 @@ from lightrft.sim.engine.transformer_model import TransformerModel, checkpoint_t
 if TYPE_CHECKING:
     from lightrft.sim.engine.language_model import LanguageModel
 
-__all__ = ["build", "model_config"]
+__all__ = ["build", "model_config", "tokenizer_of"]
 
 _VOCABULARY = 32_000
 """Of a model of which nothing is known."""
@@ -78,3 +78,12 @@ def _hash_model(path: str, config: Mapping[str, Any], dtype: torch.dtype, prefix
     )
     model.load(weights.items())
     return model
+
+
+def tokenizer_of(path: str) -> Any:
+    """The tokenizer in the folder of a model; ``None`` if there is none."""
+    if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)

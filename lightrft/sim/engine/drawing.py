@@ -23,11 +23,12 @@ _NEVER = float("-inf")
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The next token of each sample, (B,), and its log-probs before and after what the parameters change, (B,)."""
+    """The next token of each sample, and its log-probs: see ``Drawn``. Each is (B,)."""
 
     tokens: Tensor
     raw: Tensor
     processed: Tensor
+    tempered: Tensor
 
 
 class Drawer:
@@ -69,15 +70,16 @@ class Drawer:
         changed = self._changed(logits, drawn)
         if not self._plain:
             changed = changed / self._temperature
+        tempered = processed = raw if changed is logits else changed.log_softmax(-1)
         if self._cut:
-            changed = _cut(changed, self._params)
-        processed = raw if changed is logits else changed.log_softmax(-1)
+            processed = _cut(changed, self._params).log_softmax(-1)
         tokens = processed.argmax(-1)
         if not self._all_greedy:
             steps = np.array([len(each) for each in drawn], dtype=np.uint64)
             tokens = torch.where(self._greedy, tokens, _inverse(processed.exp(), mixed(self._seeds, steps)))
         chosen = tokens.unsqueeze(1)
-        return Step(tokens, raw.gather(1, chosen).squeeze(1), processed.gather(1, chosen).squeeze(1))
+        found = [each.gather(1, chosen).squeeze(1) for each in (raw, processed, tempered)]
+        return Step(tokens, *found)
 
     def _changed(self, logits: Tensor, drawn: Sequence[Sequence[int]]) -> Tensor:
         if not self._special:

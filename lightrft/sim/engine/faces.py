@@ -18,7 +18,19 @@ MODES = ("model", "hash")
 """What fake engines compute: ``model`` runs the model itself, ``hash`` derives tokens from a digest of the weights."""
 
 _MODULES: Mapping[str, str] = {
+    "sglang": "sglang_face.engine sglang_face.server_args sglang_face.version",
+    "sglang.srt": "",
+    "sglang.srt.entrypoints": "",
+    "sglang.srt.entrypoints.engine": "sglang_face.engine",
+    "sglang.srt.sampling": "",
+    "sglang.srt.sampling.sampling_params": "sglang_face.sampling_params",
+    "sglang.srt.server_args": "sglang_face.server_args",
+    "sglang.srt.utils": "sglang_face.buckets",
+    "sglang.srt.weight_sync": "",
+    "sglang.srt.weight_sync.tensor_bucket": "sglang_face.buckets",
     "vllm": "vllm_face.llm vllm_face.sampling_params vllm_face.outputs vllm_face.version",
+    "vllm.engine": "",
+    "vllm.engine.arg_utils": "vllm_face.llm",
     "vllm.entrypoints": "",
     "vllm.entrypoints.llm": "vllm_face.llm",
     "vllm.exceptions": "vllm_face.exceptions",

@@ -154,6 +154,7 @@ class HashModel(LanguageModel):
             tokens=tuple(drawn[:length]),
             raw=found,
             processed=found,
+            tempered=found,
             finish_reason="length" if stop is None else "stop",
             stop=stop if stop in params.stop_token_ids else None,
         )

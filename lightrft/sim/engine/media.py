@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightrft.sim.engine.numbers import digest
 
-__all__ = ["media_digest"]
+__all__ = ["expanded", "media_digest"]
+
+_TOKENS = 4
+"""That an image or a video takes."""
+
+
+def expanded(tokens: Sequence[int], medium: int) -> tuple[int, ...]:
+    """``tokens`` as the model sees them: each ``medium`` several times."""
+    return tuple(each for token in tokens for each in [token] * (_TOKENS if token == medium else 1))
 
 
 def media_digest(given: Any) -> int:

@@ -36,6 +36,7 @@ class Drawn:
         tokens: that were drawn, the one that ended it included.
         raw: log-prob of each by the distribution of the model.
         processed: the same by the one that it was drawn from.
+        tempered: by the one after penalties and temperature, before anything is cut off.
         finish_reason: ``"stop"`` at a token or text that ends, ``"length"`` at ``max_tokens``.
         stop: the token or text of the parameters that ended it; ``None`` at the end token of the model.
     """
@@ -43,5 +44,6 @@ class Drawn:
     tokens: tuple[int, ...]
     raw: tuple[float, ...]
     processed: tuple[float, ...]
+    tempered: tuple[float, ...]
     finish_reason: Literal["stop", "length"]
     stop: int | str | None = None

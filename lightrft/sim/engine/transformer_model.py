@@ -11,7 +11,7 @@ import torch
 from torch import Size, Tensor
 
 from lightrft.errors import ConfigError
-from lightrft.sim.engine.drawing import Drawer
+from lightrft.sim.engine.drawing import Drawer, Step
 from lightrft.sim.engine.forward import Forward
 from lightrft.sim.engine.key_values import KeyValues, PrefixCache
 from lightrft.sim.engine.language_model import LanguageModel
@@ -115,14 +115,14 @@ class TransformerModel(LanguageModel):
         ends = [self._ends_of(sample) for sample in samples]
         drawer = Drawer(samples, ends)
         drawn: list[list[int]] = [[] for _ in samples]
-        log_probs: list[list[tuple[float, float]]] = [[] for _ in samples]
+        log_probs: list[list[tuple[float, ...]]] = [[] for _ in samples]
         reasons: dict[int, tuple[Any, int | str | None]] = {}
         active = list(range(len(samples)))
         while active:
             step = drawer.draw(logits, [drawn[row] for row in active])
-            for row, token, raw, processed in zip(active, *(each.tolist() for each in _columns(step)), strict=True):
+            for row, token, *found in zip(active, *(each.tolist() for each in _columns(step)), strict=True):
                 drawn[row].append(token)
-                log_probs[row].append((raw, processed))
+                log_probs[row].append(tuple(found))
                 if (reason := self._reason(samples[row], drawn[row], ends[row])) is not None:
                     reasons[row] = reason
             kept = [place for place, row in enumerate(active) if row not in reasons]
@@ -136,8 +136,9 @@ class TransformerModel(LanguageModel):
         return [
             Drawn(
                 tokens=tuple(drawn[row]),
-                raw=tuple(raw for raw, _ in log_probs[row]),
-                processed=tuple(processed for _, processed in log_probs[row]),
+                raw=tuple(raw for raw, _, _ in log_probs[row]),
+                processed=tuple(processed for _, processed, _ in log_probs[row]),
+                tempered=tuple(tempered for _, _, tempered in log_probs[row]),
                 finish_reason=reasons[row][0],
                 stop=reasons[row][1],
             )
@@ -199,8 +200,8 @@ def _joined(
     return KeyValues.of_sequences(layers, room), torch.cat([logits for _, logits, _ in parts])
 
 
-def _columns(step: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return step.tokens, step.raw, step.processed
+def _columns(step: Step) -> tuple[Tensor, ...]:
+    return step.tokens, step.raw, step.processed, step.tempered
 
 
 def _ends(config: Any, path: str) -> frozenset[int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from lightrft.errors import ConfigError, EngineStateError
-from lightrft.sim.engine.building import build, model_config
+from lightrft.sim.engine.building import build, model_config, tokenizer_of
 from lightrft.sim.engine.core import Core
 from lightrft.sim.engine.numbers import digest
 from lightrft.sim.engine.samples import Drawn, Sample
@@ -25,7 +25,7 @@ from lightrft.strategy.utils.agreement import Ranks
 if TYPE_CHECKING:
     from lightrft.strategy import sampling
 
-__all__ = ["LLM"]
+__all__ = ["LLM", "EngineArgs"]
 
 _DEFAULTS: dict[str, Any] = {
     "runner": "auto",
@@ -58,9 +58,9 @@ _DEFAULTS: dict[str, Any] = {
     "mm_processor_kwargs": None,
     "pooler_config": None,
 }
-"""Arguments of the constructor; it takes those of ``EngineArgs`` too."""
+"""Arguments of the constructor that it names; it takes the others of ``EngineArgs`` too."""
 
-_ENGINE_ARGS: dict[str, Any] = {
+_MORE: dict[str, Any] = {
     "distributed_executor_backend": None,
     "enable_prefix_caching": None,
     "enable_sleep_mode": False,
@@ -78,8 +78,13 @@ _ENGINE_ARGS: dict[str, Any] = {
     "generation_config": "auto",
     "override_generation_config": None,
     "async_scheduling": None,
-    "swap_space": 4,
 }
+"""Those of ``EngineArgs`` alone."""
+
+EngineArgs = dataclasses.make_dataclass(
+    "EngineArgs",
+    [("model", str), *((name, Any, field(default=default)) for name, default in {**_DEFAULTS, **_MORE}.items())],
+)
 
 
 class LLM:
@@ -90,22 +95,23 @@ class LLM:
     """
 
     def __init__(self, model: str, **kwargs: Any) -> None:
-        unknown = sorted(set(kwargs) - set(_DEFAULTS) - set(_ENGINE_ARGS))
+        unknown = sorted(set(kwargs) - set(_DEFAULTS) - set(_MORE))
         if unknown:
             raise TypeError(f"LLM got an unexpected keyword argument {unknown[0]!r}")
-        given = {**_DEFAULTS, **_ENGINE_ARGS, **kwargs}
+        given = {**_DEFAULTS, **_MORE, **kwargs}
         config = model_config(model)
         self._given = given
         self._limit = given["max_model_len"] or config.get("max_position_embeddings") or 2048
         caching = given["enable_prefix_caching"] in (None, True)
         network = build(model, given["dtype"], prefix_caching=caching, dummy=given["load_format"] == "dummy")
         self._core = Core(network, "the fake vLLM engine", _ranks(given))
-        tokenizer = None if given["skip_tokenizer_init"] else _tokenizer(given["tokenizer"] or model)
+        tokenizer = None if given["skip_tokenizer_init"] else tokenizer_of(given["tokenizer"] or model)
         self._prompts = Prompts(tokenizer, network.vocabulary, self._limit, config)
         if tokenizer is not None and hasattr(network, "decode"):
             network.decode = tokenizer.decode
         self._requests = 0
-        self.llm_engine = LLMEngine(self._core, tokenizer, self._limit)
+        self.model_config = ModelConfig(self._limit, network.vocabulary)
+        self.llm_engine = LLMEngine(self._core, tokenizer, self.model_config)
 
     def generate(
         self,
@@ -200,6 +206,9 @@ class LLM:
         self._core.wake_up(tags)
         return True
 
+    def reset_mm_cache(self) -> None:
+        """Forget what was made of images and videos before the encoder; it does not depend on weights."""
+
     def reset_prefix_cache(
         self,
         reset_running_requests: bool = False,  # noqa: ARG002 - none runs
@@ -248,14 +257,37 @@ LLM.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 )
 
 
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """``llm.model_config``."""
+
+    max_model_len: int
+    vocabulary: int
+
+    def get_vocab_size(self) -> int:
+        """How many tokens there are."""
+        return self.vocabulary
+
+
+@dataclass(slots=True)
+class OutputProcessor:
+    """``llm.llm_engine.output_processor``: nothing is left in it, since a call ends with all of its requests."""
+
+    request_states: dict[str, Any] = field(default_factory=dict)
+
+
 class LLMEngine:
     """``llm.llm_engine``."""
 
-    def __init__(self, core: Core, tokenizer: Any, limit: int) -> None:
+    def __init__(self, core: Core, tokenizer: Any, model_config: ModelConfig) -> None:
         self._core = core
         self.tokenizer = tokenizer
-        self.model_config = dataclasses.make_dataclass("ModelConfig", ["max_model_len"])(limit)
+        self.model_config = model_config
+        self.output_processor = OutputProcessor()
         self.engine_core = EngineCore(core)
+
+    def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
+        """Give requests up; there are none."""
 
     def is_sleeping(self) -> bool:
         """Whether anything of it sleeps."""
@@ -322,12 +354,5 @@ def _ranks(given: dict[str, Any]) -> Ranks:
     return Ranks(groups[dist.get_rank() // size])
 
 
-def _tokenizer(path: str) -> Any:
-    if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)
-
-
+EngineArgs.__module__ = "vllm.engine.arg_utils"
 LLM.__module__ = "vllm.entrypoints.llm"  # what tells engines of vLLM from others

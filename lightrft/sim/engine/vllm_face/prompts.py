@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightrft.sim.engine.media import media_digest
+from lightrft.sim.engine.media import expanded, media_digest
 from lightrft.sim.engine.vllm_face.exceptions import VLLMValidationError
 
 __all__ = ["Prompt", "Prompts"]
-
-_EXPANDED = 4
-"""Tokens that an image or a video takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +58,9 @@ class Prompts:
             if self.tokenizer is None:
                 raise VLLMValidationError("a prompt is text, and there is no tokenizer: pass prompt_token_ids")
             tokens = self.tokenizer.encode(text)
-        media, expanded = self._media(given.get("multi_modal_data") or {}, tuple(int(token) for token in tokens))
-        self._check(expanded)
-        return Prompt(expanded, text, media)
+        media, seen = self._media(given.get("multi_modal_data") or {}, tuple(int(token) for token in tokens))
+        self._check(seen)
+        return Prompt(seen, text, media)
 
     def _media(self, given: Mapping[str, Any], tokens: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Digests of images and videos, and the tokens with one expanded for each."""
@@ -78,7 +75,7 @@ class Prompts:
                     f"the prompt has {tokens.count(token)} {kind} tokens for {len(several)} {kind}s: expected one each"
                 )
             found.extend(media_digest(one) for one in several)
-            tokens = tuple(each for one in tokens for each in [one] * (_EXPANDED if one == token else 1))
+            tokens = expanded(tokens, token)
         return tuple(found), tokens
 
     def _check(self, tokens: tuple[int, ...]) -> None:

@@ -1,0 +1,323 @@
+"""``sglang.Engine``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
+from lightrft.sim.engine.building import build, model_config, tokenizer_of
+from lightrft.sim.engine.core import Core
+from lightrft.sim.engine.media import expanded, media_digest
+from lightrft.sim.engine.numbers import digest
+from lightrft.sim.engine.samples import Drawn, Sample
+from lightrft.sim.engine.sglang_face.buckets import FlattenedTensorBucket, MultiprocessingSerializer
+from lightrft.sim.engine.sglang_face.sampling_params import SamplingParams
+from lightrft.sim.engine.sglang_face.server_args import ServerArgs
+from lightrft.strategy.utils.agreement import Ranks
+from lightrft.strategy.utils.call_sites import call_site
+
+__all__ = ["Engine"]
+
+_TAGS = ("kv_cache", "weights", "cuda_graph")
+
+
+@dataclass(frozen=True, slots=True)
+class FlushCacheOutput:
+    """What ``flush_cache`` returns."""
+
+    success: bool
+    message: str = ""
+
+
+class Asked(NamedTuple):
+    """One prompt."""
+
+    tokens: tuple[int, ...]
+    seen: tuple[int, ...]
+    params: SamplingParams
+    media: tuple[int, ...]
+
+
+class Engine:
+    """The engine, in this process. What makes the scheduler of SGLang die makes this one dead.
+
+    Args:
+        kwargs: see ``ServerArgs``.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.server_args = given = ServerArgs(**kwargs)
+        config = model_config(given.model_path)
+        self._limit = given.context_length or config.get("max_position_embeddings") or 2048
+        network = build(
+            given.model_path,
+            given.dtype,
+            prefix_caching=not given.disable_radix_cache,
+            dummy=given.load_format == "dummy",
+        )
+        self._core = Core(network, "the fake SGLang engine", Ranks(rank=0, world_size=1))
+        self._tokenizer = None
+        if not given.skip_tokenizer_init:
+            self._tokenizer = tokenizer_of(given.tokenizer_path or given.model_path)
+            if self._tokenizer is None:
+                raise ConfigError(f"there is no tokenizer in {given.model_path}: set skip_tokenizer_init")
+            if hasattr(network, "decode"):
+                network.decode = self._tokenizer.decode
+        self._media_tokens = {kind: config.get(f"{kind}_token_id") for kind in ("image", "video")}
+        self._released: dict[str, str] = {}
+        self._updating = ""
+        self._arrived: set[str] = set()
+        self._lost = False
+        self._dirty = False
+        self._requests = 0
+        self._raw = os.environ.get("SGLANG_RETURN_ORIGINAL_LOGPROB", "").lower() in ("1", "true")
+
+    # -- Generation ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | list[str] | None = None,
+        sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
+        input_ids: list[int] | list[list[int]] | None = None,
+        image_data: Any = None,
+        audio_data: Any = None,
+        video_data: Any = None,
+        return_logprob: bool | list[bool] | None = False,
+        logprob_start_len: Any = None,  # noqa: ARG002 - prompts have no log-probs here
+        top_logprobs_num: Any = None,
+        token_ids_logprob: Any = None,
+        lora_path: Any = None,
+        stream: bool = False,
+    ) -> Any:
+        """Completions: a dictionary for one prompt, a list for several, samples of one prompt beside each other."""
+        lacking = [
+            name
+            for name, value in {
+                "audio_data": audio_data, "top_logprobs_num": top_logprobs_num, "token_ids_logprob": token_ids_logprob,
+                "lora_path": lora_path, "stream": stream,
+            }.items()
+            if value
+        ]  # fmt: skip
+        if lacking:
+            raise NotImplementedError(f"the fake engine has no {', '.join(lacking)}")
+        self._check_awake("generate")
+        if (prompt is None) == (input_ids is None):
+            raise ValueError("expected prompt or input_ids, and not both")
+        single = isinstance(prompt, str) or (
+            input_ids is not None and bool(input_ids) and isinstance(input_ids[0], int)
+        )
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        several = [self._encode(text) for text in texts] if texts is not None else [input_ids] if single else input_ids
+        asked = self._asked(several, sampling_params, image_data, video_data, single)  # type: ignore[arg-type]
+        wanted = [return_logprob] * len(asked) if not isinstance(return_logprob, list) else return_logprob
+        samples = [self._sample(one, index) for one in asked for index in range(one.params.n)]
+        drawn = self._core.generate(samples) if samples else []
+        self._dirty = True
+        owners = [
+            (one, bool(log_probs)) for one, log_probs in zip(asked, wanted, strict=True) for _ in range(one.params.n)
+        ]
+        outputs = [self._output(one, log_probs, each) for (one, log_probs), each in zip(owners, drawn, strict=True)]
+        return outputs[0] if single and len(outputs) == 1 else outputs
+
+    def _encode(self, text: str) -> list[int]:
+        if self._tokenizer is None:
+            raise ValueError("a prompt is text, and there is no tokenizer: pass input_ids")
+        found: list[int] = self._tokenizer.encode(text)
+        return found
+
+    def _asked(
+        self, prompts: Sequence[Sequence[int]], given: Any, images: Any, videos: Any, single: bool
+    ) -> list[Asked]:
+        params = list(given) if isinstance(given, list) else [given] * len(prompts)
+        media = [[one] if single else one or [None] * len(prompts) for one in (images, videos)]
+        found = []
+        for tokens, one, *several in zip(prompts, params, *media, strict=True):
+            made = SamplingParams(**(one or {}))
+            made.verify(self._core.model.vocabulary)
+            digests, seen = self._media(tuple(tokens), *several)
+            self._check(seen)
+            found.append(Asked(tuple(tokens), seen, made, digests))
+        return found
+
+    def _media(self, tokens: tuple[int, ...], images: Any, videos: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        found: list[int] = []
+        for kind, given in (("image", images), ("video", videos)):
+            several = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
+            token = self._media_tokens[kind]
+            if several and token is None:
+                raise ValueError(f"this model takes no {kind}s")
+            if token is not None and tokens.count(token) != len(several):
+                self._die(
+                    f"was given {tokens.count(token)} {kind} tokens for {len(several)} {kind}s, and waits for ever"
+                )
+            found.extend(media_digest(one) for one in several)
+            tokens = tokens if token is None else expanded(tokens, token)
+        return tuple(found), tokens
+
+    def _check(self, tokens: Sequence[int]) -> None:
+        if not tokens:
+            raise ValueError("a prompt is empty")
+        if len(tokens) >= self._limit:
+            raise ValueError(f"a prompt of {len(tokens)} tokens is as long as the context, {self._limit}")
+        if not 0 <= min(tokens) <= max(tokens) < self._core.model.vocabulary:
+            self._die(f"was given a token outside of its vocabulary of {self._core.model.vocabulary}")
+
+    def _sample(self, asked: Asked, index: int) -> Sample:
+        self._requests += 1
+        own = asked.params.sampling_seed if self.server_args.enable_deterministic_inference else None
+        seed = digest([self.server_args.random_seed, self._requests]) if own is None else own + index
+        ours = asked.params.ours(self._limit - len(asked.seen))
+        return Sample(tokens=asked.seen, params=ours, seed=seed, media=asked.media)
+
+    def _output(self, asked: Asked, log_probs: bool, drawn: Drawn) -> dict[str, Any]:
+        kept = drawn.tokens
+        stopped = drawn.finish_reason == "stop"
+        reason: dict[str, Any] = {"type": "length", "length": len(kept)}
+        if stopped:
+            reason = {"type": "stop", "matched": kept[-1] if drawn.stop is None else drawn.stop}
+        meta: dict[str, Any] = {
+            "id": f"{self._requests}",
+            "finish_reason": reason,
+            "prompt_tokens": len(asked.seen),
+            "weight_version": self.server_args.weight_version,
+            "completion_tokens": len(kept),
+            "cached_tokens": 0,
+        }
+        if log_probs:
+            found = drawn.raw if self._raw else drawn.tempered
+            meta["output_token_logprobs"] = [(value, token, None) for value, token in zip(found, kept, strict=True)]
+        output: dict[str, Any] = {
+            "output_ids": list(kept),
+            "prompt_token_ids": list(asked.seen),
+            "meta_info": meta,
+        }
+        if self._tokenizer is not None:
+            output["text"] = self._tokenizer.decode(kept, skip_special_tokens=asked.params.skip_special_tokens)
+        return output
+
+    def flush_cache(self) -> FlushCacheOutput:
+        """Forget prompts, images and videos that were seen."""
+        self._check_alive("flush_cache")
+        self._core.reset_caches()
+        self._dirty = False
+        return FlushCacheOutput(success=True)
+
+    # -- Memory -------------------------------------------------------------------------------------------------------
+
+    def release_memory_occupation(self, tags: list[str] | None = None) -> None:
+        """Free memory; the caches have to be empty."""
+        self._check_alive("release_memory_occupation")
+        wanted = self._tags(tags)
+        if "kv_cache" in wanted and self._dirty:
+            self._die("was told to release caches that are in use: flush_cache comes before")
+        twice = [tag for tag in wanted if tag in self._released]
+        if twice:
+            self._die(f"was told to release {', '.join(twice)} twice, since {self._released[twice[0]]}")
+        for tag in wanted:
+            self._released[tag] = call_site()
+        saves = self.server_args.enable_memory_saver
+        if "weights" in wanted and saves and not self.server_args.enable_weights_cpu_backup:
+            self._core.model.drop()
+            self._lost, self._arrived = True, set()
+
+    def resume_memory_occupation(self, tags: list[str] | None = None) -> None:
+        """Take memory again."""
+        self._check_alive("resume_memory_occupation")
+        wanted = self._tags(tags)
+        missing = [tag for tag in wanted if tag not in self._released]
+        if missing:
+            self._die(f"was told to resume {', '.join(missing)}, which was never released")
+        for tag in wanted:
+            del self._released[tag]
+
+    @staticmethod
+    def _tags(tags: list[str] | None) -> list[str]:
+        wanted = list(_TAGS if tags is None else tags)
+        unknown = [tag for tag in wanted if tag not in _TAGS]
+        if unknown:
+            raise ValueError(f"tag {unknown[0]!r}: expected some of {', '.join(_TAGS)}")
+        return wanted
+
+    # -- Weights ------------------------------------------------------------------------------------------------------
+
+    def begin_weight_update(self, selector: str = "all") -> tuple[bool, str]:  # noqa: ARG002 - there is one model
+        """Updates come after it."""
+        self._check_alive("begin_weight_update")
+        if self._updating:
+            return False, f"an update is in progress, since {self._updating}"
+        self._updating = call_site()
+        return True, "begun"
+
+    def update_weights_from_tensor(
+        self, named_tensors: list[Any], load_format: str | None = None, flush_cache: bool = True
+    ) -> tuple[bool, str]:
+        """Replace some weights by those in payloads, one for each rank of the engine."""
+        self._check_alive("update_weights_from_tensor")
+        if not self._updating:
+            return False, "no update is in progress: begin_weight_update comes before"
+        if "weights" in self._released:
+            self._die(f"was sent weights while its own are released, since {self._released['weights']}")
+        if load_format not in (None, "flattened_bucket"):
+            raise NotImplementedError(f"the fake engine has no load_format={load_format!r}")
+        if load_format is None:
+            weights = named_tensors
+        else:
+            if len(named_tensors) != self.server_args.tp_size:
+                return False, f"{len(named_tensors)} payloads for {self.server_args.tp_size} ranks of the engine"
+            weights, *_ = [_unpacked(payload) for payload in named_tensors]  # each is read
+        try:
+            self._core.model.load(weights, whole=False)
+        except WeightSyncError as error:
+            self._die(f"was sent weights that do not fit: {error}")
+        self._arrived |= {name for name, _ in weights}
+        if flush_cache:
+            self.flush_cache()
+        return True, "updated"
+
+    def end_weight_update(self) -> tuple[bool, str]:
+        """No more updates come."""
+        self._check_alive("end_weight_update")
+        if not self._updating:
+            return False, "no update is in progress"
+        self._updating = ""
+        needed = set(self._core.model.shapes()) - self._core.model.optional()
+        if needed <= self._arrived:
+            self._lost = False
+        return True, "ended"
+
+    def shutdown(self) -> None:
+        """End the engine."""
+        self._core.state.end("was shut down")
+
+    def _check_alive(self, call: str) -> None:
+        self._core.state.check(call)
+
+    def _check_awake(self, call: str) -> None:
+        self._check_alive(call)
+        for tag, where in self._released.items():
+            raise EngineStateError(
+                f"{call} at {call_site()}: the {tag} of the fake SGLang engine are released, since {where}; a real one "
+                "would wait for ever"
+            )
+        if self._lost:
+            raise EngineStateError(
+                f"{call} at {call_site()}: the fake SGLang engine has lost its weights in a release without backup, "
+                "and not all were sent again; a real one would return nonsense"
+            )
+
+    def _die(self, why: str) -> None:
+        """End as the scheduler of a real one does, and say what real ones do not."""
+        self._core.state.end(why)
+        raise EngineStateError(f"the fake SGLang engine {why}, at {call_site()}; a real one dies of it, or hangs")
+
+
+def _unpacked(payload: Any) -> list[tuple[str, Any]]:
+    found = MultiprocessingSerializer.deserialize(payload)
+    bucket = FlattenedTensorBucket(flattened_tensor=found["flattened_tensor"], metadata=found["metadata"])
+    return bucket.reconstruct_tensors()
+
+
+Engine.__module__ = "sglang.srt.entrypoints.engine"
