@@ -12,6 +12,7 @@ from lightrft.strategy import requests, rollout, weight_sync
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.engine_settings import EngineSettings
 from lightrft.strategy.utils.agreement import Ranks
+from lightrft.strategy.utils.checkpoint_form import in_checkpoint_form
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,10 @@ class EngineCalls(ABC):
 
     @abstractmethod
     def drop_partial_accumulation(self, model: torch.nn.Module) -> int:
+        """See ``StrategyBase``."""
+
+    @abstractmethod
+    def unwrap_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """See ``StrategyBase``."""
 
     @abstractmethod
@@ -86,10 +91,17 @@ class EngineCalls(ABC):
             )
         return self.inference_engine
 
-    def update_engine_weights(self, actor: torch.nn.Module) -> None:
+    def update_engine_weights(self, actor: torch.nn.Module, verify: bool = False) -> None:
         """Send the weights of ``actor`` to the engine, which is woken for it. *Collective*.
 
+        Adapters are merged, and names are those of a checkpoint.
+
+        Args:
+            actor: prepared; any, and not always the same.
+            verify: compare what the engine holds afterwards with what was sent, for engines that can tell.
+
         Raises:
+            ConfigError: ``verify`` is asked of an engine that cannot tell.
             EngineStateError: there is no engine.
             WeightSyncError: what the engine holds afterwards is not what was sent.
         """
@@ -100,7 +112,8 @@ class EngineCalls(ABC):
         with ranks.together("the engine was not woken", EngineStateError):
             self.wakeup_inference_engine()
         with ranks.together("weights were not sent", WeightSyncError):
-            weight_sync.send(engine, self.full_parameters(actor), bucket_bytes=bucket_bytes)
+            weights = in_checkpoint_form(self.unwrap_model(actor), self.full_parameters(actor))
+            weight_sync.send(engine, weights, bucket_bytes=bucket_bytes, verify=verify)
 
     def gather_and_generate(
         self,

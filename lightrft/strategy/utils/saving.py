@@ -48,7 +48,7 @@ def save_pretrained(
         CheckpointError: rank 0 could not write.
     """
     writes = ranks.rank == 0
-    prefix, model = _savable(module)
+    prefix, model = savable(module)
     kept = _kept_by(model)
     weights: dict[str, torch.Tensor] = {}
     for name, tensor in parameters:
@@ -64,7 +64,7 @@ def save_pretrained(
                 tokenizer.save_pretrained(output_dir)
 
 
-def _savable(module: nn.Module) -> tuple[str, nn.Module | None]:
+def savable(module: nn.Module) -> tuple[str, nn.Module | None]:
     """The outermost model inside that can save itself, and the beginning of its parameters' names; or ``""``, none."""
     for name, one in module.named_modules():
         if callable(getattr(one, "save_pretrained", None)):

@@ -1,0 +1,108 @@
+"""Parameters on their way to an engine: merged, and named as in a checkpoint."""
+
+import pytest
+import torch
+from fake_models import tiny_model
+from torch import nn
+
+from lightrft.errors import WeightSyncError
+from lightrft.strategy.utils.checkpoint_form import in_checkpoint_form
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+def saved(model, folder):
+    from safetensors.torch import load_file
+
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def sent(model):
+    found = list(in_checkpoint_form(model, model.named_parameters()))
+    assert len({name for name, _ in found}) == len(found)
+    return dict(found)
+
+
+def same(got, wanted, **tolerance):
+    assert got.keys() == wanted.keys()
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor.detach(), wanted[name], **tolerance)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_f06_a_language_model_keeps_its_names(tmp_path, tied):
+    model = tiny_model(tmp_path, tie_word_embeddings=tied)
+    same(sent(model), saved(model, tmp_path))
+    assert ("lm_head.weight" in sent(model)) is not tied
+
+
+def test_f06_a_model_inside_of_another_one_is_found_and_what_is_beside_it_left_out(tmp_path):
+    class Actor(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+            self.value_head = nn.Linear(32, 1)
+
+    model = tiny_model(tmp_path)
+    same(sent(Actor(model)), saved(model, tmp_path))
+
+
+def test_f06_names_that_transformers_changes_are_changed_back(tmp_path):
+    config = transformers.Qwen2VLConfig(
+        text_config={
+            "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+        },
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "patch_size": 14},
+    )  # fmt: skip
+    model = transformers.Qwen2VLForConditionalGeneration(config)
+    files = saved(model, tmp_path)
+    same(sent(model), files)
+    assert any(name.startswith("visual.") for name in files)
+    assert not any(name.startswith("visual.") for name, _ in model.named_parameters())
+
+
+def test_a_model_of_ones_own_keeps_its_parameters():
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
+    same(sent(model), dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_lora_adapters_are_merged(tmp_path, adapters):
+    model = tiny_model(tmp_path)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
+    if adapters == 2:
+        wrapped.add_adapter("second", peft.LoraConfig(r=3, target_modules=["q_proj"]))
+        wrapped.base_model.set_adapter(["default", "second"])
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    ids = torch.randint(2, 64, (1, 7))
+    logits = wrapped(ids).logits
+    found = sent(wrapped)
+    plain = tiny_model(tmp_path / "plain")
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    plain.load_state_dict(found)
+    torch.testing.assert_close(plain(ids).logits, logits, atol=1e-5, rtol=1e-5)
+    changed = {name for name, tensor in found.items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if "q_proj.weight" in name or "down_proj.weight" in name}
+    for name, module in wrapped.named_modules():
+        if name.endswith("q_proj"):
+            assert torch.equal(module.base_layer.weight, before[f"{name.removeprefix('base_model.model.')}.weight"])
+
+
+def test_adapters_that_cannot_be_merged_are_refused(tmp_path):
+    ia3 = peft.get_peft_model(
+        tiny_model(tmp_path), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    )
+    with pytest.raises(WeightSyncError, match=r"q_proj has an adapter of Linear: LoRA of linear layers can be merged"):
+        sent(ia3)
+    lora = peft.get_peft_model(tiny_model(tmp_path), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    few = [(name, tensor) for name, tensor in lora.named_parameters() if "layers.1.self_attn.q_proj.lora_B" not in name]
+    with pytest.raises(WeightSyncError, match="adapters of .*layers.1.self_attn.q_proj were not sent whole"):
+        list(in_checkpoint_form(lora, few))
