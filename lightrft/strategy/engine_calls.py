@@ -13,6 +13,7 @@ from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.engine_settings import EngineSettings
 from lightrft.strategy.utils.agreement import Ranks
 from lightrft.strategy.utils.checkpoint_form import in_checkpoint_form
+from lightrft.strategy.utils.generation_lengths import GenerationLengths
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ class EngineCalls(ABC):
     engine_mp_group: ProcessGroup | None
     inference_engine: Any
     inference_engine_type: str | None
+    _lengths: GenerationLengths | None = None
 
     @abstractmethod
     def drop_partial_accumulation(self, model: torch.nn.Module) -> int:
@@ -144,7 +146,7 @@ class EngineCalls(ABC):
             return requests.requests_of(all_prompt_token_ids, all_prompts, all_images, images_num)
 
         try:
-            return rollout.gather_and_generate(
+            completions = rollout.gather_and_generate(
                 engine,
                 mine,
                 sampling_params,
@@ -154,6 +156,22 @@ class EngineCalls(ABC):
         finally:
             if sleep_engine:
                 self.maybe_sleep_inference_engine()
+        self._note_lengths(completions)
+        return completions
+
+    def _note_lengths(self, completions: Sequence[Any]) -> None:
+        """Collect generation lengths, and plot those of all ranks every ``plot_every`` steps."""
+        if not self.config.plot_every:
+            return
+        if self._lengths is None:
+            self._lengths = GenerationLengths(self.config.plot_every, self.config.log_dir)
+        self._lengths.add(len(one.output_token_ids) for one in completions)
+        if self._lengths.is_due:
+            ranks = Ranks()
+            with ranks.together("generation lengths were not plotted", ConfigError) as outcome:
+                outcome.mine = self._lengths.taken()
+            if ranks.rank == 0:
+                self._lengths.plot([length for each in outcome.all for length in each])
 
     def engine_generate_local(
         self, sampling_params: Any, prompt_token_ids: Any = None, multi_modal_inputs: Any = None

@@ -12,9 +12,11 @@ __all__ = ["naming_extras"]
 _EXTRAS = {
     "accelerate": "deepspeed",
     "deepspeed": "deepspeed",
+    "matplotlib": "plots",
     "peft": "train",
     "safetensors": "train",
     "sglang": "sglang",
+    "tensorboard": "plots",
     "transformers": "train",
     "vllm": "vllm",
 }

@@ -1,0 +1,66 @@
+"""Plots of generation lengths."""
+
+import sys
+
+import pytest
+import torch.distributed as dist
+
+from lightrft.errors import ConfigError
+from lightrft.sim import SimWorld
+from lightrft.sim.contracts.strategy.engines import Recorder
+from lightrft.strategy import get_strategy
+from lightrft.strategy.requests import Completion
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tensorboard")
+
+
+class Counting(Recorder):
+    """Completes a prompt by as many tokens as it has."""
+
+    def generate(self, requests, sampling_params):
+        return [
+            Completion(prompt_token_ids=one.prompt_token_ids, output_token_ids=one.prompt_token_ids) for one in requests
+        ]
+
+
+def rollouts(size, steps, **settings):
+    def program():
+        strategy = get_strategy({"strategy": "fake", "train_batch_size": size, **settings})
+        strategy.inference_engine = Counting()
+        for step in range(steps):
+            prompts = [[1] * (step + strategy.get_rank() + 1)] * strategy.get_rank()  # none on rank 0
+            strategy.gather_and_generate({}, all_prompt_token_ids=prompts)
+        dist.destroy_process_group()
+
+    SimWorld(size).run(program)
+
+
+def test_k24_lengths_of_all_ranks_are_plotted_every_few_steps(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rollouts(3, 5, plot_every=2, log_dir=str(tmp_path))
+    files = sorted(file.name for file in (tmp_path / "generation_lengths").iterdir())
+    assert files == ["step_00000002.png", "step_00000004.png"]
+    assert (tmp_path / "generation_lengths" / files[0]).read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"histograms": 0})
+    events.Reload()
+    found = {each.step: each.value for each in events.Scalars("generation_length/mean")}
+    # Rank 1 has one prompt of step + 2 tokens, rank 2 two of step + 3; steps 0 and 1, then 2 and 3.
+    assert found == pytest.approx({2: (2 + 3 + 2 * (3 + 4)) / 6, 4: (4 + 5 + 2 * (5 + 6)) / 6})
+    assert [each.value for each in events.Scalars("generation_length/max")] == [4, 6]
+    histograms = {each.step: each.histogram_value for each in events.Histograms("generation_length")}
+    assert {step: (one.num, one.min, one.max) for step, one in histograms.items()} == {2: (6, 2, 4), 4: (6, 4, 6)}
+
+
+def test_k24_without_plot_every_nothing_is_written(tmp_path):
+    rollouts(2, 3, log_dir=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(tmp_path, monkeypatch):
+    strategy = get_strategy({"strategy": "fake", "plot_every": 1, "log_dir": str(tmp_path)})
+    strategy.inference_engine = Counting()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"plot_every needs the package matplotlib.*lightrft\[plots\]"):
+        strategy.gather_and_generate({}, all_prompt_token_ids=[[1]])
