@@ -310,7 +310,8 @@ MUTATIONS = {
         "ST301", "resumed after step 1: .* differs", backend_strategy, "_resume_schedule", _returns(None),
     ),
     "the first rank's part is everybody's": (
-        "ST302", "loaded by 1 ranks: .* differs", fake_checkpoints, "joined", lambda f: lambda parts: f(parts[:1] * len(parts)),
+        "ST302", "loaded by 1 ranks: .* differs", fake_checkpoints, "joined",
+        lambda f: lambda parts: f(parts[:1] * len(parts)),
     ),
     "a model is saved in part": ("ST307", "expected weights", Fake, "full_parameters", _first_only),
     "checkpoints are of any size": (
