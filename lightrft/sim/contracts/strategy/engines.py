@@ -186,7 +186,7 @@ def _prompts(rank: int) -> list[list[int]]:
 
 @contract.check(505)
 def check_every_rank_gets_its_own_completions(subject: Subject) -> None:
-    """The engine gets the prompts of its ranks together, and each rank the completions of its own, any number and none, in their order; the engine is woken for it and sleeps afterwards if it shall (K05, K06)."""  # noqa: E501
+    """The engine gets the prompts of its ranks together, and each rank the completions of its own, any number and none, in their order; the engine is woken for it and sleeps afterwards if it shall (F12, K05, K06)."""  # noqa: E501
     tp = _shared_by(subject.size)
     for rank, (outputs, asleep, awake, asked, requests) in enumerate(subject.run(_generates)):
         mine: list[Any] = [(tuple(prompt), ()) for prompt in _prompts(rank) for _ in range(2)]
