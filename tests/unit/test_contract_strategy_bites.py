@@ -5,12 +5,24 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from lightrft.errors import ConfigError
 from lightrft.sim import SimWorld, fake_checkpoints, flat_parameters
 from lightrft.sim import strategy as fake
 from lightrft.sim.contracts.strategy import CHECKS, SETTINGS, Subject
 from lightrft.strategy import backend_strategy, engine, engine_calls, rollout, weight_sync
+from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.groups import ParallelGroups
-from lightrft.strategy.utils import checkpoint_store, checkpoints, collectives, moving_average
+from lightrft.strategy.utils import (
+    checkpoint_store,
+    checkpoints,
+    collectives,
+    data,
+    moving_average,
+    optimizers,
+    schedulers,
+    seeds,
+    sequence_parallel,
+)
 from lightrft.strategy.utils.agreement import Outcome, Ranks
 from lightrft.strategy.utils.sequence_parallel import exchange, processor
 
@@ -30,6 +42,10 @@ def _doubled(reduce):
     return lambda self, divisor: reduce(self, divisor / 2)
 
 
+def _added_up(reduce):
+    return lambda self, divisor: reduce(self, self._world_size)
+
+
 def _own_norm(reduce):
     def reduced(self, divisor):
         reduce(self, divisor)
@@ -44,6 +60,23 @@ def _applied(step):
         return backend_strategy.Step(norm=found.norm, applied=True)
 
     return stepped
+
+
+def _without_decay(apply):
+    def applied(self, prepared, flat, norm):
+        for group in prepared.optimizer.param_groups:
+            group["weight_decay"] = 0.0
+        apply(self, prepared, flat, norm)
+
+    return applied
+
+
+def _untied(shard):
+    def sharded(self, model, *given, **more):
+        model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+        return shard(self, model, *given, **more)
+
+    return sharded
 
 
 def _rate_of_the_start(apply):
@@ -103,6 +136,10 @@ def _with_the_loss_scale(step):
 
 def _without_states(part):
     return lambda optimizer, flat: part(None, flat)
+
+
+def _whatever_is_asked(load):
+    return lambda self, model, folder, **options: load(self, model, folder)
 
 
 def _of_rank_0(load):
@@ -229,6 +266,24 @@ def _listed(prepare):
     return prepared
 
 
+def _nearly_the_same(reduce):
+    def reduced(data, *given, **more):
+        try:
+            return reduce(data, *given, **more)
+        except ConfigError:
+            return data
+
+    return reduced
+
+
+def _of_dicts_backwards(gather):
+    def gathered(data, **more):
+        found = gather(data, **more)
+        return {name: rows.flip(0) for name, rows in found.items()} if isinstance(found, dict) else found
+
+    return gathered
+
+
 def _rounding(tensors):
     def broken(cast):
         def rounded(self, model):
@@ -264,8 +319,16 @@ MUTATIONS = {
     "ranks keep their own weights": (
         "ST101", "rank 0: the loss of step 1", Flat, "_gather", _returns(None),
     ),
+    "micro-batches are not averaged": (
+        "ST102", "rank 0: the loss of step 1", Flat, "reduce_gradients", _added_up,
+    ),
     "the norm is that of one rank": ("ST103", "rank 0: the loss of step 1", Flat, "reduce_gradients", _own_norm),
     "nothing is clipped": ("ST103", "the loss of step 1 is", Flat, "scale_gradients", _returns(None)),
+    "weights do not decay": ("ST104", "rank 0: .* in one plain process", Fake, "_apply", _without_decay),
+    "every micro-batch is a step": (
+        "ST105", "stepped after these micro-batches", Backend, "optimizer_step",
+        lambda f: lambda *args, **kwargs: f(*args, **kwargs) or 0.0,
+    ),
     "dropped gradients stay": (
         "ST106", "dropped 1 micro-batches, with the warnings \\[\\]", Backend, "drop_partial_accumulation", _returns(1),
     ),
@@ -279,6 +342,10 @@ MUTATIONS = {
     "what is not reached counts": (
         "ST109", "the norm is .* without the parameter", Flat, "reduce_gradients", _counted_in,
     ),
+    "any shard size is taken": (
+        "ST110", "expected ConfigError, and it returned", Backend, "_check_shard_size", _returns(None),
+    ),
+    "tied weights are untied": ("ST111", "tied weights: .* in one plain process", Fake, "_shard", _untied),
     "only the first model is trained": (
         "ST112", "the second of two models: .* differs", Fake, "_apply", _first_model_only,
     ),
@@ -288,11 +355,32 @@ MUTATIONS = {
     ),
     "16 bits train nothing": ("ST113", "losses .* in float32", Fake, "_apply", _returns(None)),
     "norms have the loss scale": ("ST114", "norms .* in float32", Fake, "_step", _with_the_loss_scale),
+    "settings of Adam are not read": (
+        "ST115", "the first step moved weights by", optimizers, "adamw_settings",
+        lambda f: lambda config, given: f(StrategyConfig(), given),
+    ),
     "a mean is a sum": (
         "ST201", "mean, max, min and sum are", collectives, "all_reduce",
         lambda f: lambda data, op, **k: f(data, "sum", **k),
     ),
+    "other keys are passed over": (
+        "ST202", "expected ConfigError, and it returned", collectives, "all_reduce", _nearly_the_same,
+    ),
+    "the ranks are gathered backwards": (
+        "ST203", "gathered", collectives, "all_gather", _of_dicts_backwards,
+    ),
     "ranks are counted from the end": ("ST204", "rank 0 knows", ParallelGroups, "make", _shifted),
+    "any size of the world will do": (
+        "ST205", "the new group's world size should be less", StrategyConfig, "check_world", _returns(None),
+    ),
+    "ranks are seeded apart": (
+        "ST206", "random numbers after seeding", seeds, "set_seed",
+        lambda f: lambda seed: f(seed + torch.distributed.get_rank()),
+    ),
+    "loaders begin anew": (
+        "ST207", "does not go on", data, "setup_dataloader",
+        lambda f: lambda *args, consumed_samples, **more: f(*args, consumed_samples=0, **more),
+    ),
     "averages move too fast": (
         "ST208", "average are off by", moving_average, "update", lambda f: lambda a, b, beta, d: f(a, b, 1 - beta, d),
     ),
@@ -312,6 +400,16 @@ MUTATIONS = {
     "the first rank's part is everybody's": (
         "ST302", "loaded by 1 ranks: .* differs", fake_checkpoints, "joined",
         lambda f: lambda parts: f(parts[:1] * len(parts)),
+    ),
+    "old checkpoints stay": (
+        "ST303", r"expected \['global_step1'", checkpoint_store.CheckpointStore, "rotate", _returns(None),
+    ),
+    "any tag will do": (
+        "ST304", "'../up' was not saved in .* No such file", checkpoints, "check_tag", lambda f: lambda tag: tag,
+    ),
+    "all parts are loaded": ("ST305", "client state, fresh", Backend, "load_ckpt", _whatever_is_asked),
+    "any checkpoint will do": (
+        "ST306", "expected CheckpointError, and it returned", Fake, "_read", _returns(None),
     ),
     "a model is saved in part": ("ST307", "expected weights", Fake, "full_parameters", _first_only),
     "checkpoints are of any size": (
@@ -335,6 +433,12 @@ MUTATIONS = {
     ),
     "models are trained while they are away": (
         "ST404", "expected OffloadStateError, and it returned None", Backend, "_refuse_offloaded", _returns(None),
+    ),
+    "strange optimizers are moved": (
+        "ST405", "expected ConfigError, and it returned", Backend, "maybe_offload_optimizer", _returns(None),
+    ),
+    "any type of engine will do": (
+        "ST501", "'the engine needs a model", engine, "check_engine_type", lambda f: lambda engine_type: engine_type,
     ),
     "sleep is asked for twice": (
         "ST502", "'sleep 1', 'sleep 1'", engine, "put_to_sleep", lambda f: lambda engine: engine.sleep(),
@@ -362,15 +466,38 @@ MUTATIONS = {
     "completions are in another order": ("ST505", "rank 1 got", rollout, "gather_and_generate", _backwards),
     "prompts are not gathered": ("ST505", "the engine of rank 0 got", rollout, "gather", _own_prompts_only),
     "an error of an engine stays with its rank": ("ST506", "no memory left", engine_calls, "Ranks", lambda f: _Alone),
+    "what is around a model stays around it": (
+        "ST601", r"unwrapped: \[\[True, True\], True, \[False, False\]\]", Fake, "unwrap_model",
+        lambda f: lambda self, model: model,
+    ),
     "tuples become lists": ("ST602", "found \\[\\[False, False", Backend, "prepare", _listed),
+    "schedules are left out": ("ST603", "found \\[\\[0.01, 0.02\\], True, False", schedulers, "make", _returns(None)),
+    "whole models are rounded": (
+        "ST604", "other outputs with shard_size=-1", Fake, "_cast", _rounding(torch.nn.Module.parameters),
+    ),
+    "shared models are rounded": (
+        "ST605", "other outputs with shard_size=2", Fake, "_cast", _rounding(torch.nn.Module.parameters),
+    ),
+    "models built in context are rounded": (
+        "ST606", "built with meta_init=False: .* differs", Fake, "_cast", _rounding(torch.nn.Module.parameters),
+    ),
     "pretrained weights are rounded": (
         "ST607", "meta_init=False: .* differs", Fake, "_cast", _rounding(torch.nn.Module.parameters),
     ),
     "buffers of pretrained models are rounded": (
         "ST607", "meta_init=False: logits differ", Fake, "_cast", _rounding(torch.nn.Module.buffers),
     ),
+    "gradients are twice as large in ten steps": (
+        "ST701", "SGD, 1 micro-batches a step: the loss of step 1", Flat, "reduce_gradients", _doubled,
+    ),
+    "gathered log-probs have a share of the gradient in ten steps": (
+        "ST702", "SGD, 1 micro-batches a step, sp_size 2", processor, "gather_sequence", _unscaled,
+    ),
     "gathered log-probs have a share of the gradient": (
         "ST801", "two ranks a sequence: the loss of step 1", processor, "gather_sequence", _unscaled,
+    ),
+    "attention that cannot be changed stays as it is": (
+        "ST802", "expected ConfigError, and it returned", sequence_parallel, "enable", _returns(None),
     ),
 }  # fmt: skip
 
@@ -378,10 +505,15 @@ MUTATIONS = {
 @pytest.mark.parametrize("wrong", MUTATIONS)
 def test_a_wrong_strategy_is_caught(wrong, monkeypatch):
     number, message, owner, name, broken = MUTATIONS[wrong]
-    subject = Subject(world=SimWorld, settings=SETTINGS["fake, as DeepSpeed"], name="broken", size=2)
+    size = 4 if number == "ST605" else 2
+    subject = Subject(world=SimWorld, settings=SETTINGS["fake, as DeepSpeed"], name="broken", size=size)
     monkeypatch.setattr(owner, name, broken(owner.__dict__[name]))
     with pytest.raises(Exception, match=f"(?s){message}"):
         CHECK[number](subject)
+
+
+def test_every_check_sees_something():
+    assert {number for number, *_ in MUTATIONS.values()} == CHECK.keys()
 
 
 def test_the_gathering_that_is_broken_above_is_the_real_one():

@@ -190,7 +190,7 @@ def _with_unused() -> workload.Transformer:
 
 @contract.check(109)
 def check_a_parameter_without_gradient_is_fine(subject: Subject) -> None:
-    """A parameter that the loss does not reach stays, and takes no part in the norm; the others train as without it (K17)."""  # noqa: E501
+    """A parameter that the loss does not reach takes no part in the norm, and SGD leaves it as it was; the others train as without it (K17)."""  # noqa: E501
     told = workload.plain(UNREACHED)
     kept = {name: weight.detach() for name, weight in _with_unused().named_parameters() if "unused" in name}
     for norm, weights in subject.run(_unused, accumulating(subject.size, 2)):
