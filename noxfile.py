@@ -65,7 +65,7 @@ def processes(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def gpu(session: nox.Session) -> None:
     """Tests that need a GPU. Without one they are skipped; with LIGHTRFT_REQUIRE_GPU=1 that is a failure."""
-    install(session, "-e", ".", "hypothesis", "pytest")
+    install(session, "-e", ".[deepspeed,train]", "hypothesis", "pytest")
     found = session.run("python", "-c", "import torch; print(torch.cuda.device_count())", silent=True)
     if str(found).split()[-1:] == ["0"]:
         message = "NO GPU FOUND: not one test of tests/gpu was run"

@@ -10,6 +10,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -25,13 +26,13 @@ class ExecutionHook(importlib.abc.MetaPathFinder):
     def __init__(self) -> None:
         self._finding: set[str] = set()
 
+    @abstractmethod
     def wants(self, name: str) -> bool:
         """Whether to stand in for the module of this name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def execute(self, module: ModuleType, run: Callable[[], None]) -> None:
         """Execute ``module`` by calling ``run``, with whatever is to be done before and after."""
-        raise NotImplementedError
 
     def find_spec(
         self,

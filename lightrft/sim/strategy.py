@@ -28,6 +28,7 @@ from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.prepared import Prepared
 from lightrft.strategy.utils import moving_average, optimizers
 from lightrft.strategy.utils.loss_scale import LossScale
+from lightrft.strategy.utils.recomputing import recompute_activations
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -142,9 +143,8 @@ class FakeStrategy(BackendStrategy):
             optimizer = self.create_optimizer(model)
         model = model.to(self.device)
         self._cast(model)
-        recomputes = getattr(model, "gradient_checkpointing_enable", None)
-        if self.config.gradient_checkpointing and training and callable(recomputes):
-            recomputes()
+        if self.config.gradient_checkpointing and training:
+            recompute_activations(model)
         flat = self._flattened(model) if training else []
         for one in flat:
             repoint([] if optimizer is None else optimizer.param_groups, one.pieces)

@@ -61,6 +61,10 @@ class SimWork(dist.Work):
     def _done(self) -> bool:
         raise NotImplementedError
 
+    def _awaited(self) -> Call:
+        """What is not complete yet."""
+        return self.call
+
     def _outputs(self) -> Sequence[Tensor]:
         return ()
 
@@ -69,7 +73,7 @@ class SimWork(dist.Work):
         if not self._done():
             task = _local.task
             if task is not None:
-                task.scheduler.poll(self.call)
+                task.scheduler.poll(self._awaited())
         if self._done():
             self.wait()
             return True
@@ -360,3 +364,6 @@ class CoalescedWork(SimWork):
 
     def _done(self) -> bool:
         return all(work._done() for work in self._works)
+
+    def _awaited(self) -> Call:
+        return next(work for work in self._works if not work._done())._awaited()

@@ -16,6 +16,7 @@ from lightrft.errors import ConfigError
 from lightrft.strategy import consistency
 from lightrft.strategy.setting import Setting, any_of, setting, settings_of
 from lightrft.strategy.sources import ReadOnlyMapping, entries
+from lightrft.strategy.utils.schedulers import SCHEDULES
 
 __all__ = ["StrategyConfig"]
 
@@ -26,7 +27,6 @@ _ENGINE = "Inference engine"
 _ROLLOUT = "Rollouts"
 _MONITORING = "Monitoring"
 _DTYPES = ("fp32", "bf16", "fp16")
-_SCHEDULES = ("constant", "linear", "cosine_with_min_lr")
 _NO_STAGE = {0: "stage 0 shards nothing; stage 1 trains the same and needs less memory"}
 _DEFAULT_LOG_DIR = "./logs"
 
@@ -54,7 +54,10 @@ class StrategyConfig:
     adam_betas: tuple[float, float] = setting((0.9, 0.95), _TRAINING, "the two betas of Adam", at_least=0, below=1)
     weight_decay: float = setting(0.0, _TRAINING, "weight decay, not of biases and norms", at_least=0)
     lr_scheduler: str = setting(
-        "cosine_with_min_lr", _TRAINING, "how learning rates change after the warm-up", choices=_SCHEDULES
+        "cosine_with_min_lr",
+        _TRAINING,
+        "how learning rates change after the warm-up; linear falls to 0, cosine_with_min_lr to a tenth of the peak",
+        choices=tuple(SCHEDULES),
     )
     lr_warmup_ratio: float = setting(
         0.03, _TRAINING, "share of the steps in which learning rates rise to their peak", at_least=0, at_most=1
@@ -78,7 +81,7 @@ class StrategyConfig:
         None, _DISTRIBUTED, "strategy by name: deepspeed, fsdp, fake or a registered one; by default as --fsdp says"
     )
     local_rank: int = setting(
-        -1, _DISTRIBUTED, "rank within the node, given by launchers; -1: as the environment says", at_least=-1
+        -1, _DISTRIBUTED, "rank within the node, where the environment does not say it; -1: not given", at_least=-1
     )
 
     packing_samples: bool = setting(False, _OPTIMIZATION, "pack several samples into one sequence")

@@ -14,7 +14,7 @@ from lightrft.strategy.setting import any_of
 if TYPE_CHECKING:
     from lightrft.strategy.config import StrategyConfig
 
-__all__ = ["batch_problems", "contradictions", "divisor_problem", "world_problems"]
+__all__ = ["batch_problems", "contradictions", "divisor_problem", "without_effect", "world_problems"]
 
 
 def contradictions(config: StrategyConfig) -> Iterator[str]:
@@ -34,6 +34,15 @@ def contradictions(config: StrategyConfig) -> Iterator[str]:
             f"train_batch_size={config.train_batch_size} is no multiple of micro_train_batch_size={micro}: use "
             f"train_batch_size={_multiples(config.train_batch_size, micro)}"
         )
+
+
+def without_effect(config: StrategyConfig) -> Iterator[str]:
+    """Settings that change nothing as things are, and do no harm: a strategy warns of them.
+
+    ``use_mp_opt`` is no contradiction in float32, so that the precision can be switched by one flag.
+    """
+    if config.use_mp_opt and not (config.bf16 or config.fp16):
+        yield "use_mp_opt changes nothing in float32, which needs no masters: switch bf16 or fp16 on, or leave it out"
 
 
 def _other_backend(config: StrategyConfig) -> Iterator[str]:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from lightrft.strategy import consistency
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.engine_calls import EngineCalls
 from lightrft.strategy.groups import ParallelGroups
@@ -81,6 +82,8 @@ class StrategyBase(EngineCalls):
         self._is_set_up = False
         self.setup_distributed()
         self._know_the_world()
+        for sentence in consistency.without_effect(self.config) if self.is_rank_0() else ():
+            warnings.warn(sentence, UserWarning, stacklevel=2)
 
     # -- Ranks --------------------------------------------------------------------------------------------------------
 
@@ -93,8 +96,8 @@ class StrategyBase(EngineCalls):
 
         Args:
             timeout: how long a rank may keep the others waiting; PyTorch's default if ``None``.
-            num_gpu_per_node: ranks of one machine, where the variables do not say; it chooses the GPU of a rank. The
-                constructor takes it from ``args``.
+            num_gpu_per_node: ranks of one machine, where neither the variables nor ``local_rank`` say which GPU a rank
+                has. The constructor takes it from ``args``.
         """
         if self._is_set_up:
             if timeout is not None or num_gpu_per_node is not None:
@@ -114,7 +117,8 @@ class StrategyBase(EngineCalls):
     def _place(self, per_node: int | None = None) -> environment.RankEnvironment:
         """Where this process stands among the others."""
         per_node = per_node or self.config.get_extra_arg("num_gpu_per_node")
-        return environment.RankEnvironment.read(os.environ, gpus_per_node=per_node)
+        local_rank = None if self.config.local_rank == -1 else self.config.local_rank
+        return environment.RankEnvironment.read(os.environ, gpus_per_node=per_node, local_rank=local_rank)
 
     def _know_the_world(self) -> None:
         self.world_size = leaves.members(None)

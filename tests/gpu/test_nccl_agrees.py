@@ -93,13 +93,12 @@ def run_simulated(size: int) -> list[list[torch.Tensor]]:
     return SimWorld(size, profile="nccl", strict=True).run(run)
 
 
-def test_simulated_collectives_equal_those_of_nccl(tmp_path: Path) -> None:
-    size = torch.cuda.device_count()
-    for real, simulated in zip(run_processes(size, tmp_path, "nccl"), run_simulated(size), strict=True):
+def test_simulated_collectives_equal_those_of_nccl(tmp_path: Path, gpus: int) -> None:
+    for real, simulated in zip(run_processes(gpus, tmp_path, "nccl"), run_simulated(gpus), strict=True):
         torch.testing.assert_close(simulated, real, rtol=0, atol=0)
 
 
-def test_simulated_ranks_leave_the_gpus_alone() -> None:
+def test_simulated_ranks_leave_the_gpus_alone(gpus: int) -> None:
     """On a machine with GPUs, tensors of simulated ranks stay on the CPU all the same."""
 
     def run() -> str:
@@ -109,6 +108,6 @@ def test_simulated_ranks_leave_the_gpus_alone() -> None:
         dist.destroy_process_group()
         return tensor.device.type
 
-    before = [torch.cuda.memory_allocated(index) for index in range(torch.cuda.device_count())]
+    before = [torch.cuda.memory_allocated(index) for index in range(gpus)]
     assert SimWorld(4).run(run) == ["cpu"] * 4
-    assert [torch.cuda.memory_allocated(index) for index in range(torch.cuda.device_count())] == before
+    assert [torch.cuda.memory_allocated(index) for index in range(gpus)] == before

@@ -3,14 +3,16 @@
 import threading
 import time
 from datetime import timedelta
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from lightrft.errors import CollectiveTimeoutError, DeadlockError, RankFailedError, RefusedError, UnfinishedError
-from lightrft.sim import SimWorld
+from lightrft.sim import SimWorld, works
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -285,6 +287,42 @@ def test_polling_lets_the_others_come():
     results = on_ranks(3, body)
     assert [result[0] for result in results] == [3.0] * 3
     assert [result[1] for result in results] == [True, True, False]
+
+
+def test_several_operations_are_polled_as_one():
+    def body():
+        rank = dist.get_rank()
+        time.sleep(rank * 0.1)
+        tensor = torch.zeros(2)
+        with distributed_c10d._coalescing_manager(device=torch.device("cuda", 0), async_ops=True) as coalesced:
+            dist.isend(torch.full((2,), float(rank)), 1 - rank)
+            dist.irecv(tensor, 1 - rank)
+        polls = 0
+        while not coalesced.works[0].is_completed():
+            polls += 1
+        return tensor.tolist(), polls > 0
+
+    assert on_ranks(2, body, profile="nccl") == [([1.0, 1.0], True), ([0.0, 0.0], False)]
+
+
+def kinds(base):
+    return {base} | {kind for one in base.__subclasses__() for kind in kinds(one)}
+
+
+def unfilled(kind):
+    """The methods that ``kind`` has only as its bases leave them to it."""
+    methods = {name: one for name in dir(kind) if isinstance(one := getattr(kind, name), FunctionType)}
+    return {name for name, one in methods.items() if one.__code__.co_names == ("NotImplementedError",)}
+
+
+def test_every_kind_of_work_says_how_to_wait_and_whether_it_is_done():
+    """Abstract methods would say it, but not in subclasses of torch's class, which has a metaclass of its own."""
+    assert unfilled(works.SimWork) == {"_wait", "_done"}
+    concrete = {kind for kind in kinds(works.SimWork) if kind.__name__ in works.__all__} - {works.SimWork}
+    assert len(concrete) >= 4
+    for kind in concrete:
+        waits_otherwise = kind.wait is not works.SimWork.wait
+        assert unfilled(kind) <= ({"_wait"} if waits_otherwise else set()), kind
 
 
 def test_a_work_tells_its_result():

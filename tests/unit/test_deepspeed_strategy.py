@@ -430,16 +430,6 @@ def test_models_are_built_spread_at_stage_3_only(stage):
     assert run(2, _no_context, stage) is (stage == 3)
 
 
-def _checkpointed(stage):
-    strategy = make(stage, gradient_checkpointing=True)
-    with pytest.raises(ConfigError, match="Transformer has no gradient_checkpointing_enable"):
-        strategy.prepare(tiny.transformer())
-
-
-def test_recomputing_activations_is_refused_where_the_model_cannot():
-    run(1, _checkpointed, 2)
-
-
 # -- What DeepSpeed is told -------------------------------------------------------------------------------------------
 
 

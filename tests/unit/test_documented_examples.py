@@ -1,6 +1,7 @@
 """The examples of the strategies' documentation, on simulated ranks and alone: each as a trainer's author writes it."""
 
 import argparse
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -225,7 +226,7 @@ class MyCustomStrategy(StrategyBase):
         return model
 
     def init_model_context(self, meta_init=False):
-        raise NotImplementedError
+        return nullcontext()
 
     def unwrap_model(self, model):
         return model
@@ -243,7 +244,7 @@ class MyCustomStrategy(StrategyBase):
         return 0
 
     def moving_average(self, model, ema, beta=0.992, device="cpu"):
-        raise NotImplementedError
+        torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - beta)
 
     def save_ckpt(self, model, save_dir, tag=None, **kwargs):
         torch.save(model.state_dict(), f"{save_dir}/{tag}")
@@ -254,7 +255,7 @@ class MyCustomStrategy(StrategyBase):
         return f"{load_dir}/{tag}", {}
 
     def save_model(self, model, tokenizer, output_dir, **kwargs):
-        raise NotImplementedError
+        torch.save(model.state_dict(), f"{output_dir}/model.pt")
 
     def offload_model(self, model):
         pass
@@ -269,7 +270,7 @@ class MyCustomStrategy(StrategyBase):
         pass
 
 
-def test_a_strategy_of_a_users_own():
+def test_a_strategy_of_a_users_own(tmp_path):
     register_strategy("mine", MyCustomStrategy)
     strategy = get_strategy(SimpleNamespace(strategy="mine", train_batch_size=1))
     assert isinstance(strategy, MyCustomStrategy)
@@ -280,5 +281,12 @@ def test_a_strategy_of_a_users_own():
     strategy.optimizer_step(optimizer, model)
     assert not torch.equal(model.weight, before)
     assert strategy.all_reduce({"loss": 2.0}) == {"loss": 2.0}
+    with strategy.init_model_context():
+        average = nn.Linear(2, 1).requires_grad_(False)
+    expected = 0.75 * average.weight + 0.25 * model.weight.detach()
+    strategy.moving_average(model.requires_grad_(False), average, beta=0.75)
+    torch.testing.assert_close(average.weight, expected)
+    strategy.save_model(average, None, tmp_path)
+    torch.testing.assert_close(torch.load(tmp_path / "model.pt")["weight"], expected)
     with pytest.raises(ConfigError, match="mine"):
         get_strategy(SimpleNamespace(strategy="yours"))

@@ -135,13 +135,23 @@ def test_what_contradicts_itself_under_slurm_is_named_as_slurm_names_it():
 
 @pytest.mark.parametrize(("environ", "name"), [(TORCHRUN, "LOCAL_RANK"), (SLURM, "SLURM_LOCALID")])
 def test_k19_the_local_rank_is_never_guessed(environ, name):
-    with pytest.raises(ConfigError, match=f"{name} is missing in a world of 8: set it, or give num_gpu_per_node"):
+    with pytest.raises(ConfigError, match=f"{name} is missing in a world of 8: set it, or give local_rank or num_"):
         RankEnvironment.read(without(environ, name))
     assert RankEnvironment.read(without(environ, name), gpus_per_node=3).local_rank == 5 % 3
     with pytest.raises(ConfigError, match=f"{name}=1 with num_gpu_per_node=1"):
         RankEnvironment.read(environ, gpus_per_node=1)
     with pytest.raises(ConfigError, match="num_gpu_per_node=0: expected"):
         RankEnvironment.read(environ, gpus_per_node=0)
+
+
+@pytest.mark.parametrize(("environ", "name"), [(TORCHRUN, "LOCAL_RANK"), (SLURM, "SLURM_LOCALID")])
+def test_k24_a_local_rank_that_is_given_counts_where_no_variable_says_it(environ, name):
+    assert RankEnvironment.read(environ, local_rank=3).local_rank == 1
+    assert RankEnvironment.read(without(environ, name), local_rank=3).local_rank == 3
+    assert RankEnvironment.read(without(environ, name), local_rank=3, gpus_per_node=4).local_rank == 3
+    assert RankEnvironment.read({}, local_rank=3) == RankEnvironment(local_rank=3)
+    with pytest.raises(ConfigError, match="local_rank=3 with num_gpu_per_node=2: expected a lower"):
+        RankEnvironment.read(without(environ, name), local_rank=3, gpus_per_node=2)
 
 
 def test_a_world_of_one_needs_no_local_rank():

@@ -316,30 +316,6 @@ def test_an_optimizer_made_before_keeps_its_groups_over_sharded_parameters():
     assert on(2, _groups)[0] == (True, True, [True, True], True)
 
 
-def _recomputes(on):
-    ours = fsdp.strategy(gradient_checkpointing=on)
-    model = fsdp.qwen2()
-    seen = []
-    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: seen.append(1))
-    model, optimizer = ours.prepare((model, torch.optim.SGD(model.parameters(), lr=0.1)))
-    model.train()
-    return fsdp.step(ours, model, optimizer, 0), len(seen)
-
-
-def test_gradient_checkpointing_computes_twice_and_changes_nothing():
-    ((without, once), _), ((with_it, twice), _) = on(2, _recomputes, False), on(2, _recomputes, True)
-    assert (once, twice) == (1, 2)
-    assert with_it == pytest.approx(without, rel=1e-6)
-
-
-def _cannot_recompute():
-    return _message(lambda: fsdp.strategy(gradient_checkpointing=True).prepare(workload.transformer()))
-
-
-def test_gradient_checkpointing_of_a_model_without_it_is_refused():
-    assert "gradient_checkpointing_enable" in on(1, _cannot_recompute)[0]
-
-
 # -- moving -----------------------------------------------------------------------------------------------------------
 
 

@@ -171,7 +171,7 @@ class CheckpointFolder:
     def _discarded_on_error(self, path: Path) -> Iterator[None]:
         try:
             yield
-        except Exception:
+        except Exception:  # an interrupt passes on purpose: the process ends at once, and the next save cleans up
             if self.ranks.rank == 0:
                 self._store.discard(path)
             raise

@@ -47,7 +47,9 @@ class RankEnvironment:
     source: str = "alone"
 
     @classmethod
-    def read(cls, environ: Mapping[str, str], *, gpus_per_node: int | None = None) -> RankEnvironment:
+    def read(
+        cls, environ: Mapping[str, str], *, gpus_per_node: int | None = None, local_rank: int | None = None
+    ) -> RankEnvironment:
         """Read the variables of a launcher.
 
         torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) come first, as torchrun may itself
@@ -57,7 +59,10 @@ class RankEnvironment:
 
         Args:
             environ: ``os.environ``, usually.
-            gpus_per_node: processes on a machine; gives the local rank where no variable does.
+            gpus_per_node: processes on a machine; gives the local rank where neither a variable nor ``local_rank``
+                does.
+            local_rank: where no variable says it, as launchers pass it on the command line. A process alone takes it
+                too.
 
         Raises:
             ConfigError: a variable is missing while others are set, is no number, or contradicts another.
@@ -66,13 +71,13 @@ class RankEnvironment:
             raise ConfigError(f"num_gpu_per_node={gpus_per_node!r}: expected a number of at least 1, or None")
         present = {name: value for name, value in environ.items() if value != ""}
         if any(name in present for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
-            found = _from_torchrun(present, gpus_per_node)
+            found = _from_torchrun(present, gpus_per_node, local_rank)
         elif "SLURM_PROCID" in present:
-            found = _from_slurm(present, gpus_per_node)
+            found = _from_slurm(present, gpus_per_node, local_rank)
         elif "MASTER_ADDR" in present or "MASTER_PORT" in present:
-            found = _from_torchrun(present, gpus_per_node)
+            found = _from_torchrun(present, gpus_per_node, local_rank)
         else:
-            found = cls()
+            found = cls(local_rank=local_rank or 0)
         found._check()
         return found
 
@@ -105,7 +110,7 @@ class RankEnvironment:
         )
 
 
-def _from_torchrun(environ: Mapping[str, str], gpus_per_node: int | None) -> RankEnvironment:
+def _from_torchrun(environ: Mapping[str, str], gpus_per_node: int | None, given: int | None) -> RankEnvironment:
     missing = [name for name in _TORCHRUN if name not in environ]
     if missing:
         there = [name for name in (*_TORCHRUN, "LOCAL_RANK") if name in environ]
@@ -114,7 +119,7 @@ def _from_torchrun(environ: Mapping[str, str], gpus_per_node: int | None) -> Ran
             f"{', '.join(_TORCHRUN)}, or unset them to run one process alone"
         )
     rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
-    local_rank = _local_rank(environ, "LOCAL_RANK", rank, world_size, gpus_per_node)
+    local_rank = _local_rank(environ, "LOCAL_RANK", rank, world_size, gpus_per_node, given)
     if "LOCAL_WORLD_SIZE" in environ and local_rank >= (size := _number(environ, "LOCAL_WORLD_SIZE")):
         raise ConfigError(f"LOCAL_RANK={local_rank} with LOCAL_WORLD_SIZE={size}: expected a lower local rank")
     return RankEnvironment(
@@ -127,7 +132,7 @@ def _from_torchrun(environ: Mapping[str, str], gpus_per_node: int | None) -> Ran
     )
 
 
-def _from_slurm(environ: Mapping[str, str], gpus_per_node: int | None) -> RankEnvironment:
+def _from_slurm(environ: Mapping[str, str], gpus_per_node: int | None, given: int | None) -> RankEnvironment:
     rank = _number(environ, "SLURM_PROCID")
     world_size = _number(environ, "SLURM_NTASKS")
     nodes = next((environ[name] for name in _NODE_LISTS if name in environ), "")
@@ -143,7 +148,7 @@ def _from_slurm(environ: Mapping[str, str], gpus_per_node: int | None) -> RankEn
     return RankEnvironment(
         rank=rank,
         world_size=world_size,
-        local_rank=_local_rank(environ, "SLURM_LOCALID", rank, world_size, gpus_per_node),
+        local_rank=_local_rank(environ, "SLURM_LOCALID", rank, world_size, gpus_per_node, given),
         master_addr=environ.get("MASTER_ADDR") or first_host(nodes),
         master_port=port,
         source="slurm",
@@ -159,9 +164,11 @@ def _number(environ: Mapping[str, str], name: str) -> int:
         raise ConfigError(f"{name}={environ[name]!r}: expected an integer") from None
 
 
-def _local_rank(environ: Mapping[str, str], name: str, rank: int, world_size: int, gpus_per_node: int | None) -> int:
-    if name in environ:
-        local_rank = _number(environ, name)
+def _local_rank(
+    environ: Mapping[str, str], name: str, rank: int, world_size: int, gpus_per_node: int | None, given: int | None
+) -> int:
+    if name in environ or given is not None:
+        name, local_rank = (name, _number(environ, name)) if name in environ else ("local_rank", given or 0)
         if gpus_per_node is not None and local_rank >= gpus_per_node:
             raise ConfigError(f"{name}={local_rank} with num_gpu_per_node={gpus_per_node}: expected a lower local rank")
         return local_rank
@@ -169,7 +176,7 @@ def _local_rank(environ: Mapping[str, str], name: str, rank: int, world_size: in
         return rank % gpus_per_node
     if world_size == 1:
         return 0
-    raise ConfigError(f"{name} is missing in a world of {world_size}: set it, or give num_gpu_per_node")
+    raise ConfigError(f"{name} is missing in a world of {world_size}: set it, or give local_rank or num_gpu_per_node")
 
 
 def first_host(nodes: str) -> str:

@@ -6,69 +6,70 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-
 from lightrft.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from lightrft.strategy.config import StrategyConfig
 
 __all__ = ["SCHEDULES", "make"]
 
+_FLOOR = 0.1
 
-def _constant(progress: float, floor: float) -> float:  # noqa: ARG001 - one signature for all schedules
+
+def _constant(progress: float) -> float:  # noqa: ARG001 - one signature for all schedules
     return 1.0
 
 
-def _linear(progress: float, floor: float) -> float:
-    return floor + (1 - floor) * (1 - progress)
+def _linear(progress: float) -> float:
+    return 1 - progress
 
 
-def _cosine(progress: float, floor: float) -> float:
+def _cosine_with_min_lr(progress: float) -> float:
     """Cosine annealing, Loshchilov and Hutter 2017 (arXiv 1608.03983), equation 5, without restarts."""
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return _FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-SCHEDULES: dict[str, Callable[[float, float], float]] = {
+SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": _constant,
     "linear": _linear,
-    "cosine_with_min_lr": _cosine,
+    "cosine_with_min_lr": _cosine_with_min_lr,
 }
-"""Share of the peak learning rate, by how far the run is after warm-up (0 to 1) and the share that it ends at."""
+"""Share of the peak learning rate, by how far the run is from its peak (0) to its end (1)."""
 
 
-def make(
-    optimizer: torch.optim.Optimizer, config: StrategyConfig, max_steps: int, *, floor: float = 0.1
-) -> torch.optim.lr_scheduler.LambdaLR:
+def make(optimizer: torch.optim.Optimizer, config: StrategyConfig, max_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
     """The schedule that ``config.lr_scheduler`` names, after a linear warm-up.
+
+    The warm-up takes ``ceil(max_steps * config.lr_warmup_ratio)`` steps: the rate of the *k*-th is *k* parts of the
+    peak, so that none is at 0 and the last is at the peak. From there ``linear`` falls to 0, and ``cosine_with_min_lr``
+    to a tenth of the peak, where they are once ``max_steps`` steps are done, and stay.
 
     Args:
         optimizer: its present learning rates are the peaks.
         config: ``lr_scheduler`` and ``lr_warmup_ratio``.
-        max_steps: optimizer steps of the run; afterwards the rate stays where it ended.
-        floor: share of the peak at the end.
+        max_steps: optimizer steps of the run.
 
     Raises:
-        ConfigError: there is no such schedule, or ``max_steps`` is below 1.
+        ConfigError: ``max_steps`` is below 1.
     """
-    if config.lr_scheduler not in SCHEDULES:
-        raise ConfigError(f"lr_scheduler {config.lr_scheduler!r}: expected one of {', '.join(SCHEDULES)}")
+    import torch
+
     if max_steps < 1:
         raise ConfigError(f"max_steps is {max_steps}: expected the number of optimizer steps of the run, at least 1")
     warm_up = math.ceil(max_steps * config.lr_warmup_ratio)
-    share = _share(SCHEDULES[config.lr_scheduler], warm_up, max_steps, floor)
+    share = _share(SCHEDULES[config.lr_scheduler], warm_up, max_steps)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
-def _share(
-    schedule: Callable[[float, float], float], warm_up: int, max_steps: int, floor: float
-) -> Callable[[int], float]:
-    """Share of the peak, by step. A function, which ``LambdaLR`` leaves out of what is saved: settings come anew."""
+def _share(schedule: Callable[[float], float], warm_up: int, max_steps: int) -> Callable[[int], float]:
+    """Share of the peak, by step from 0. A function, which ``LambdaLR`` does not save: settings come anew."""
+    peak = max(0, warm_up - 1)
 
     def share(step: int) -> float:
         if step < warm_up:
-            return step / warm_up
-        progress = (step - warm_up) / max(1, max_steps - warm_up)
-        return schedule(min(progress, 1.0), floor)
+            return (step + 1) / warm_up
+        return schedule(min((step - peak) / (max_steps - peak), 1.0))
 
     return share

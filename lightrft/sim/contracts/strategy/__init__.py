@@ -11,6 +11,7 @@ from lightrft.sim.contracts.strategy import (
     engines,
     everywhere,
     memory,
+    precision,
     preparing,
     sequences,
     training,
@@ -20,7 +21,7 @@ from lightrft.sim.contracts.strategy.subject import Make, Subject
 
 __all__ = ["CHECKS", "LACKS", "SETTINGS", "Make", "Subject", "contract", "parametrize"]
 
-TOPICS = (training, communication, checkpoints, memory, engines, preparing, everywhere, sequences)
+TOPICS = (training, precision, communication, checkpoints, memory, engines, preparing, everywhere, sequences)
 """The modules that hold the checks, in the order of their numbers."""
 
 CHECKS = contract.checks

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +21,12 @@ STEPS = 4
 
 
 class Run:
-    """Training that can be left after any step and taken up again, with a scheduler and random noise in its loss."""
+    """Training that can be left after any step and taken up again, with a scheduler and random noise in its loss.
+
+    Args:
+        make: makes its strategy.
+        seed: of the weights, and of the random numbers of the rank: every rank draws its own.
+    """
 
     def __init__(self, make: Make, seed: int = 0) -> None:
         micro = BATCH // (2 * make.world_size)
@@ -29,16 +36,20 @@ class Run:
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
         self.model, self.optimizer, self.scheduler = self.strategy.prepare((model, optimizer, scheduler))
         self.noise: list[float] = []
+        own = 1000 * seed + self.strategy.get_rank()
+        torch.manual_seed(own)
+        random.seed(own)
+        np.random.seed(own)  # noqa: NPY002 - the generator that a process has is what is looked at
 
     def train(self, first: int, last: int) -> None:
         """Steps ``first`` to ``last``, without the last one."""
         for step in range(first, last):
             for ids in workload.micro_batches(self.strategy, step):
-                noise = torch.rand(1).item()
-                loss = workload.loss_of(self.model(ids), ids) * (1 + noise)
+                drawn = [torch.rand(1).item(), random.random(), np.random.rand()]  # noqa: NPY002 - the same
+                loss = workload.loss_of(self.model(ids), ids) * (1 + sum(drawn))
                 self.strategy.backward(loss, self.model, self.optimizer)
                 self.strategy.optimizer_step(self.optimizer, self.model, self.scheduler)
-                self.noise.append(noise)
+                self.noise += drawn
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -60,7 +71,6 @@ def _stops(make: Make, folder: str, after: int) -> str:
 
 def _goes_on(make: Make, folder: str) -> tuple[dict[str, Tensor], list[float], dict[str, Any], float]:
     run = Run(make, seed=1)
-    torch.manual_seed(99)
     _, client = run.strategy.load_ckpt(run.model, folder)
     first = client["consumed_samples"] // BATCH
     run.train(first, STEPS)
@@ -69,16 +79,19 @@ def _goes_on(make: Make, folder: str) -> tuple[dict[str, Tensor], list[float], d
 
 @contract.check(301)
 def check_resuming_equals_going_on(subject: Subject) -> None:
-    """Stopped after any step and resumed, training ends as if it had gone on, bit for bit, random numbers too (F18, K14)."""  # noqa: E501
+    """Stopped after any step and resumed, training ends as if it had gone on, bit for bit, with the random numbers of each rank (F18, K14)."""  # noqa: E501
     expected = subject.run(_uninterrupted)
+    if len({noise[0] for _, noise in expected}) < subject.size:
+        raise AssertionError("ranks that are seeded apart draw the same random numbers")
     for after in (1, 3):
         with subject.folder() as folder:
             subject.run(_stops, folder, after)
             resumed = subject.run(_goes_on, folder)
         for (weights, noise, client, rate), (whole, drawn) in zip(resumed, expected, strict=True):
             workload.same(weights, whole, what=f"resumed after step {after}", within=0.0)
-            if noise != drawn[2 * after :]:
-                raise AssertionError(f"random numbers {noise} after resuming, {drawn[2 * after :]} without")
+            rest = drawn[len(drawn) * after // STEPS :]
+            if noise != rest:
+                raise AssertionError(f"random numbers {noise} after resuming, {rest} without")
             if client != {"consumed_samples": BATCH * after} or abs(rate - 0.01 * 0.9**STEPS) > 1e-12:
                 raise AssertionError(f"client state {client}, learning rate {rate}")
 
@@ -124,7 +137,7 @@ def _layout(make: Make, folder: str) -> list[Any]:
         run.train(step, step + 1)
         path = run.strategy.save_ckpt(run.model, folder, max_num=2, save_latest=step != 3)
         found.append(Path(path).name)
-    found.append(sorted(one.name for one in Path(folder).iterdir() if one.is_dir() and not one.name.startswith(".")))
+    found.append(_tags(folder))
     found.append(Path(folder, "latest").read_text().strip())
     path = run.strategy.save_ckpt(run.model, folder, "best", max_num=10)
     found.append(Path(path).name)
@@ -229,3 +242,29 @@ def check_a_saved_model_has_all_weights(subject: Subject) -> None:
                 found |= load_file(file)
         expected = {name: weight.detach() for name, weight in workload.transformer(tied=tied).named_parameters()}
         workload.same(found, expected, what=f"saved, tied={tied}", within=0.0)
+
+
+def _limited(make: Make, folder: str) -> list[list[str]]:
+    run = Run(make)
+    run.train(0, 1)
+    run.strategy.save_ckpt(run.model, folder, "0")
+    size = sum(file.stat().st_size for file in Path(folder, "0").rglob("*") if file.is_file()) / 1e9
+    found = []
+    for tag, fitting in enumerate((2.5, 2.5, 1.5, 0.5), start=1):
+        run.strategy.save_ckpt(run.model, folder, str(tag), max_num=9, max_mem=fitting * size)
+        found.append(_tags(folder))
+    return found
+
+
+def _tags(folder: str) -> list[str]:
+    return sorted(one.name for one in Path(folder).iterdir() if one.is_dir() and not one.name.startswith("."))
+
+
+@contract.check(308)
+def check_checkpoints_fit_into_max_mem(subject: Subject) -> None:
+    """The oldest checkpoints go until all of them have no more than `max_mem` GB; the new one stays (K13)."""
+    expected = [["0", "1"], ["1", "2"], ["3"], ["4"]]
+    with subject.folder() as folder:
+        for found in subject.run(_limited, folder):
+            if found != expected:
+                raise AssertionError(f"room for 2, 2, 1 and no checkpoint leaves {found}, expected {expected}")

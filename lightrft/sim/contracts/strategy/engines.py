@@ -4,53 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightrft.errors import ConfigError, EngineStateError
+import torch
+
+from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
+from lightrft.sim.contracts.strategy import workload
 from lightrft.sim.contracts.strategy.capabilities import contract
+from lightrft.sim.contracts.strategy.recorder import Recorder
 from lightrft.sim.contracts.strategy.subject import Make, Subject, refused
-from lightrft.strategy.engine import EngineStatus, RolloutEngine, is_engine
+from lightrft.sim.contracts.strategy.training import accumulating
+from lightrft.sim.contracts.strategy.workload import Recipe, Transformer
+from lightrft.strategy.engine import is_engine
+from lightrft.strategy.requests import Request
+from lightrft.strategy.weight_sync import fingerprint
 
-
-class Recorder(RolloutEngine):
-    """An engine that generates nothing and writes down what it is asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-        self._status = EngineStatus.AWAKE
-
-    @property
-    def status(self) -> EngineStatus:
-        """Awake or asleep."""
-        return self._status
-
-    @property
-    def weight_version(self) -> int:
-        """Never updated."""
-        return 0
-
-    def generate(self, requests: Any, sampling_params: Any) -> list[Any]:
-        """The requests."""
-        self.asked.append("generate")
-        return [(one, sampling_params) for one in requests]
-
-    def sleep(self, level: int = 1) -> None:
-        """Go to sleep."""
-        self.asked.append(f"sleep {level}")
-        self._status = EngineStatus.ASLEEP
-
-    def wake_up(self, tags: Any = None) -> None:  # noqa: ARG002
-        """Wake up."""
-        self.asked.append("wake")
-        self._status = EngineStatus.AWAKE
-
-    def update_weights(self, buckets: Any, version: int) -> None:
-        """Nothing."""
-
-    def reset_caches(self) -> None:
-        """Nothing."""
-
-    def shutdown(self) -> None:
-        """End."""
-        self._status = EngineStatus.DEAD
+__all__ = ["Recorder"]
 
 
 def _before(make: Make) -> list[str]:
@@ -103,3 +70,164 @@ def check_engines_sleep_once(subject: Subject) -> None:
     for found in subject.run(_sleeps):
         if found != [[*both, *both, "generate"], both, "asleep", 2, True]:
             raise AssertionError(f"found {found}")
+
+
+def _sends(make: Make, settings: dict[str, Any], tied: bool) -> list[Any]:
+    strategy = make(max_norm=0.0, **settings)
+    strategy.inference_engine = engine = Recorder()
+    actors, optimizers = [], []
+    for seed in (0, 1):
+        model = _actor(seed, tied)
+        optimizer = Recipe().make([one for one in model.parameters() if one.requires_grad])
+        actor, optimizer, _ = strategy.prepare((model, optimizer, None))
+        actors.append(actor)
+        optimizers.append(optimizer)
+    strategy.maybe_sleep_inference_engine()
+    for actor in (actors[0], actors[1], actors[0]):
+        strategy.update_engine_weights(actor)
+    micro_batches = list(workload.micro_batches(strategy, 0))
+    for ids in (micro_batches[0], None, *micro_batches):
+        if ids is None:  # in the middle of an accumulation, which ends here
+            strategy.update_engine_weights(actors[0])
+            continue
+        strategy.backward(workload.loss_of(actors[0](ids), ids), actors[0], optimizers[0])
+        strategy.optimizer_step(optimizers[0], actors[0], None)
+    strategy.maybe_sleep_inference_engine()
+    strategy.update_engine_weights(actors[0])
+    return [engine.asked, engine.received, engine.weights]
+
+
+def _actor(seed: int, tied: bool) -> Transformer:
+    """The second one is partly frozen."""
+    model = workload.transformer(seed, tied=tied)
+    model.blocks[0].requires_grad_(seed == 0)
+    return model
+
+
+@contract.check(503)
+def check_the_engine_gets_all_weights_of_the_actor(subject: Subject) -> None:
+    """`update_engine_weights` wakes the engine, sends the present weights of the actor that it is given, trained and frozen, each whole and once under its own name, and resets the caches (F02, F05, F06, K07, K18)."""  # noqa: E501
+    sent = [word for version in (1, 2, 3, 4, 5) for word in (f"update {version}", "reset")]
+    calls = ["sleep 1", "wake", *sent[:8], "sleep 1", "wake", *sent[8:]]
+    for tied in (False, True):
+        first, second = (_told(_actor(seed, tied)) for seed in (0, 1))
+        trained = workload.plain(Recipe(steps=1, tied=tied)).weights
+        for asked, received, weights in subject.run(_sends, accumulating(subject.size, 2), tied):
+            if asked != calls:
+                raise AssertionError(f"the engine was asked {asked}, expected {calls}")
+            for number, (found, expected) in enumerate(zip(received, (first, second, first, first), strict=False)):
+                _are_those_of_the_actor(sorted(found), sorted(expected), f"update {number + 1}, tied={tied}")
+            if len(received[-1]) != len(weights):
+                raise AssertionError(f"sent twice: {[name for name, *_ in received[-1]]}")
+            stale = sorted(name for name, *rest in received[-1] if (name, *rest) in first)
+            if stale:
+                raise AssertionError(f"after a step the engine still has the former {', '.join(stale)}")
+            workload.same(weights, trained, what=f"sent after a step, tied={tied}")
+
+
+def _told(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...], str]]:
+    digests = fingerprint(model.named_parameters())
+    return [(name, tuple(one.shape), digests[name]) for name, one in model.named_parameters()]
+
+
+def _are_those_of_the_actor(found: list[Any], expected: list[Any], what: str) -> None:
+    if found != expected:
+        odd = sorted({name for name, *_ in set(found) ^ set(expected)}) or [name for name, *_ in found]
+        raise AssertionError(f"{what}: missing, unexpected, sent twice or other than the actor's: {', '.join(odd)}")
+
+
+def _large(make: Make) -> tuple[list[int], dict[str, torch.Tensor]]:
+    strategy = make(engine_update_bucket_mb=1)
+    strategy.inference_engine = engine = Recorder()
+    strategy.update_engine_weights(strategy.prepare_model(_wide(), is_training=True))
+    return engine.buckets, engine.weights
+
+
+def _wide() -> torch.nn.Module:
+    """Three weights of 0.61 MiB each."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(*(torch.nn.Linear(400, 400, bias=False) for _ in range(3)))
+
+
+@contract.check(504)
+def check_weights_travel_in_buckets(subject: Subject) -> None:
+    """No bucket of weights is larger than `engine_update_bucket_mb`, and what arrives is the same (K09)."""
+    expected = {name: weight.detach() for name, weight in _wide().named_parameters()}
+    for buckets, weights in subject.run(_large):
+        if buckets != [400 * 400 * 4] * 3:
+            raise AssertionError(f"buckets of {buckets} bytes: expected one weight of 640000 bytes in each")
+        workload.same(weights, expected, what="sent in buckets", within=0.0)
+
+
+def _generates(make: Make) -> list[Any]:
+    strategy = make(engine_tp_size=_shared_by(make.world_size))
+    strategy.inference_engine = engine = Recorder()
+    strategy.maybe_sleep_inference_engine()
+    prompts = _prompts(strategy.get_rank())
+    ids = strategy.gather_and_generate({"n": 2}, all_prompt_token_ids=prompts)
+    asleep = str(strategy.inference_engine_status)
+    texts = strategy.gather_and_generate(
+        {}, all_prompts=[f"{prompt}" for prompt in prompts], all_images=["image"] * len(prompts), sleep_engine=False
+    )
+    outputs = [[(request.prompt_token_ids or request.prompt, request.images) for request, _ in ids + texts]]
+    return [*outputs, asleep, str(strategy.inference_engine_status), engine.asked, engine.requests]
+
+
+def _shared_by(size: int) -> int:
+    """Ranks of one engine."""
+    return min(size, 2)
+
+
+def _prompts(rank: int) -> list[list[int]]:
+    """One prompt, two, none, and again."""
+    return [[rank, number, 7] for number in range((rank + 1) % 3)]
+
+
+@contract.check(505)
+def check_every_rank_gets_its_own_completions(subject: Subject) -> None:
+    """The engine gets the prompts of its ranks together, and each rank the completions of its own, any number and none, in their order; the engine is woken for it and sleeps afterwards if it shall (F12, K05, K06)."""  # noqa: E501
+    tp = _shared_by(subject.size)
+    for rank, (outputs, asleep, awake, asked, requests) in enumerate(subject.run(_generates)):
+        mine: list[Any] = [(tuple(prompt), ()) for prompt in _prompts(rank) for _ in range(2)]
+        mine += [(f"{prompt}", ("image",)) for prompt in _prompts(rank)]
+        if outputs != mine:
+            raise AssertionError(f"rank {rank} got {outputs}, expected {mine}")
+        ours = [prompt for one in range(rank - rank % tp, rank - rank % tp + tp) for prompt in _prompts(one)]
+        calls = ["sleep 1", "wake", "generate", "sleep 1", "wake", "generate"]
+        if (asleep, awake, asked) != ("asleep", "awake", calls):
+            raise AssertionError(f"the engine was asked {asked}, and was {asleep} and {awake}")
+        expected = [[Request(prompt_token_ids=tuple(prompt)) for prompt in ours]]
+        expected += [[Request(prompt=f"{prompt}", images=("image",)) for prompt in ours]]
+        if requests != expected:
+            raise AssertionError(f"the engine of rank {rank} got {requests}, expected {expected}")
+
+
+def _fails(make: Make) -> list[Any]:
+    strategy = make(engine_tp_size=_shared_by(make.world_size))
+    strategy.inference_engine = engine = Recorder()
+    actor = strategy.prepare_model(workload.transformer(), is_training=True)
+    last = strategy.get_rank() == strategy.world_size - 1
+    engine.failure = ValueError("no memory left") if last else None
+    concerned = strategy.get_rank() >= strategy.world_size - _shared_by(make.world_size)
+
+    def generate() -> list[Any]:
+        return strategy.gather_and_generate({}, all_prompt_token_ids=[[1]])
+
+    messages = [refused(generate, EngineStateError)] if concerned else [f"no memory left {len(generate())}"]
+    messages.append(refused(lambda: strategy.update_engine_weights(actor), WeightSyncError))
+    engine.failure = None
+    strategy.update_engine_weights(actor)
+    return [messages, len(generate()), len(engine.weights)]
+
+
+@contract.check(506)
+def check_an_engine_that_fails_on_one_rank(subject: Subject) -> None:
+    """An error of the engine on one rank is one on every rank of its group, in `update_engine_weights` on every rank, and afterwards all go on (F17, K10)."""  # noqa: E501
+    weights = len(list(workload.transformer().parameters()))
+    for rank, (messages, completions, received) in enumerate(subject.run(_fails)):
+        for message in messages:
+            if "no memory left" not in message:
+                raise AssertionError(f"rank {rank}: expected 'no memory left' in {message!r}")
+        if (completions, received) != (1, weights):
+            raise AssertionError(f"afterwards rank {rank} got {completions} completions and {received} weights")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightrft.errors import ConfigError
-from lightrft.sim.contracts.strategy import workload
+from lightrft.sim.contracts.strategy import sequences, workload
 from lightrft.sim.contracts.strategy.capabilities import contract
 from lightrft.sim.contracts.strategy.subject import Make, Subject, refused
 from lightrft.sim.contracts.strategy.workload import Recipe
@@ -159,3 +159,40 @@ def check_models_built_in_context(subject: Subject) -> None:
     for meta_init in (False, True):
         for found in subject.run(_in_context, meta_init):
             workload.same(found, expected, what=f"built with meta_init={meta_init}", within=1e-7)
+
+
+def _pretrained(make: Make, folder: str) -> list[tuple[dict[str, torch.Tensor], float, bool]]:
+    from transformers import LlamaForCausalLM
+
+    strategy = make(max_norm=0.0)
+    found = []
+    for meta_init in (False, True):
+        with strategy.init_model_context(meta_init=meta_init):
+            settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+            built = LlamaForCausalLM.from_pretrained(folder, **settings)
+        model = strategy.prepare_model(built, is_training=True)
+        ids = workload.batch(0, 2).to(strategy.device)
+        logits = model(input_ids=ids).logits
+        expected = sequences.llama(tied=True)(input_ids=workload.batch(0, 2)).logits
+        weights = workload.weights(strategy, model)
+        optimizer = strategy.create_optimizer(model, lr=0.01)
+        strategy.backward(workload.loss_of(logits, ids), model, optimizer)
+        norm = strategy.optimizer_step(optimizer, model) or 0.0
+        found.append((weights, float((logits.cpu() - expected).abs().max()), norm > 0))
+    return found
+
+
+@contract.check(607)
+def check_pretrained_models_in_context(subject: Subject) -> None:
+    """`from_pretrained` in `init_model_context` gives exactly the weights of the files to a model, tied where they are, that computes as it does elsewhere and trains (K18)."""  # noqa: E501
+    whole = sequences.llama(tied=True)
+    expected = {name: weight.detach() for name, weight in whole.named_parameters()}
+    with subject.folder() as folder:
+        whole.save_pretrained(folder)
+        results = subject.run(_pretrained, folder)
+    for found in results:
+        for meta_init, (weights, off, trained) in zip((False, True), found, strict=True):
+            what = f"from_pretrained with meta_init={meta_init}"
+            workload.same(weights, expected, what=what, within=0.0)
+            if not off <= 1e-5 or not trained:
+                raise AssertionError(f"{what}: logits differ by {off}, and it was trained: {trained}")

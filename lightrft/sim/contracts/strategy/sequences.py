@@ -21,8 +21,13 @@ LENGTH = 7
 """Odd, so that slices need padding."""
 
 
-def llama(seed: int = 0) -> Any:
-    """One layer, with fewer heads for keys and values than for queries."""
+def llama(seed: int = 0, *, tied: bool = False) -> Any:
+    """One layer, with fewer heads for keys and values than for queries.
+
+    Args:
+        seed: of the weights.
+        tied: whether the output layer has the weights of the embedding.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings: dict[str, Any] = {"attn_implementation": "sdpa"}
@@ -35,7 +40,7 @@ def llama(seed: int = 0) -> Any:
         num_key_value_heads=2,
         max_position_embeddings=32,
         initializer_range=0.2,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         use_cache=False,
         **settings,
     )

@@ -108,18 +108,32 @@ class Recipe:
         max_norm: gradients are clipped to it; 0 means never.
         steps: optimizer steps.
         tied: whether embedding and output layer are one.
+        decay: what the learning rate is multiplied by after each step.
+        seed: of the weights.
     """
 
     optimizer: str = "sgd"
     max_norm: float = 0.0
     steps: int = 3
     tied: bool = False
+    decay: float = 1.0
+    seed: int = 0
+
+    def model(self) -> Transformer:
+        """The model, the same on every rank."""
+        return transformer(self.seed, tied=self.tied)
 
     def make(self, parameters: Any) -> torch.optim.Optimizer:
         """The optimizer."""
         if self.optimizer == "sgd":
             return torch.optim.SGD(parameters, lr=0.1)
         return torch.optim.AdamW(parameters, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+
+    def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR | None:
+        """The schedule of ``optimizer``; none if its learning rate stays."""
+        if self.decay == 1:
+            return None
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.decay**step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,8 +155,9 @@ class Told:
 def plain(recipe: Recipe, size: int = BATCH) -> Told:
     """Training in one process, with the whole batch at once."""
     with torch.random.fork_rng(devices=[]):
-        model = transformer(tied=recipe.tied)
+        model = recipe.model()
         optimizer = recipe.make(model.parameters())
+        scheduler = recipe.schedule(optimizer)
         losses, norms = [], []
         for step in range(recipe.steps):
             ids = batch(step, size)
@@ -151,6 +166,8 @@ def plain(recipe: Recipe, size: int = BATCH) -> Told:
             largest = recipe.max_norm or float("inf")
             norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), largest)))
             optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
             optimizer.zero_grad()
             losses.append(loss.item())
     found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -159,15 +176,16 @@ def plain(recipe: Recipe, size: int = BATCH) -> Told:
 
 def train(strategy: StrategyBase, recipe: Recipe) -> Told:
     """The same through ``strategy``, whose batch size is ``BATCH``."""
-    model = transformer(tied=recipe.tied)
-    model, optimizer, _ = strategy.prepare((model, recipe.make(model.parameters()), None))
+    model = recipe.model()
+    optimizer = recipe.make(model.parameters())
+    model, optimizer, scheduler = strategy.prepare((model, optimizer, recipe.schedule(optimizer)))
     losses, norms = [], []
     for step in range(recipe.steps):
         total, norm = 0.0, None
         for ids in micro_batches(strategy, step):
             loss = loss_of(model(ids), ids)
             strategy.backward(loss, model, optimizer)
-            norm = strategy.optimizer_step(optimizer, model, None)
+            norm = strategy.optimizer_step(optimizer, model, scheduler)
             total += loss.item()
         if norm is None:
             raise AssertionError("no optimizer step after all micro-batches of a step")

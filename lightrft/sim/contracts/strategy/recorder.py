@@ -1,0 +1,95 @@
+"""An engine that generates nothing, and remembers what it is asked and sent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightrft.errors import EngineStateError
+from lightrft.strategy.engine import EngineStatus, RolloutEngine
+from lightrft.strategy.weight_sync import fingerprint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Recorder"]
+
+
+class Recorder(RolloutEngine):
+    """Writes down what it is asked.
+
+    Attributes:
+        asked: calls, in order.
+        requests: those of each call of ``generate``.
+        received: of each update, the shape and fingerprint of every tensor by name, in the order in which they came.
+        weights: copies of the tensors of the last update.
+        buckets: bytes of each bucket of the last update.
+        failure: what ``generate`` and ``update_weights`` raise instead; ``update_weights`` after the first bucket.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.requests: list[list[Any]] = []
+        self.received: list[list[tuple[str, tuple[int, ...], str]]] = []
+        self.weights: dict[str, Tensor] = {}
+        self.buckets: list[int] = []
+        self.failure: Exception | None = None
+        self._status = EngineStatus.AWAKE
+        self._version = 0
+
+    @property
+    def status(self) -> EngineStatus:
+        """Awake or asleep."""
+        return self._status
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the last update."""
+        return self._version
+
+    def generate(self, requests: Any, sampling_params: Any) -> list[Any]:
+        """The requests with the parameters, each ``n`` times."""
+        self.asked.append("generate")
+        self._must_be_awake("generate")
+        self.requests.append(list(requests))
+        if self.failure is not None:
+            raise self.failure
+        return [(one, sampling_params) for one in requests for _ in range(sampling_params.get("n", 1))]
+
+    def sleep(self, level: int = 1) -> None:
+        """Go to sleep."""
+        self.asked.append(f"sleep {level}")
+        self._status = EngineStatus.ASLEEP
+
+    def wake_up(self, tags: Any = None) -> None:  # noqa: ARG002
+        """Wake up."""
+        self.asked.append("wake")
+        self._status = EngineStatus.AWAKE
+
+    def update_weights(self, buckets: Any, version: int) -> None:
+        """Copy them."""
+        self.asked.append(f"update {version}")
+        self._must_be_awake("update_weights")
+        self.buckets, told = [], []
+        for bucket in buckets:
+            if self.failure is not None:
+                raise self.failure
+            self.buckets.append(sum(tensor.nbytes for _, tensor in bucket))
+            digests = [digest for one in bucket for digest in fingerprint([one]).values()]
+            told += [
+                (name, tuple(tensor.shape), digest) for (name, tensor), digest in zip(bucket, digests, strict=True)
+            ]
+            self.weights |= {name: tensor.detach().cpu().clone() for name, tensor in bucket}
+        self.received.append(told)
+        self._version = version
+
+    def reset_caches(self) -> None:
+        """Nothing."""
+        self.asked.append("reset")
+
+    def shutdown(self) -> None:
+        """End."""
+        self._status = EngineStatus.DEAD
+
+    def _must_be_awake(self, call: str) -> None:
+        if self._status is not EngineStatus.AWAKE:
+            raise EngineStateError(f"{call}: the engine is {self._status}; wake it first")
