@@ -215,8 +215,10 @@ def take_states(optimizer: Optimizer | None, flat: FlatParameters, states: dict[
     if missing:
         raise CheckpointError(f"the checkpoint has no optimizer states of {', '.join(missing[:5])}")
     for piece in flat.pieces:
-        own = slice(piece.first, piece.first + piece.master.numel())
-        kept = {kind: _cut(value, own) for kind, value in states[piece.name].items()}
+        kept = {
+            kind: piece.of(value).clone() if _is_elementwise(value) else value
+            for kind, value in states[piece.name].items()
+        }
         with torch.no_grad():
             piece.master.copy_(kept.pop(MASTER))
         if optimizer is not None:
@@ -224,7 +226,3 @@ def take_states(optimizer: Optimizer | None, flat: FlatParameters, states: dict[
             if kept and piece.master.numel():
                 optimizer.state[piece.master] = kept
     flat.publish()
-
-
-def _cut(value: Any, own: slice) -> Any:
-    return value.reshape(-1)[own].clone() if _is_elementwise(value) else value

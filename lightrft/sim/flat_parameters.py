@@ -39,6 +39,10 @@ class Piece:
     first: int
     master: nn.Parameter
 
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The elements of ``whole``, which has the shape of the parameter, that are this piece's; a view of it."""
+        return whole.reshape(-1)[self.first : self.first + self.master.numel()]
+
 
 class FlatParameters:
     """Trainable parameters of ``model``, all of one dtype.

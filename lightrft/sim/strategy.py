@@ -234,14 +234,17 @@ class FakeStrategy(BackendStrategy):
 
     def moving_average(self, model: nn.Module, ema: nn.Module, beta: float = 0.992, device: str = "cpu") -> None:
         source, target = self.unwrap_model(model), self.unwrap_model(ema)
-        moving_average.update(source.named_parameters(), target.named_parameters(), beta, device)
+        known = self.prepared.find(ema)
+        parameters, averages = dict(source.named_parameters()), dict(target.named_parameters())
+        moving_average.check_alike(*({n: p.shape for n, p in each.items()} for each in (parameters, averages)))
+        for flat in [] if known is None else self._flat(known):
+            for piece in flat.pieces:
+                del averages[piece.name]
+                own = piece.of(parameters.pop(piece.name))
+                moving_average.update([(piece.name, own)], [(piece.name, piece.master)], beta, device)
+            flat.publish()
+        self._averages.update(parameters.items(), averages.items(), beta, device)
         moving_average.copy_buffers(source.named_buffers(), target.named_buffers())
-        self._adopt_weights(ema)
-
-    def _adopt_weights(self, model: nn.Module) -> None:
-        prepared = self.prepared.find(model)
-        for one in [] if prepared is None else self._flat(prepared):
-            one.adopt_weights()
 
     # -- Checkpoints --------------------------------------------------------------------------------------------------
 

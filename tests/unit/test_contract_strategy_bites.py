@@ -77,6 +77,9 @@ MUTATIONS = {
     "a mean is a sum": ("ST201", collectives, "all_reduce", lambda f: lambda data, op, **k: f(data, "sum", **k)),
     "ranks are counted from the end": ("ST204", ParallelGroups, "make", _shifted),
     "averages move too fast": ("ST208", moving_average, "update", lambda f: lambda a, b, beta, d: f(a, b, 1 - beta, d)),
+    "averages are kept in 16 bits": (
+        "ST209", moving_average.FineAverages, "_of", lambda f: lambda self, average, device: average,
+    ),
     "checkpoints lack the optimizer": ("ST301", fake_checkpoints, "optimizer_part", _without_states),
     "random numbers start anew": (
         "ST301", checkpoints.CheckpointFolder, "restore_random_state", lambda f: lambda self, path: None,

@@ -314,6 +314,44 @@ def test_an_average_stays_after_the_next_step(stage, prepared):
     assert run(2, _averages, stage, prepared) < 1e-6
 
 
+def _averages_with_second_copies():
+    strategy = make(3, zpg=2)
+    model, ema = tiny.transformer(seed=0), tiny.transformer(seed=1)
+    ours = tiny.weights(model)
+    expected = {name: 0.75 * value + 0.25 * ours[name] for name, value in tiny.weights(ema).items()}
+    model, _, _ = strategy.prepare((model, tiny.sgd(model.parameters()), None))
+    ema = strategy.prepare(ema.requires_grad_(False))
+    ids = tiny.batch(0, 0)
+    with torch.no_grad():
+        ema(ids)
+        strategy.moving_average(model, ema, beta=0.75)
+        found = ema(ids)
+        plain = tiny.transformer()
+        plain.load_state_dict(expected)
+        return float((found - plain(ids)).abs().max())
+
+
+def test_the_second_copies_of_zpg_follow_an_average():
+    assert run(4, _averages_with_second_copies) < 1e-5
+
+
+def _averages_beside_the_optimizer(stage):
+    strategy = make(stage)
+    model, ema = tiny.transformer(seed=0), tiny.transformer(seed=1)
+    ours = tiny.weights(model)
+    expected = {name: 0.75 * value + 0.25 * ours[name] for name, value in tiny.weights(ema).items()}
+    model, _, _ = strategy.prepare((model, tiny.sgd(model.parameters()), None))
+    ema.blocks[0].requires_grad_(False)
+    ema, _, _ = strategy.prepare((ema, tiny.sgd(ema.blocks[1].parameters()), None))
+    strategy.moving_average(model, ema, beta=0.75)
+    return farthest(weights(strategy, ema), expected)
+
+
+@STAGES
+def test_parameters_that_the_optimizer_of_an_average_does_not_step_are_averaged_too(stage):
+    assert run(2, _averages_beside_the_optimizer, stage) < 1e-6
+
+
 # -- Models -----------------------------------------------------------------------------------------------------------
 
 

@@ -147,10 +147,14 @@ class DeepspeedStrategy(BackendStrategy):
     ) -> None:
         """As in ``StrategyBase``; one parameter is whole at a time."""
         known = self.prepared.find(ema)
-        target = ema if known is None else known.module
-        averaging.move_towards(self.prepared.of(model).module, target, beta=beta, device=torch.device(device))
-        if known is not None:
-            parameters.refresh_masters(known.model)
+        averaging.move_towards(
+            self.prepared.of(model).module,
+            ema if known is None else known.module,
+            fine=self._averages,
+            engine=known.model if known is not None and known.training else None,
+            beta=beta,
+            device=torch.device(device),
+        )
 
     # -- Checkpoints --------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from lightrft.strategy.deepspeed.deepspeed_utils import ModelSize
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["full", "is_partitioned", "refresh_masters", "shape_of", "size_of"]
+__all__ = ["full", "gathered", "is_partitioned", "shape_of", "size_of"]
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
@@ -54,10 +54,3 @@ def gathered(parameters: Iterable[torch.Tensor], *, written_by: int | None = Non
 
     several = [parameter for parameter in parameters if is_partitioned(parameter)]
     return deepspeed.zero.GatheredParameters(several, modifier_rank=written_by, enabled=bool(several))
-
-
-def refresh_masters(engine: Any) -> None:
-    """Take over into the fp32 masters what was written into the weights; else the next step would undo it."""
-    refresh = getattr(engine.optimizer, "refresh_fp32_params", None)
-    if refresh is not None:
-        refresh()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightrft.errors import CheckpointError
+from lightrft.strategy.deepspeed import masters
 from lightrft.strategy.deepspeed.parameters import gathered, shape_of
-from lightrft.strategy.deepspeed.pieces import Overlap, Piece, evenly_split, overlaps
+from lightrft.strategy.deepspeed.pieces import Overlap, overlaps
 from lightrft.strategy.deepspeed.saved import SavedEngine
 
 __all__ = ["restore"]
@@ -30,10 +30,9 @@ def restore(engine: Any, folder: Path, *, strict: bool, optimizer: bool) -> None
     """
     saved = SavedEngine(folder)
     _check(engine, saved, strict=strict, optimizer=optimizer)
-    if engine.zero_optimization_stage() == 3:
-        engine.optimizer.checkpoint_event_prologue()
-    todo = list(overlaps(saved.pieces, _pieces(engine)))
-    flats = _flats(engine)
+    masters.free_weights(engine)
+    todo = list(overlaps(saved.pieces, masters.pieces_of(engine)))
+    flats = masters.flat_masters(engine)
     with torch.no_grad():
         for overlap in todo:
             rank, number, run = overlap.saved
@@ -41,7 +40,7 @@ def restore(engine: Any, folder: Path, *, strict: bool, optimizer: bool) -> None
             flats[flat][place] = saved.masters(rank)[number][run].to(flats[flat].device)
         if optimizer:
             _restore_states(engine, saved, todo, flats)
-        _spread_masters(engine)
+        masters.give_weights(engine)
         _restore_rest(engine, saved)
     if optimizer:
         _restore_counters(engine, saved)
@@ -75,38 +74,14 @@ def _others(engine: Any, saved: SavedEngine) -> set[str]:
     return tied | buffers | set(saved.common["shared_params"] or {})
 
 
-def _pieces(engine: Any) -> Iterator[Piece]:
-    optimizer, names = engine.optimizer, engine.param_names
-    if engine.zero_optimization_stage() == 3:
-        groups = [{names[p]: p.ds_numel for p in group} for group in optimizer.fp16_groups]
-        yield from evenly_split(groups, torch.distributed.get_rank(), torch.distributed.get_world_size())
-        return
-    for flat, group in enumerate(optimizer.bit16_groups):
-        for parameter in group:
-            mapping = parameter._hp_mapping
-            if mapping is not None:
-                here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield Piece(name=names[parameter], start=here.start, length=here.numel, flat=flat, offset=there.start)
-
-
-def _flats(engine: Any) -> list[torch.Tensor]:
-    optimizer = engine.optimizer
-    found: list[torch.Tensor] = (
-        optimizer.fp32_partitioned_groups_flat
-        if engine.zero_optimization_stage() == 3
-        else optimizer.single_partition_of_fp32_groups
-    )
-    return found
-
-
 def _restore_states(engine: Any, saved: SavedEngine, todo: list[Overlap], flats: list[torch.Tensor]) -> None:
     states = engine.optimizer.optimizer.state
     for overlap in todo:
         rank, number, run = overlap.saved
         flat, place = overlap.wanted
-        of_flat, masters = flats[flat], saved.masters(rank)[number]
+        of_flat, elements = flats[flat], saved.masters(rank)[number].numel()
         for key, value in saved.states(rank).get(number, {}).items():
-            if torch.is_tensor(value) and value.dim() and value.numel() >= masters.numel():
+            if torch.is_tensor(value) and value.dim() and value.numel() >= elements:
                 if key not in states[of_flat]:
                     states[of_flat][key] = torch.zeros_like(of_flat, dtype=value.dtype)
                 states[of_flat][key][place] = value[run].to(of_flat.device)
@@ -123,17 +98,6 @@ def _counter(value: Any, optimizer: torch.optim.Optimizer) -> Any:
     if type(optimizer).__module__.startswith("torch.optim"):
         return value.clone() if torch.is_tensor(value) else torch.tensor(float(value))
     return int(value) if torch.is_tensor(value) else value
-
-
-def _spread_masters(engine: Any) -> None:
-    """Make the weights those of the masters."""
-    optimizer = engine.optimizer
-    if engine.zero_optimization_stage() == 3:
-        for number in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(number)
-        optimizer.checkpoint_event_epilogue()
-    else:
-        optimizer.update_lp_params()
 
 
 def _restore_rest(engine: Any, saved: SavedEngine) -> None:

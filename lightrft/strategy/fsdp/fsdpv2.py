@@ -182,7 +182,7 @@ class FSDPV2Strategy(BackendStrategy):
         source = _of(self._known(model)).kept
         known = self.prepared.find(ema)
         if known is None:
-            moving_average.update(source.items(), ema.named_parameters(), beta, device)
+            self._averages.update(source.items(), ema.named_parameters(), beta, device)
             moving_average.copy_buffers(self.unwrap_model(model).named_buffers(), ema.named_buffers())
             return
         target = _of(known)
