@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from lightrft.strategy.deepspeed import masters
-from lightrft.strategy.deepspeed.parameters import gathered, is_partitioned, shape_of
+from lightrft.strategy.deepspeed.parameters import gathered, is_partitioned, own_part, own_partition, shape_of
 from lightrft.strategy.utils import moving_average
 
 if TYPE_CHECKING:
@@ -56,7 +54,8 @@ def move_towards(
                 mine = [piece for piece in pieces if piece.name == name]
                 _move_masters(parameter.data, masters.flat_masters(engine), mine, beta)
             elif is_partitioned(averages[name]):
-                _move_partition(parameter.data, averages[name], fine, beta)
+                part = own_partition(averages[name])
+                fine.update([(name, own_part(averages[name], parameter.data))], [(name, part)], beta, part.device)
             else:
                 fine.update([(name, parameter.data)], [(name, averages[name])], beta, device)
     if trained:
@@ -71,15 +70,3 @@ def _move_masters(whole: torch.Tensor, flats: list[torch.Tensor], pieces: list[P
         average = flat[piece.offset : piece.offset + piece.length]
         own = whole.view(-1)[piece.start : piece.start + piece.length]
         moving_average.update([(piece.name, own)], [(piece.name, average)], beta, flat.device)
-
-
-def _move_partition(whole: torch.Tensor, average: Any, fine: moving_average.FineAverages, beta: float) -> None:
-    """Average this rank's part of a parameter that is not trained."""
-    average.partition()  # a forward pass may have left it whole
-    part = average.ds_tensor
-    first = dist.get_rank(average.ds_process_group) * part.numel()
-    own = part.new_zeros(part.shape)
-    found = whole.reshape(-1)[first : first + part.numel()]
-    own[: found.numel()] = found
-    fine.update([("weight", own)], [("weight", part)], beta, part.device)
-    average.ds_secondary_tensor = None  # a copy for faster gathering, where zpg makes some

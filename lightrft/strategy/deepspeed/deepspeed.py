@@ -20,6 +20,7 @@ from lightrft.strategy.deepspeed import (
     parameters,
     restoring,
     runtime,
+    writing,
 )
 from lightrft.strategy.deepspeed.deepspeed_utils import (
     ModelSize,
@@ -159,8 +160,7 @@ class DeepspeedStrategy(BackendStrategy):
     # -- Checkpoints --------------------------------------------------------------------------------------------------
 
     def _write(self, prepared: Prepared, folder: Path) -> None:
-        engine: Any = prepared.model
-        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        writing.write(prepared.model, folder)
 
     def _read(self, prepared: Prepared, folder: Path, loading: Loading) -> None:
         restoring.restore(prepared.model, folder, strict=loading.strict, optimizer=loading.optimizer)

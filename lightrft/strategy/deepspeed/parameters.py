@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from lightrft.strategy.deepspeed.deepspeed_utils import ModelSize
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["full", "gathered", "is_partitioned", "shape_of", "size_of"]
+__all__ = ["full", "gathered", "is_partitioned", "own_part", "own_partition", "shape_of", "size_of"]
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
@@ -41,6 +43,24 @@ def full(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     for name, parameter in model.named_parameters():
         with gathered([parameter]):
             yield name, parameter
+
+
+def own_part(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
+    """What of ``whole``, which has the shape of a partitioned parameter, is in this rank's partition; zeros follow."""
+    part = parameter.ds_tensor
+    first = dist.get_rank(parameter.ds_process_group) * part.numel()
+    found = whole.reshape(-1)[first : first + part.numel()]
+    padded = found.new_zeros(part.numel(), device=part.device)
+    padded[: found.numel()] = found
+    return padded
+
+
+def own_partition(parameter: Any) -> torch.Tensor:
+    """This rank's partition, to be written into: what is gathered of the parameter is freed, also what zpg keeps."""
+    parameter.partition()
+    parameter.ds_secondary_tensor = None
+    found: torch.Tensor = parameter.ds_tensor
+    return found
 
 
 def gathered(parameters: Iterable[torch.Tensor], *, written_by: int | None = None) -> Any:

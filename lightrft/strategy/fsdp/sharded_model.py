@@ -12,6 +12,7 @@ from lightrft.strategy.backend_strategy import Loading, Step
 from lightrft.strategy.fsdp import fsdp_checkpoint as checkpoint
 from lightrft.strategy.fsdp.fsdp_optimizer import Masters, StateMover
 from lightrft.strategy.fsdp.fsdp_utils import forget_gradients, let_go, local, sharded_parameters
+from lightrft.strategy.utils.agreement import Ranks
 from lightrft.strategy.utils.gradients import global_norm
 
 if TYPE_CHECKING:
@@ -143,10 +144,11 @@ class ShardedModel:
         let_go(module)
         kept = self.kept
         names: dict[torch.Tensor, str] = {one: name for name, one in kept.items()}
-        metadata = checkpoint.read_metadata(folder)
-        entries = checkpoint.fitting(checkpoint.model_entries(module, kept), metadata, strict=loading.strict)
-        if self.optimizer is not None and loading.optimizer:
-            entries |= checkpoint.empty_optimizer_entries(metadata, names)
+        with Ranks().together("the checkpoint was not loaded"):
+            metadata = checkpoint.read_metadata(folder)
+            entries = checkpoint.fitting(checkpoint.model_entries(module, kept), metadata, strict=loading.strict)
+            if self.optimizer is not None and loading.optimizer:
+                entries |= checkpoint.empty_optimizer_entries(metadata, names)
         if self.loss_scale is not None and loading.optimizer and checkpoint.LOSS_SCALE in metadata:
             entries[checkpoint.LOSS_SCALE] = torch.zeros(2, dtype=torch.float64)
         checkpoint.load(folder, entries)
