@@ -18,7 +18,7 @@ from lightrft.strategy.deepspeed.parameters import is_partitioned
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["build_engine", "cast", "checkpoint_activations", "partitioned_construction", "spread_over_groups"]
+__all__ = ["build_engine", "cast", "partitioned_construction", "spread_over_groups"]
 
 
 @contextmanager
@@ -105,18 +105,3 @@ def spread_over_groups(
     mine = groups[dist.get_rank() // shard_size]
     with runtime.launched(device):
         deepspeed.zero.Init(module=model, data_parallel_group=mine, config_dict_or_path=dict(settings))
-
-
-def checkpoint_activations(model: torch.nn.Module) -> None:
-    """Let ``model`` compute activations again in the backward pass rather than keep them.
-
-    Raises:
-        ConfigError: it does not offer that.
-    """
-    able: Any = next((one for one in model.modules() if hasattr(one, "gradient_checkpointing_enable")), None)
-    if able is None:
-        raise ConfigError(
-            f"gradient_checkpointing is on, and {type(model).__name__} has no gradient_checkpointing_enable(): give it "
-            "one, as models of transformers have it, or switch the setting off"
-        )
-    able.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -28,6 +28,7 @@ from lightrft.strategy.deepspeed.deepspeed_utils import (
     evaluation_stage,
     training_config,
 )
+from lightrft.strategy.utils import activations
 from lightrft.strategy.utils.optimizers import adamw_settings
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class DeepspeedStrategy(BackendStrategy):
         optimizer = self.create_optimizer(model) if optimizer is None else optimizer
         optimizers.mark_decay(optimizer)
         if self.config.gradient_checkpointing:
-            construction.checkpoint_activations(model)
+            activations.recompute(model)
         settings = training_config(
             self.config,
             parameters.size_of(model),

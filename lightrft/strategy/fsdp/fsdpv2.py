@@ -27,7 +27,7 @@ from lightrft.strategy.fsdp.fsdp_utils import (
 )
 from lightrft.strategy.fsdp.meta_init import Materializer, without_storage
 from lightrft.strategy.fsdp.sharded_model import ShardedModel
-from lightrft.strategy.utils import moving_average, optimizers
+from lightrft.strategy.utils import activations, moving_average, optimizers
 from lightrft.strategy.utils.loss_scale import LossScale
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class FSDPV2Strategy(BackendStrategy):
     ) -> tuple[nn.Module, Optimizer | None]:
         groups = None if optimizer is None else fsdp_optimizer.release(optimizer, model)
         if training and self.config.gradient_checkpointing:
-            _recompute_activations(model)
+            activations.recompute(model)
         self._cast(model, training=training)
         self._fully_shard(model, self._mesh(shard_size), _resharding(reshard_after_forward, training=training))
         if optimizer is not None and groups is not None:
@@ -233,13 +233,3 @@ def _of(prepared: Prepared) -> ShardedModel:
 def _resharding(reshard_after_forward: bool, *, training: bool) -> bool | None:
     """FSDP2's default keeps the root gathered from forward to backward; without backward it would stay so."""
     return None if reshard_after_forward and training else reshard_after_forward
-
-
-def _recompute_activations(model: nn.Module) -> None:
-    able: Any = next((one for one in model.modules() if hasattr(one, "gradient_checkpointing_enable")), None)
-    if able is None:
-        raise ConfigError(
-            f"gradient_checkpointing is on, and {type(model).__name__} has no gradient_checkpointing_enable(): give it "
-            "one, as models of transformers have it, or switch the setting off"
-        )
-    able.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
