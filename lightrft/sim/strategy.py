@@ -25,8 +25,9 @@ from lightrft.sim.fake_checkpoints import LAYOUTS
 from lightrft.sim.flat_parameters import FlatParameters, repoint
 from lightrft.strategy.backend_strategy import BackendStrategy, Loading, Step
 from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.deepspeed.deepspeed_utils import check_training_shards
 from lightrft.strategy.prepared import Prepared
-from lightrft.strategy.utils import moving_average, optimizers
+from lightrft.strategy.utils import activations, moving_average, optimizers
 from lightrft.strategy.utils.loss_scale import LossScale
 
 if TYPE_CHECKING:
@@ -133,18 +134,19 @@ class FakeStrategy(BackendStrategy):
         optimizer: Optimizer | None,
         *,
         training: bool,
-        shard_size: int,  # noqa: ARG002 - every rank keeps all weights
+        shard_size: int,
         reshard_after_forward: bool,  # noqa: ARG002 - the same
     ) -> tuple[nn.Module, Optimizer | None]:
         if optimizer is not None and optimizer.state:
             raise ConfigError("the optimizer has stepped already: prepare the model before its first step")
         if optimizer is None and training and self.mirrors == "deepspeed":
             optimizer = self.create_optimizer(model)
+        if self.mirrors == "deepspeed" and training:
+            check_training_shards(shard_size, self.world_size)
+        if self.config.gradient_checkpointing and training:
+            activations.recompute(model)
         model = model.to(self.device)
         self._cast(model)
-        recomputes = getattr(model, "gradient_checkpointing_enable", None)
-        if self.config.gradient_checkpointing and training and callable(recomputes):
-            recomputes()
         flat = self._flattened(model) if training else []
         for one in flat:
             repoint([] if optimizer is None else optimizer.param_groups, one.pieces)
@@ -198,7 +200,7 @@ class FakeStrategy(BackendStrategy):
         (loss * self._loss_scale(prepared) if self.config.fp16 else loss).backward(**kwargs)
 
     def _loss_scale(self, prepared: Prepared) -> float:
-        if not self.config.fp16:
+        if not (self.config.fp16 and prepared.training):
             return 1.0
         scale: LossScale = prepared.backend.setdefault("loss_scale", LossScale())
         return scale.scale
@@ -249,9 +251,11 @@ class FakeStrategy(BackendStrategy):
     # -- Checkpoints --------------------------------------------------------------------------------------------------
 
     def _write(self, prepared: Prepared, folder: Path) -> None:
+        self._loss_scale(prepared)  # it is there from now on
         LAYOUTS[self.mirrors].write(prepared, self._flat(prepared), folder, self.get_rank())
 
     def _read(self, prepared: Prepared, folder: Path, loading: Loading) -> None:
+        self._loss_scale(prepared)
         LAYOUTS[self.mirrors].read(prepared, self._flat(prepared), folder, loading)
 
     def full_parameters(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
