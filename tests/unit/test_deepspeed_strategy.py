@@ -396,6 +396,17 @@ def test_a_frozen_model_is_spread_over_groups_at_stage_3():
     assert run(4, _spread_in_pairs) == (0, {0.5})
 
 
+def _two_in_pairs():
+    strategy = make(3)
+    models = [strategy.prepare_model(tiny.transformer().requires_grad_(False), shard_size=2) for _ in range(2)]
+    groups = {id(one.ds_process_group) for model in models for one in strategy.unwrap_model(model).parameters()}
+    return len(groups)
+
+
+def test_models_that_are_spread_alike_share_their_process_groups():
+    assert run(4, _two_in_pairs) == 1
+
+
 def _two_copies():
     strategy = make(3, zpg=2)
     model = tiny.transformer()

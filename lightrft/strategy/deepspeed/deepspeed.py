@@ -32,6 +32,7 @@ from lightrft.strategy.utils import activations
 from lightrft.strategy.utils.optimizers import adamw_settings
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from torch.optim import Optimizer
 
     from lightrft.strategy.prepared import Prepared
@@ -58,6 +59,10 @@ class DeepspeedStrategy(BackendStrategy):
         if not self._is_set_up:
             super().setup_distributed(timeout, num_gpu_per_node)
             runtime.connect()
+
+    def _know_the_world(self) -> None:
+        self._shard_groups: dict[int, dist.ProcessGroup] = {}
+        super()._know_the_world()
 
     # -- Models -------------------------------------------------------------------------------------------------------
 
@@ -116,10 +121,15 @@ class DeepspeedStrategy(BackendStrategy):
         if self.config.bf16 or self.config.fp16:
             construction.cast(model, torch.bfloat16 if self.config.bf16 else torch.float16)
         if stage == 3 and shard_size not in (-1, self.world_size):
-            construction.spread_over_groups(model, settings, self.device, shard_size)
+            construction.spread_over_group(model, settings, self.device, self._shard_group(shard_size))
         engine: torch.nn.Module = construction.build_engine(model, settings, self.device)
         engine.eval()
         return engine
+
+    def _shard_group(self, shard_size: int) -> dist.ProcessGroup:
+        if shard_size not in self._shard_groups:
+            self._shard_groups[shard_size] = construction.shard_group(shard_size)
+        return self._shard_groups[shard_size]
 
     # -- Training -----------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,11 @@ class ShardedModel:
 
     @property
     def kept(self) -> dict[str, nn.Parameter]:
-        """The parameters by name, in the precision they are kept in: masters in place of what has one."""
+        """The parameters by name, in the precision they are kept in: masters in place of what has one.
+
+        What was being moved has arrived then.
+        """
+        self._wait()
         return {name: self.masters.of(one) for name, one in self._parameters.items()}
 
     def adopt(self, optimizer: Optimizer) -> None:
@@ -123,7 +127,6 @@ class ShardedModel:
 
     def write(self, module: nn.Module, folder: Path) -> None:
         """Write weights, and states of the optimizer if there is one. *Collective*."""
-        self._wait()
         kept = self.kept
         entries = checkpoint.model_entries(module, kept)
         if self.optimizer is not None:
@@ -140,7 +143,6 @@ class ShardedModel:
         Raises:
             CheckpointError: it does not fit.
         """
-        self._wait()
         let_go(module)
         kept = self.kept
         names: dict[torch.Tensor, str] = {one: name for name, one in kept.items()}
