@@ -7,9 +7,12 @@ import torch
 import torch.distributed as dist
 from programs import tiny
 from programs.zero_strategy import farthest, make, run, train, weights
+from safetensors.torch import load_file
 
 from lightrft.errors import CheckpointError
 from lightrft.strategy.deepspeed import saved
+from lightrft.strategy.fsdp.fsdp_checkpoint import read_metadata
+from lightrft.strategy.utils.ckpt_scripts.conversion import Conversion, convert
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of deepspeed, and of torch about what it calls
 STAGES = pytest.mark.parametrize("stage", [1, 2, 3])
@@ -117,6 +120,21 @@ def _needs_states(stage, folder):
 @STAGES
 def test_weights_of_a_frozen_model_begin_a_training_without_states(stage, tmp_path):
     assert run(2, _needs_states, stage, tmp_path) == 0
+
+
+def _saves_frozen(stage, folder):
+    strategy = make(stage)
+    strategy.save_ckpt(strategy.prepare(tiny.transformer(seed=1).requires_grad_(False)), folder)
+
+
+@STAGES
+def test_the_checkpoint_of_a_frozen_model_is_converted(stage, tmp_path):
+    run(2, _saves_frozen, stage, tmp_path / "run")
+    for target in ("hf", "fsdp"):
+        convert(Conversion(source=tmp_path / "run", target=tmp_path / target, to=target))
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    assert farthest(found, tiny.weights(tiny.transformer(seed=1))) == 0
+    assert set(read_metadata(tmp_path / "fsdp" / "global_step0")) == {f"model.{name}" for name in found}
 
 
 # -- Files that fail --------------------------------------------------------------------------------------------------
