@@ -20,6 +20,9 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightrft.errors import CheckpointError
+from lightrft.sim import fake_settings
+from lightrft.strategy.fsdp.fsdp_checkpoint import FOLDER, GROUPS, LOSS_SCALE, MODEL, STATE
+from lightrft.strategy.utils.agreement import Ranks
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -54,16 +57,29 @@ class DeepSpeedLayout:
         """Write model and optimizer."""
         if rank == 0:
             torch.save({"module": prepared.module.state_dict()}, folder / self.model_file)
-        torch.save([optimizer_part(prepared.optimizer, one) for one in flat], folder / self._rank_file(rank))
+        optimizer = prepared.optimizer
+        states = {
+            "parts": [optimizer_part(optimizer, one) for one in flat],
+            "groups": None if optimizer is None else fake_settings.settings(optimizer),
+            "loss_scale": fake_settings.loss_scale(prepared),
+        }
+        torch.save(states, folder / self._rank_file(rank))
 
     def read(self, prepared: Prepared, flat: list[FlatParameters], folder: Path, loading: Loading) -> None:
         """Take model and optimizer."""
-        _load_module(prepared.module, _load(folder / self.model_file)["module"], strict=loading.strict)
-        parts = [_load(path) for path in self._rank_files(folder)] if loading.optimizer else []
+        optimizer = prepared.optimizer if loading.optimizer else None
+        ranks: list[dict[str, Any]] = []
+        with Ranks().together("the checkpoint was not loaded"):
+            if optimizer is not None:
+                ranks = [_load(path) for path in self._rank_files(folder)]
+                groups = fake_settings.by_order(optimizer, _some_groups(ranks[0]["groups"]))
+            _load_module(prepared.module, _load(folder / self.model_file)["module"], strict=loading.strict)
         for index, one in enumerate(flat):
             one.adopt_weights()
-            if loading.optimizer:
-                take_states(prepared.optimizer, one, joined([part[index] for part in parts]))
+            if optimizer is not None:
+                take_states(optimizer, one, joined([rank["parts"][index] for rank in ranks]))
+        if optimizer is not None:
+            _take_settings(prepared, groups, ranks[0]["loss_scale"])
 
     def _rank_files(self, folder: Path) -> list[Path]:
         ranks = itertools.takewhile(
@@ -80,30 +96,53 @@ class FSDPLayout:
 
     def write(self, prepared: Prepared, flat: list[FlatParameters], folder: Path, rank: int) -> None:  # noqa: ARG002
         """Write model and optimizer."""
-        entries = {f"model.{name}": value for name, value in prepared.module.state_dict().items()}
+        entries: dict[str, Any] = {f"{MODEL}{name}": value for name, value in prepared.module.state_dict().items()}
         for one in flat:
-            for name, states in joined(_gathered(optimizer_part(prepared.optimizer, one))).items():
-                entries |= {f"optimizer.state.{name}.{kind}": value for kind, value in states.items()}
+            for name, states in joined(Ranks().gather(optimizer_part(prepared.optimizer, one))).items():
+                entries |= {f"{STATE}{name}.{kind}": value for kind, value in states.items()}
+        if prepared.optimizer is not None:
+            entries[GROUPS] = fake_settings.named_groups(prepared.optimizer, flat, Ranks())
+        if (scale := fake_settings.loss_scale(prepared)) is not None:
+            entries[LOSS_SCALE] = scale
         planner = DefaultSavePlanner(flatten_state_dict=False)
-        save(entries, checkpoint_id=folder / "dcp", planner=planner, no_dist=not dist.is_initialized())
+        save(entries, checkpoint_id=folder / FOLDER, planner=planner, no_dist=not dist.is_initialized())
 
     def read(self, prepared: Prepared, flat: list[FlatParameters], folder: Path, loading: Loading) -> None:
         """Take model and optimizer."""
-        entries = _read_dcp(folder / "dcp")
-        module = {name.removeprefix("model."): value for name, value in entries.items() if name.startswith("model.")}
-        _load_module(prepared.module, module, strict=loading.strict)
+        optimizer = prepared.optimizer if loading.optimizer else None
+        with Ranks().together("the checkpoint was not loaded"):
+            entries = _read_dcp(folder / FOLDER)
+            saved = [] if optimizer is None else _some_groups(entries.get(GROUPS))
+            module = {name.removeprefix(MODEL): value for name, value in entries.items() if name.startswith(MODEL)}
+            _load_module(prepared.module, module, strict=loading.strict)
         for one in flat:
             one.adopt_weights()
-            if loading.optimizer:
-                take_states(prepared.optimizer, one, _by_parameter(entries, [piece.name for piece in one.pieces]))
+            if optimizer is not None:
+                take_states(optimizer, one, _by_parameter(entries, [piece.name for piece in one.pieces]))
+        if optimizer is not None:
+            here = fake_settings.named_groups(optimizer, flat, Ranks())
+            _take_settings(prepared, fake_settings.by_name(here, saved), entries.get(LOSS_SCALE))
+
+
+def _some_groups(saved: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    if saved is None:
+        raise CheckpointError("the checkpoint holds no optimizer: pass load_optimizer_states=False")
+    return saved
+
+
+def _take_settings(prepared: Prepared, groups: list[dict[str, Any]], scale: torch.Tensor | None) -> None:
+    if prepared.optimizer is not None:
+        for group, saved in zip(prepared.optimizer.param_groups, groups, strict=True):
+            group.update(saved)
+    fake_settings.set_loss_scale(prepared, scale)
 
 
 def _by_parameter(entries: dict[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
     """The states of each parameter, of those that the checkpoint has any of."""
     states: dict[str, dict[str, Any]] = {}
     for entry, value in entries.items():
-        name, _, kind = entry.removeprefix("optimizer.state.").rpartition(".")
-        if entry.startswith("optimizer.state.") and name in names:
+        name, _, kind = entry.removeprefix(STATE).rpartition(".")
+        if entry.startswith(STATE) and name in names:
             states.setdefault(name, {})[kind] = value
     return states
 
@@ -169,15 +208,6 @@ def _elements(states: dict[str, dict[str, Any]], piece: Piece, kind: str) -> tor
     return torch.zeros_like(piece.master, requires_grad=False) if found is None else found.reshape(-1)
 
 
-def _gathered(part: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of all ranks, in their order. *Collective*."""
-    if not dist.is_initialized():
-        return [part]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, part)
-    return parts
-
-
 def joined(parts: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """States by parameter name: tensors in the shape of the parameter, and what is kept once."""
     shapes: dict[str, list[int]] = parts[0]["shapes"]
@@ -215,8 +245,10 @@ def take_states(optimizer: Optimizer | None, flat: FlatParameters, states: dict[
     if missing:
         raise CheckpointError(f"the checkpoint has no optimizer states of {', '.join(missing[:5])}")
     for piece in flat.pieces:
-        own = slice(piece.first, piece.first + piece.master.numel())
-        kept = {kind: _cut(value, own) for kind, value in states[piece.name].items()}
+        kept = {
+            kind: piece.of(value).clone() if _is_elementwise(value) else value
+            for kind, value in states[piece.name].items()
+        }
         with torch.no_grad():
             piece.master.copy_(kept.pop(MASTER))
         if optimizer is not None:
@@ -224,7 +256,3 @@ def take_states(optimizer: Optimizer | None, flat: FlatParameters, states: dict[
             if kept and piece.master.numel():
                 optimizer.state[piece.master] = kept
     flat.publish()
-
-
-def _cut(value: Any, own: slice) -> Any:
-    return value.reshape(-1)[own].clone() if _is_elementwise(value) else value

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightrft.errors import CollectiveMismatchError
+
 __all__ = ["FlatParameters", "Piece"]
 
 # torch 2.13 gave it a new name
@@ -38,6 +40,10 @@ class Piece:
     parameter: nn.Parameter
     first: int
     master: nn.Parameter
+
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """The elements of ``whole``, which has the shape of the parameter, that are this piece's; a view of it."""
+        return whole.reshape(-1)[self.first : self.first + self.master.numel()]
 
 
 class FlatParameters:
@@ -110,6 +116,10 @@ class FlatParameters:
 
         Returns:
             The sum of squares of the whole gradient.
+
+        Raises:
+            CollectiveMismatchError: the loss of some ranks reaches a parameter, and that of others does not. FSDP and
+                ZeRO exchange buffers of other sizes then.
         """
         gradients = [
             torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -118,7 +128,7 @@ class FlatParameters:
         padding = self.weights.new_zeros(self._part * self._world_size - self._total)
         flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), padding]).float()
         if self._world_size > 1:
-            dist.all_reduce(flat)
+            flat = self._sum(flat)
         if divisor != 1:
             flat.div_(divisor)
         self._gradient = flat[self._first : self._first + self._part]
@@ -129,6 +139,21 @@ class FlatParameters:
                 piece.master.grad = self._gradient[offset : offset + length]
             offset += length
         return flat.square().sum()
+
+    def _sum(self, flat: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks; behind it travels which parameters each of them has reached."""
+        reached = flat.new_tensor([parameter.grad is not None for parameter in self._parameters.values()])
+        flat = torch.cat([flat, reached])
+        dist.all_reduce(flat)
+        flat, counts = flat[: -len(reached)], flat[-len(reached) :].tolist()
+        some = [name for name, count in zip(self._parameters, counts, strict=True) if 0 < count < self._world_size]
+        if some:
+            raise CollectiveMismatchError(
+                f"the loss of some ranks does not reach {', '.join(some[:5])}, and that of others does: ZeRO and FSDP "
+                "fail, or wait for ever, since their ranks exchange gradients of other sizes. Let every loss reach the "
+                "same parameters, by adding 0 * their output for example"
+            )
+        return flat
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply the gradient of this rank's part."""

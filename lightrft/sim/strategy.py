@@ -25,10 +25,10 @@ from lightrft.sim.fake_checkpoints import LAYOUTS
 from lightrft.sim.flat_parameters import FlatParameters, repoint
 from lightrft.strategy.backend_strategy import BackendStrategy, Loading, Step
 from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.deepspeed.deepspeed_utils import check_training_shards
 from lightrft.strategy.prepared import Prepared
-from lightrft.strategy.utils import moving_average, optimizers
+from lightrft.strategy.utils import activations, moving_average, optimizers
 from lightrft.strategy.utils.loss_scale import LossScale
-from lightrft.strategy.utils.recomputing import recompute_activations
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -134,17 +134,19 @@ class FakeStrategy(BackendStrategy):
         optimizer: Optimizer | None,
         *,
         training: bool,
-        shard_size: int,  # noqa: ARG002 - every rank keeps all weights
+        shard_size: int,
         reshard_after_forward: bool,  # noqa: ARG002 - the same
     ) -> tuple[nn.Module, Optimizer | None]:
         if optimizer is not None and optimizer.state:
             raise ConfigError("the optimizer has stepped already: prepare the model before its first step")
         if optimizer is None and training and self.mirrors == "deepspeed":
             optimizer = self.create_optimizer(model)
+        if self.mirrors == "deepspeed" and training:
+            check_training_shards(shard_size, self.world_size)
+        if self.config.gradient_checkpointing and training:
+            activations.recompute(model)
         model = model.to(self.device)
         self._cast(model)
-        if self.config.gradient_checkpointing and training:
-            recompute_activations(model)
         flat = self._flattened(model) if training else []
         for one in flat:
             repoint([] if optimizer is None else optimizer.param_groups, one.pieces)
@@ -198,7 +200,7 @@ class FakeStrategy(BackendStrategy):
         (loss * self._loss_scale(prepared) if self.config.fp16 else loss).backward(**kwargs)
 
     def _loss_scale(self, prepared: Prepared) -> float:
-        if not self.config.fp16:
+        if not (self.config.fp16 and prepared.training):
             return 1.0
         scale: LossScale = prepared.backend.setdefault("loss_scale", LossScale())
         return scale.scale
@@ -234,21 +236,26 @@ class FakeStrategy(BackendStrategy):
 
     def moving_average(self, model: nn.Module, ema: nn.Module, beta: float = 0.992, device: str = "cpu") -> None:
         source, target = self.unwrap_model(model), self.unwrap_model(ema)
-        moving_average.update(source.named_parameters(), target.named_parameters(), beta, device)
+        known = self.prepared.find(ema)
+        parameters, averages = dict(source.named_parameters()), dict(target.named_parameters())
+        moving_average.check_alike(*({n: p.shape for n, p in each.items()} for each in (parameters, averages)))
+        for flat in [] if known is None else self._flat(known):
+            for piece in flat.pieces:
+                del averages[piece.name]
+                own = piece.of(parameters.pop(piece.name))
+                moving_average.update([(piece.name, own)], [(piece.name, piece.master)], beta, device)
+            flat.publish()
+        self._averages.update(parameters.items(), averages.items(), beta, device)
         moving_average.copy_buffers(source.named_buffers(), target.named_buffers())
-        self._adopt_weights(ema)
-
-    def _adopt_weights(self, model: nn.Module) -> None:
-        prepared = self.prepared.find(model)
-        for one in [] if prepared is None else self._flat(prepared):
-            one.adopt_weights()
 
     # -- Checkpoints --------------------------------------------------------------------------------------------------
 
     def _write(self, prepared: Prepared, folder: Path) -> None:
+        self._loss_scale(prepared)  # it is there from now on
         LAYOUTS[self.mirrors].write(prepared, self._flat(prepared), folder, self.get_rank())
 
     def _read(self, prepared: Prepared, folder: Path, loading: Loading) -> None:
+        self._loss_scale(prepared)
         LAYOUTS[self.mirrors].read(prepared, self._flat(prepared), folder, loading)
 
     def full_parameters(self, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lightrft.errors import CheckpointError, ConfigError, OffloadStateError
 from lightrft.strategy.prepared import Prepared
 from lightrft.strategy.strategy_base import StrategyBase
-from lightrft.strategy.utils import saving
+from lightrft.strategy.utils import moving_average, saving
 from lightrft.strategy.utils.agreement import Ranks
 from lightrft.strategy.utils.call_sites import call_site
 from lightrft.strategy.utils.checkpoints import CheckpointFolder
@@ -58,6 +58,10 @@ class BackendStrategy(StrategyBase):
 
     backend: str
     """``"deepspeed"``, ``"fsdp"`` or ``"fake"``, as it is written into checkpoints."""
+
+    def _know_the_world(self) -> None:
+        self._averages = moving_average.FineAverages()
+        super()._know_the_world()
 
     # -- What a backend fills in --------------------------------------------------------------------------------------
 

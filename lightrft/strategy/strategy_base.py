@@ -321,11 +321,14 @@ class StrategyBase(EngineCalls):
     ) -> None:
         """Move the weights of ``ema`` towards those of ``model``: ``beta * ema + (1 - beta) * model``. *Collective*.
 
+        Of weights in 16 bits, which cannot show such small steps, the average is kept in fp32 beside them.
+
         Args:
             model: as ``prepare`` returned it.
             ema: prepared too, or a plain copy on each rank.
             beta: between 0 (copy) and 1 (stay).
-            device: where the average is computed if ``ema`` is a plain copy.
+            device: where the average of weights is computed, and kept in fp32, that each rank has whole and does not
+                train.
         """
 
     def setup_dataloader(

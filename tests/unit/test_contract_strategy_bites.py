@@ -100,6 +100,10 @@ MUTATIONS = {
     "averages move too fast": (
         "ST208", "average are off by", moving_average, "update", lambda f: lambda a, b, beta, d: f(a, b, 1 - beta, d),
     ),
+    "averages are kept in 16 bits": (
+        "ST209", "a frozen, a trained and a plain average are off by", moving_average.FineAverages, "_of",
+        lambda f: lambda self, average, device: average,
+    ),
     "checkpoints lack the optimizer": (
         "ST301", "resumed after step 1: .* differs", fake_checkpoints, "optimizer_part", broken.without_states,
     ),

@@ -1,58 +1,18 @@
 """DeepspeedStrategy on simulated ranks: what the contract of strategies does not say, because it is DeepSpeed's."""
 
 import functools
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
 from programs import tiny
+from programs.zero_strategy import farthest, make, run, train, weights
 
 from lightrft.errors import ConfigError, RankFailedError
-from lightrft.sim import SimWorld
-from lightrft.strategy import get_strategy
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of deepspeed, and of torch about what it calls
 STAGES = pytest.mark.parametrize("stage", [1, 2, 3])
 OFFLOADS = pytest.mark.parametrize("offload", [False, True])
-
-
-def make(stage, *, accumulation=1, **settings):
-    size = int(os.environ["WORLD_SIZE"])
-    return get_strategy({"zero_stage": stage, "train_batch_size": accumulation * size, "max_norm": 0.0, **settings})
-
-
-def run(size, program, *args, **settings):
-    results = SimWorld(size).run(_alone_in_its_world, program, args, settings)
-    return results[0]
-
-
-def _alone_in_its_world(program, args, settings):
-    try:
-        return program(*args, **settings)
-    finally:
-        dist.destroy_process_group()
-
-
-def weights(strategy, model):
-    return {name: tensor.float().clone() for name, tensor in strategy.full_parameters(model)}
-
-
-def farthest(found, expected):
-    assert found.keys() == expected.keys()
-    return max(float((found[name] - expected[name]).abs().max()) for name in expected)
-
-
-def train(strategy, model, optimizer, scheduler=None, *, steps=2, first=0):
-    """Losses of this rank; a step has as many micro-batches as the strategy accumulates."""
-    losses = []
-    for number in range(first * strategy.accumulated_gradient, (first + steps) * strategy.accumulated_gradient):
-        ids = tiny.batch(number)
-        loss = tiny.loss_of(model(ids), ids)
-        strategy.backward(loss, model, optimizer)
-        strategy.optimizer_step(optimizer, model, scheduler)
-        losses.append(float(loss))
-    return losses
 
 
 # -- Accumulation: a loss that does not reach every parameter ---------------------------------------------------------
@@ -314,6 +274,44 @@ def test_an_average_stays_after_the_next_step(stage, prepared):
     assert run(2, _averages, stage, prepared) < 1e-6
 
 
+def _averages_with_second_copies():
+    strategy = make(3, zpg=2)
+    model, ema = tiny.transformer(seed=0), tiny.transformer(seed=1)
+    ours = tiny.weights(model)
+    expected = {name: 0.75 * value + 0.25 * ours[name] for name, value in tiny.weights(ema).items()}
+    model, _, _ = strategy.prepare((model, tiny.sgd(model.parameters()), None))
+    ema = strategy.prepare(ema.requires_grad_(False))
+    ids = tiny.batch(0, 0)
+    with torch.no_grad():
+        ema(ids)
+        strategy.moving_average(model, ema, beta=0.75)
+        found = ema(ids)
+        plain = tiny.transformer()
+        plain.load_state_dict(expected)
+        return float((found - plain(ids)).abs().max())
+
+
+def test_the_second_copies_of_zpg_follow_an_average():
+    assert run(4, _averages_with_second_copies) < 1e-5
+
+
+def _averages_beside_the_optimizer(stage):
+    strategy = make(stage)
+    model, ema = tiny.transformer(seed=0), tiny.transformer(seed=1)
+    ours = tiny.weights(model)
+    expected = {name: 0.75 * value + 0.25 * ours[name] for name, value in tiny.weights(ema).items()}
+    model, _, _ = strategy.prepare((model, tiny.sgd(model.parameters()), None))
+    ema.blocks[0].requires_grad_(False)
+    ema, _, _ = strategy.prepare((ema, tiny.sgd(ema.blocks[1].parameters()), None))
+    strategy.moving_average(model, ema, beta=0.75)
+    return farthest(weights(strategy, ema), expected)
+
+
+@STAGES
+def test_parameters_that_the_optimizer_of_an_average_does_not_step_are_averaged_too(stage):
+    assert run(2, _averages_beside_the_optimizer, stage) < 1e-6
+
+
 # -- Models -----------------------------------------------------------------------------------------------------------
 
 
@@ -396,6 +394,17 @@ def _spread_in_pairs():
 
 def test_a_frozen_model_is_spread_over_groups_at_stage_3():
     assert run(4, _spread_in_pairs) == (0, {0.5})
+
+
+def _two_in_pairs():
+    strategy = make(3)
+    models = [strategy.prepare_model(tiny.transformer().requires_grad_(False), shard_size=2) for _ in range(2)]
+    groups = {id(one.ds_process_group) for model in models for one in strategy.unwrap_model(model).parameters()}
+    return len(groups)
+
+
+def test_models_that_are_spread_alike_share_their_process_groups():
+    assert run(4, _two_in_pairs) == 1
 
 
 def _two_copies():

@@ -7,15 +7,19 @@ import json
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from programs import fsdp
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lightrft.errors import CheckpointError, ConfigError
 from lightrft.sim import SimWorld
 from lightrft.sim.contracts.strategy import workload
 from lightrft.sim.contracts.strategy.workload import same
+from lightrft.strategy.fsdp import fsdp_checkpoint
+from lightrft.strategy.utils import saving
+from lightrft.strategy.utils.agreement import Ranks
 
 FP16_MASTERS = {"fp16": True, "use_mp_opt": True, "fsdp_cpu_offload": True}
 
@@ -106,6 +110,32 @@ def test_F18_states_are_not_left_out_unnoticed(tmp_path):
     assert "pass load_optimizer_states=False" in on(2, _without_optimizer, str(tmp_path))[0]
 
 
+def _unreadable(folder, patch):
+    ours = fsdp.strategy()
+    model = ours.prepare(workload.transformer())
+    ours.create_optimizer(model)
+    ours.save_ckpt(model, folder)
+    dist.barrier()
+    patch()
+    with pytest.raises(CheckpointError) as caught:
+        ours.load_ckpt(model, folder)
+    return str(caught.value)
+
+
+def test_K10_files_that_one_rank_cannot_read_are_an_error_on_all(tmp_path, monkeypatch):
+    works = fsdp_checkpoint.read_metadata
+
+    def read(folder):
+        if dist.get_rank() == 1:
+            raise CheckpointError("damaged")
+        return works(folder)
+
+    for message in on(
+        2, _unreadable, str(tmp_path), lambda: monkeypatch.setattr(fsdp_checkpoint, "read_metadata", read)
+    ):
+        assert message == "the checkpoint was not loaded: rank 1: damaged"
+
+
 def _around_evaluations(folder):
     """After a forward pass without backward the root stays gathered."""
     ours = fsdp.strategy()
@@ -190,6 +220,59 @@ def test_K10_a_model_that_rank_0_cannot_write_is_an_error_on_all_ranks(tmp_path)
     (tmp_path / "file").write_text("")
     for message in on(2, _cannot_write, str(tmp_path / "file")):
         assert "the model was not saved" in message
+
+
+class Uncopyable(torch.Tensor):
+    """As if there were no memory for a copy of it."""
+
+    def to(self, *args, **kwargs):
+        raise MemoryError("no memory for a copy")
+
+
+def _cannot_copy(folder):
+    model = nn.Linear(2, 2)
+    gathered = []
+
+    def parameters():
+        for name, value in model.named_parameters():
+            dist.barrier()  # as a gathering of the parameter
+            gathered.append(name)
+            yield name, value.detach().as_subclass(Uncopyable) if name == "weight" else value
+
+    with pytest.raises(CheckpointError) as caught:
+        saving.save_pretrained(model, parameters(), None, folder, Ranks())
+    return gathered, str(caught.value)
+
+
+def _with_group(program, *args):
+    dist.init_process_group("gloo")
+    return program(*args)
+
+
+def test_K10_weights_that_rank_0_cannot_hold_are_an_error_on_all_after_the_last_was_gathered(tmp_path):
+    for gathered, message in on(2, _with_group, _cannot_copy, str(tmp_path / "model")):
+        assert gathered == ["weight", "bias"]
+        assert "rank 0: MemoryError: no memory for a copy" in message
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_dtype_of_a_model_that_cannot_be_saved_stays(tmp_path, monkeypatch):
+    model = fsdp.qwen2()
+    kept = model.config.dtype
+    weights = [(name, value.bfloat16()) for name, value in model.named_parameters()]
+    works, calls = Qwen2Config.save_pretrained, []
+
+    def full(self, folder, *args, **kwargs):
+        calls.append(folder)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        return works(self, folder, *args, **kwargs)
+
+    monkeypatch.setattr(Qwen2Config, "save_pretrained", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        saving.save_pretrained(model, weights, None, str(tmp_path), Ranks())
+    assert len(calls) == 2
+    assert model.config.dtype == kept
 
 
 # -- models built without storage -------------------------------------------------------------------------------------

@@ -350,6 +350,54 @@ def test_moving_states_and_weights_changes_nothing(settings, cuda):
     assert found["pinned"] == {cuda and "fsdp_cpu_offload" not in settings}
 
 
+class Waited:
+    """A mover of states that counts how often somebody waits for it."""
+
+    def __init__(self):
+        self.times = 0
+
+    def wait(self):
+        self.times += 1
+
+
+def _reads_masters():
+    ours = fsdp.strategy(bf16=True, use_mp_opt=True)
+    models = [workload.transformer(seed) for seed in range(2)]
+    pairs = [ours.prepare((model, ours.create_optimizer(model, lr=0.01))) for model in models]
+    movers = []
+    for model, _ in pairs:
+        movers.append(Waited())
+        ours.prepared.of(model).backend["sharded"].mover = movers[-1]
+    ours.moving_average(pairs[0][0], pairs[1][0])
+    return [mover.times > 0 for mover in movers]
+
+
+def test_an_average_waits_for_masters_that_are_on_their_way():
+    assert on(2, _reads_masters) == [[True, True]] * 2
+
+
+def _allocations():
+    ours = fsdp.strategy()
+    model = workload.transformer()
+    model, optimizer = ours.prepare((model, ours.create_optimizer(model, lr=0.01)))
+    fsdp.step(ours, model, optimizer, 0)
+    ours.maybe_offload_optimizer(optimizer)
+    works, streams = torch.empty_like, []
+
+    def empty_like(*args, **kwargs):
+        streams.append(torch.cuda.current_stream())
+        return works(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty_like", empty_like)
+        ours.maybe_load_optimizer(optimizer)
+    return {stream == torch.cuda.default_stream() for stream in streams}, len(streams) > 0
+
+
+def test_what_is_moved_to_the_device_is_allocated_on_the_stream_that_uses_it():
+    assert on(1, _allocations, cuda=True) == [({True}, True)]
+
+
 # -- averages ---------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from lightrft.errors import ConfigError
 from lightrft.sim import SimWorld
-from lightrft.strategy.utils.moving_average import copy_buffers, update
+from lightrft.strategy.utils.moving_average import FineAverages, copy_buffers, update
 
 
 def on_ranks(size, body):
@@ -153,3 +153,39 @@ def test_names_and_shapes_that_differ_are_errors_and_nothing_is_changed():
 def test_a_beta_out_of_range_is_an_error(beta):
     with pytest.raises(ConfigError, match=r"beta=.*expected a number from 0 to 1"):
         update([], [], beta)
+
+
+# -- averages of weights in 16 bits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_steps_that_16_bits_cannot_show_add_up(dtype):
+    fine, average, parameter = FineAverages(), torch.ones(3, dtype=dtype), torch.full((3,), 1.25)
+    for _ in range(500):
+        fine.update([("w", parameter)], [("w", average)], 0.999)
+    expected = 1.25 - 0.25 * 0.999**500
+    torch.testing.assert_close(average.float(), torch.full((3,), expected), atol=4e-3, rtol=0)
+
+
+def test_elements_that_are_written_between_two_updates_count():
+    fine, average = FineAverages(), torch.ones(2, dtype=torch.bfloat16)
+    for _ in range(3):
+        fine.update([("w", torch.full((2,), 1.25))], [("w", average)], 0.999)
+    average[0] = -4.0
+    fine.update([("w", torch.zeros(2))], [("w", average)], 0.5)
+    torch.testing.assert_close(average.float(), torch.tensor([-2.0, 0.5]), atol=2e-3, rtol=0)
+
+
+def test_weights_in_32_bits_are_averaged_where_they_are():
+    fine, average = FineAverages(), torch.ones(2)
+    fine.update([("w", torch.zeros(2))], [("w", average)], 0.75)
+    assert average.tolist() == [0.75, 0.75]
+    assert len(fine._fine) == 0
+
+
+def test_an_average_in_fp32_goes_with_its_weights():
+    fine, average = FineAverages(), torch.ones(2, dtype=torch.bfloat16)
+    fine.update([("w", torch.zeros(2))], [("w", average)], 0.75)
+    assert len(fine._fine) == 1
+    del average
+    assert len(fine._fine) == 0

@@ -18,7 +18,7 @@ from lightrft.strategy.deepspeed.parameters import is_partitioned
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["build_engine", "cast", "checkpoint_activations", "partitioned_construction", "spread_over_groups"]
+__all__ = ["build_engine", "cast", "partitioned_construction", "shard_group", "spread_over_group"]
 
 
 @contextmanager
@@ -85,10 +85,17 @@ def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def spread_over_groups(
-    model: torch.nn.Module, settings: Mapping[str, Any], device: torch.device, shard_size: int
+def shard_group(shard_size: int) -> dist.ProcessGroup:
+    """A new group of the ``shard_size`` consecutive ranks with this one. *Collective* of all ranks."""
+    firsts = range(0, dist.get_world_size(), shard_size)
+    groups: list[dist.ProcessGroup] = [dist.new_group(list(range(first, first + shard_size))) for first in firsts]
+    return groups[dist.get_rank() // shard_size]
+
+
+def spread_over_group(
+    model: torch.nn.Module, settings: Mapping[str, Any], device: torch.device, group: dist.ProcessGroup
 ) -> None:
-    """Spread ``model`` over ``shard_size`` consecutive ranks, so that each group of them has all of it. *Collective*.
+    """Spread ``model`` over the ranks of ``group``, so that they have all of it together. *Collective*.
 
     Raises:
         ConfigError: it is spread over all ranks already.
@@ -98,25 +105,7 @@ def spread_over_groups(
     if any(is_partitioned(parameter) for parameter in model.parameters()):
         raise ConfigError(
             f"{type(model).__name__} was built in init_model_context() at ZeRO 3, so it is spread over all ranks: "
-            f"build it outside of the context to spread it over {shard_size} ranks"
+            f"build it outside of the context to spread it over {dist.get_world_size(group)} ranks"
         )
-    firsts = range(0, dist.get_world_size(), shard_size)
-    groups = [dist.new_group(list(range(first, first + shard_size))) for first in firsts]
-    mine = groups[dist.get_rank() // shard_size]
     with runtime.launched(device):
-        deepspeed.zero.Init(module=model, data_parallel_group=mine, config_dict_or_path=dict(settings))
-
-
-def checkpoint_activations(model: torch.nn.Module) -> None:
-    """Let ``model`` compute activations again in the backward pass rather than keep them.
-
-    Raises:
-        ConfigError: it does not offer that.
-    """
-    able: Any = next((one for one in model.modules() if hasattr(one, "gradient_checkpointing_enable")), None)
-    if able is None:
-        raise ConfigError(
-            f"gradient_checkpointing is on, and {type(model).__name__} has no gradient_checkpointing_enable(): give it "
-            "one, as models of transformers have it, or switch the setting off"
-        )
-    able.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        deepspeed.zero.Init(module=model, data_parallel_group=group, config_dict_or_path=dict(settings))

@@ -20,6 +20,7 @@ from lightrft.strategy.deepspeed import (
     parameters,
     restoring,
     runtime,
+    writing,
 )
 from lightrft.strategy.deepspeed.deepspeed_utils import (
     ModelSize,
@@ -27,9 +28,11 @@ from lightrft.strategy.deepspeed.deepspeed_utils import (
     evaluation_stage,
     training_config,
 )
+from lightrft.strategy.utils import activations
 from lightrft.strategy.utils.optimizers import adamw_settings
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from torch.optim import Optimizer
 
     from lightrft.strategy.prepared import Prepared
@@ -56,6 +59,10 @@ class DeepspeedStrategy(BackendStrategy):
         if not self._is_set_up:
             super().setup_distributed(timeout, num_gpu_per_node)
             runtime.connect()
+
+    def _know_the_world(self) -> None:
+        self._shard_groups: dict[int, dist.ProcessGroup] = {}
+        super()._know_the_world()
 
     # -- Models -------------------------------------------------------------------------------------------------------
 
@@ -95,7 +102,7 @@ class DeepspeedStrategy(BackendStrategy):
         optimizer = self.create_optimizer(model) if optimizer is None else optimizer
         optimizers.mark_decay(optimizer)
         if self.config.gradient_checkpointing:
-            construction.checkpoint_activations(model)
+            activations.recompute(model)
         settings = training_config(
             self.config,
             parameters.size_of(model),
@@ -114,10 +121,15 @@ class DeepspeedStrategy(BackendStrategy):
         if self.config.bf16 or self.config.fp16:
             construction.cast(model, torch.bfloat16 if self.config.bf16 else torch.float16)
         if stage == 3 and shard_size not in (-1, self.world_size):
-            construction.spread_over_groups(model, settings, self.device, shard_size)
+            construction.spread_over_group(model, settings, self.device, self._shard_group(shard_size))
         engine: torch.nn.Module = construction.build_engine(model, settings, self.device)
         engine.eval()
         return engine
+
+    def _shard_group(self, shard_size: int) -> dist.ProcessGroup:
+        if shard_size not in self._shard_groups:
+            self._shard_groups[shard_size] = construction.shard_group(shard_size)
+        return self._shard_groups[shard_size]
 
     # -- Training -----------------------------------------------------------------------------------------------------
 
@@ -147,16 +159,19 @@ class DeepspeedStrategy(BackendStrategy):
     ) -> None:
         """As in ``StrategyBase``; one parameter is whole at a time."""
         known = self.prepared.find(ema)
-        target = ema if known is None else known.module
-        averaging.move_towards(self.prepared.of(model).module, target, beta=beta, device=torch.device(device))
-        if known is not None:
-            parameters.refresh_masters(known.model)
+        averaging.move_towards(
+            self.prepared.of(model).module,
+            ema if known is None else known.module,
+            fine=self._averages,
+            engine=known.model if known is not None and known.training else None,
+            beta=beta,
+            device=torch.device(device),
+        )
 
     # -- Checkpoints --------------------------------------------------------------------------------------------------
 
     def _write(self, prepared: Prepared, folder: Path) -> None:
-        engine: Any = prepared.model
-        engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        writing.write(prepared.model, folder)
 
     def _read(self, prepared: Prepared, folder: Path, loading: Loading) -> None:
         restoring.restore(prepared.model, folder, strict=loading.strict, optimizer=loading.optimizer)

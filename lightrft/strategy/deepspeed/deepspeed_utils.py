@@ -10,7 +10,14 @@ from lightrft.errors import ConfigError
 if TYPE_CHECKING:
     from lightrft.strategy.config import StrategyConfig
 
-__all__ = ["ModelSize", "evaluation_config", "evaluation_stage", "training_config", "training_stage"]
+__all__ = [
+    "ModelSize",
+    "check_training_shards",
+    "evaluation_config",
+    "evaluation_stage",
+    "training_config",
+    "training_stage",
+]
 
 _LARGEST_BUCKET = 500_000_000
 _LARGEST_PERSISTENT = 100_000
@@ -55,11 +62,7 @@ def training_config(
     Raises:
         ConfigError: ``shard_size`` is not that of all ranks.
     """
-    if shard_size not in (-1, world_size):
-        raise ConfigError(
-            f"shard_size is {shard_size} in a world of {world_size}, for a model that is trained: DeepSpeed spreads it "
-            f"over all ranks: use -1 or {world_size}, or FSDP (--fsdp), which can do that"
-        )
+    check_training_shards(shard_size, world_size)
     zero = _zero(training_stage(config), size, reshard_after_forward=reshard_after_forward)
     zero["overlap_comm"] = config.overlap_comm
     zero["reduce_bucket_size"] = _bucket(size)
@@ -80,6 +83,19 @@ def training_config(
     if config.grad_accum_dtype is not None:
         settings["data_types"] = {"grad_accum_dtype": config.grad_accum_dtype}
     return settings
+
+
+def check_training_shards(shard_size: int, world_size: int) -> None:
+    """DeepSpeed spreads a model that is trained over all ranks.
+
+    Raises:
+        ConfigError: ``shard_size`` is not that of all ranks.
+    """
+    if shard_size not in (-1, world_size):
+        raise ConfigError(
+            f"shard_size is {shard_size} in a world of {world_size}, for a model that is trained: DeepSpeed spreads it "
+            f"over all ranks: use -1 or {world_size}, or FSDP (--fsdp), which can do that"
+        )
 
 
 def training_stage(config: StrategyConfig) -> int:

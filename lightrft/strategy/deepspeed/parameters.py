@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from lightrft.strategy.deepspeed.deepspeed_utils import ModelSize
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["full", "is_partitioned", "refresh_masters", "shape_of", "size_of"]
+__all__ = ["full", "gathered", "is_partitioned", "own_part", "own_partition", "shape_of", "size_of"]
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
@@ -43,6 +45,24 @@ def full(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
             yield name, parameter
 
 
+def own_part(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
+    """What of ``whole``, which has the shape of a partitioned parameter, is in this rank's partition; zeros follow."""
+    part = parameter.ds_tensor
+    first = dist.get_rank(parameter.ds_process_group) * part.numel()
+    found = whole.reshape(-1)[first : first + part.numel()]
+    padded = found.new_zeros(part.numel(), device=part.device)
+    padded[: found.numel()] = found
+    return padded
+
+
+def own_partition(parameter: Any) -> torch.Tensor:
+    """This rank's partition, to be written into: what is gathered of the parameter is freed, also what zpg keeps."""
+    parameter.partition()
+    parameter.ds_secondary_tensor = None
+    found: torch.Tensor = parameter.ds_tensor
+    return found
+
+
 def gathered(parameters: Iterable[torch.Tensor], *, written_by: int | None = None) -> Any:
     """A context in which ``parameters`` are whole on every rank. *Collective*.
 
@@ -54,10 +74,3 @@ def gathered(parameters: Iterable[torch.Tensor], *, written_by: int | None = Non
 
     several = [parameter for parameter in parameters if is_partitioned(parameter)]
     return deepspeed.zero.GatheredParameters(several, modifier_rank=written_by, enabled=bool(several))
-
-
-def refresh_masters(engine: Any) -> None:
-    """Take over into the fp32 masters what was written into the weights; else the next step would undo it."""
-    refresh = getattr(engine.optimizer, "refresh_fp32_params", None)
-    if refresh is not None:
-        refresh()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightrft.errors import CheckpointError
-from lightrft.strategy.deepspeed.parameters import gathered, shape_of
-from lightrft.strategy.deepspeed.pieces import Overlap, Piece, evenly_split, overlaps
+from lightrft.strategy.deepspeed import masters
+from lightrft.strategy.deepspeed.parameters import is_partitioned, own_part, own_partition, shape_of
+from lightrft.strategy.deepspeed.pieces import Overlap, Piece, overlaps
 from lightrft.strategy.deepspeed.saved import SavedEngine
+from lightrft.strategy.utils.agreement import Ranks
 
 __all__ = ["restore"]
 
@@ -20,36 +21,42 @@ def restore(engine: Any, folder: Path, *, strict: bool, optimizer: bool) -> None
     """Take weights, fp32 masters, buffers and (if asked for) the optimizer's states. *Collective*.
 
     Args:
-        engine: of DeepSpeed, that trains.
-        folder: written by ``engine.save_checkpoint``.
+        engine: of DeepSpeed. One that does not train takes weights and buffers.
+        folder: written by ``writing.write``.
         strict: refuse a checkpoint whose parameters are not those of the model; else take what fits.
         optimizer: also its states, hyper-parameters and loss scale.
 
     Raises:
-        CheckpointError: it is incomplete, or does not fit; nothing is changed then.
+        CheckpointError: it is incomplete, damaged, or does not fit, on any rank; nothing is changed then.
     """
-    saved = SavedEngine(folder)
-    _check(engine, saved, strict=strict, optimizer=optimizer)
-    if engine.zero_optimization_stage() == 3:
-        engine.optimizer.checkpoint_event_prologue()
-    todo = list(overlaps(saved.pieces, _pieces(engine)))
-    flats = _flats(engine)
-    with torch.no_grad():
-        for overlap in todo:
-            rank, number, run = overlap.saved
-            flat, place = overlap.wanted
-            flats[flat][place] = saved.masters(rank)[number][run].to(flats[flat].device)
+    trains = engine.basic_optimizer is not None
+    optimizer = optimizer and trains
+    failed = "the checkpoint was not loaded"
+    with Ranks().together(failed):
+        saved = SavedEngine(folder)
+        _check(engine, saved, strict=strict, optimizer=optimizer)
+        wanted = list(masters.pieces_of(engine)) if trains else []
+        todo = list(overlaps(saved.pieces, wanted))
+        rest = set(engine.param_names.values()) - (masters.trained_names(engine) if trains else set())
+        rest |= {name for name, _ in engine.module.named_buffers()}
+        thawed = [piece for piece in wanted if piece.name not in saved.shapes]
+        saved.open({overlap.saved[0] for overlap in todo}, rest | {piece.name for piece in thawed})
+    with Ranks().together(failed), torch.no_grad():
+        if trains:
+            masters.free_weights(engine)
+            _restore_masters(masters.flat_masters(engine), saved, todo, thawed)
         if optimizer:
-            _restore_states(engine, saved, todo, flats)
-        _spread_masters(engine)
-        _restore_rest(engine, saved)
+            _restore_states(engine, saved, todo, masters.flat_masters(engine))
+        _restore_rest(engine, saved, rest)
+    if trains:
+        masters.give_weights(engine)
     if optimizer:
         _restore_counters(engine, saved)
 
 
 def _check(engine: Any, saved: SavedEngine, *, strict: bool, optimizer: bool) -> None:
     have = {name: shape_of(parameter) for parameter, name in engine.param_names.items()}
-    found = {**saved.shapes, **{name: tensor.shape for name, tensor in saved.frozen().items()}}
+    found = {**saved.shapes, **saved.frozen_shapes()}
     wrong = [
         f"{name} is {tuple(found[name])} there and {tuple(have[name])} here"
         for name in sorted(have.keys() & found.keys())
@@ -58,9 +65,11 @@ def _check(engine: Any, saved: SavedEngine, *, strict: bool, optimizer: bool) ->
     if strict or not have.keys() & found.keys():
         wrong += [f"{name} is missing there" for name in sorted(have.keys() - found.keys())]
         wrong += [f"{name} is not in the model" for name in sorted(found.keys() - have.keys() - _others(engine, saved))]
-    groups = engine.optimizer.param_groups
-    if optimizer and len(groups) != len(saved.groups):
-        wrong.append(f"its optimizer has {len(saved.groups)} parameter groups, and this one {len(groups)}")
+    if optimizer and not saved.trains:
+        raise CheckpointError("the checkpoint holds no optimizer: pass load_optimizer_states=False")
+    if optimizer and len(engine.optimizer.param_groups) != len(saved.groups):
+        mine = len(engine.optimizer.param_groups)
+        wrong.append(f"its optimizer has {len(saved.groups)} parameter groups, and this one {mine}")
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise CheckpointError(
@@ -75,38 +84,29 @@ def _others(engine: Any, saved: SavedEngine) -> set[str]:
     return tied | buffers | set(saved.common["shared_params"] or {})
 
 
-def _pieces(engine: Any) -> Iterator[Piece]:
-    optimizer, names = engine.optimizer, engine.param_names
-    if engine.zero_optimization_stage() == 3:
-        groups = [{names[p]: p.ds_numel for p in group} for group in optimizer.fp16_groups]
-        yield from evenly_split(groups, torch.distributed.get_rank(), torch.distributed.get_world_size())
-        return
-    for flat, group in enumerate(optimizer.bit16_groups):
-        for parameter in group:
-            mapping = parameter._hp_mapping
-            if mapping is not None:
-                here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-                yield Piece(name=names[parameter], start=here.start, length=here.numel, flat=flat, offset=there.start)
-
-
-def _flats(engine: Any) -> list[torch.Tensor]:
-    optimizer = engine.optimizer
-    found: list[torch.Tensor] = (
-        optimizer.fp32_partitioned_groups_flat
-        if engine.zero_optimization_stage() == 3
-        else optimizer.single_partition_of_fp32_groups
-    )
-    return found
+def _restore_masters(flats: list[torch.Tensor], saved: SavedEngine, todo: list[Overlap], thawed: list[Piece]) -> None:
+    """Masters of what was trained when it was saved, and of ``thawed``, which was frozen then if it is there at all."""
+    for overlap in todo:
+        rank, number, run = overlap.saved
+        flat, place = overlap.wanted
+        flats[flat][place] = saved.masters(rank)[number][run].to(flats[flat].device)
+    known = set(saved.frozen_names)
+    for piece in thawed:
+        if piece.name in known:
+            value = saved.frozen_one(piece.name).reshape(-1)[piece.start : piece.start + piece.length]
+            flats[piece.flat][piece.offset : piece.offset + piece.length] = value.to(flats[piece.flat].device)
 
 
 def _restore_states(engine: Any, saved: SavedEngine, todo: list[Overlap], flats: list[torch.Tensor]) -> None:
     states = engine.optimizer.optimizer.state
+    for one in flats:
+        states.pop(one, None)  # of later steps, where the checkpoint has none
     for overlap in todo:
         rank, number, run = overlap.saved
         flat, place = overlap.wanted
-        of_flat, masters = flats[flat], saved.masters(rank)[number]
+        of_flat, elements = flats[flat], saved.masters(rank)[number].numel()
         for key, value in saved.states(rank).get(number, {}).items():
-            if torch.is_tensor(value) and value.dim() and value.numel() >= masters.numel():
+            if torch.is_tensor(value) and value.dim() and value.numel() >= elements:
                 if key not in states[of_flat]:
                     states[of_flat][key] = torch.zeros_like(of_flat, dtype=value.dtype)
                 states[of_flat][key][place] = value[run].to(of_flat.device)
@@ -125,27 +125,21 @@ def _counter(value: Any, optimizer: torch.optim.Optimizer) -> Any:
     return int(value) if torch.is_tensor(value) else value
 
 
-def _spread_masters(engine: Any) -> None:
-    """Make the weights those of the masters."""
-    optimizer = engine.optimizer
-    if engine.zero_optimization_stage() == 3:
-        for number in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(number)
-        optimizer.checkpoint_event_epilogue()
-    else:
-        optimizer.update_lp_params()
-
-
-def _restore_rest(engine: Any, saved: SavedEngine) -> None:
-    """Frozen parameters and buffers. A converted checkpoint may have them together, or frozen ones with the trained."""
-    rest, trained = {**saved.frozen(), **saved.buffers()}, saved.shapes
+def _restore_rest(engine: Any, saved: SavedEngine, names: set[str]) -> None:
+    """Parameters without masters, and buffers, which a converted checkpoint has among the frozen parameters."""
+    frozen, buffers = set(saved.frozen_names), set(saved.common["buffer_names"])
     for parameter, name in engine.param_names.items():
-        if not parameter.requires_grad and (name in rest or name in trained):
-            with gathered([parameter], written_by=0):
-                parameter.data.copy_(rest[name] if name in rest else saved.whole(name))
+        if name in names and (name in frozen or name in saved.shapes):
+            value = saved.whole(name) if name in saved.shapes else saved.frozen_one(name)
+            if is_partitioned(parameter):
+                own_partition(parameter).copy_(own_part(parameter, value))
+            else:
+                parameter.data.copy_(value)
     for name, buffer in engine.module.named_buffers():
-        if name in rest:
-            buffer.copy_(rest[name])
+        if name in buffers:
+            buffer.copy_(saved.common["module"][name])
+        elif name in frozen:
+            buffer.copy_(saved.frozen_one(name))
 
 
 def _restore_counters(engine: Any, saved: SavedEngine) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ _OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_sta
 class SavedEngine:
     """The files of one engine, of any ZeRO stage and any number of ranks. What is not asked for is not read.
 
+    An engine that does not train has written one file with whole weights: they count as frozen ones at stage 0.
+
     Args:
         folder: that was given to DeepSpeed.
 
@@ -32,6 +34,29 @@ class SavedEngine:
         self._folder = folder
         self._files = _by_rank(folder)
         self._read: dict[int, dict[str, Any]] = {}
+        self._models: dict[int, dict[str, Any]] = {}
+        if not self._files and self.shapes:
+            raise CheckpointError(f"{folder} has no file of the optimizer of any rank: the checkpoint is incomplete")
+
+    @property
+    def trains(self) -> bool:
+        """Whether there are masters and an optimizer."""
+        return bool(self._files)
+
+    def open(self, ranks: Iterable[int], names: Iterable[str]) -> None:
+        """Read what it takes to put ``names`` together, and the optimizer files of ``ranks``; tensors stay on disk.
+
+        Raises:
+            CheckpointError: files are missing or damaged.
+        """
+        needed, wanted = set(ranks), set(names)
+        for name in wanted & self.pieces_of.keys():
+            needed |= {rank for rank, _ in self.pieces_of[name]}
+        for rank in sorted(needed):
+            self.optimizer(rank)
+        if self.stage == 3 and wanted & set(self.frozen_names):
+            for rank in self._files:
+                self._model(rank)
 
     @cached_property
     def common(self) -> dict[str, Any]:
@@ -41,7 +66,7 @@ class SavedEngine:
     @cached_property
     def stage(self) -> int:
         """The ZeRO stage."""
-        return int(self.optimizer(0)["zero_stage"])
+        return int(self.optimizer(0)["zero_stage"]) if self.trains else 0
 
     @cached_property
     def pieces(self) -> list[list[Piece]]:
@@ -107,9 +132,11 @@ class SavedEngine:
         found: Mapping[int, Mapping[str, Any]] = self._base(rank)["state"]
         return found
 
-    def frozen(self) -> dict[str, torch.Tensor]:
-        """Parameters that were not trained, whole, by name."""
-        return {name: self.frozen_one(name) for name in self.frozen_names}
+    def frozen_shapes(self) -> dict[str, torch.Size]:
+        """Of the parameters that were not trained, by name."""
+        if self.stage == 3:
+            return dict(self.common["frozen_param_shapes"] or {})
+        return {name: self.common["module"][name].shape for name in self.frozen_names}
 
     @property
     def frozen_names(self) -> list[str]:
@@ -139,7 +166,9 @@ class SavedEngine:
         return found
 
     def _model(self, rank: int) -> dict[str, Any]:
-        return self.common if rank == 0 else _load(self._folder / self._model_file(rank))
+        if rank not in self._models:
+            self._models[rank] = self.common if rank == 0 else _load(self._folder / self._model_file(rank))
+        return self._models[rank]
 
     def _model_file(self, rank: int) -> str:
         partitioned = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
@@ -153,7 +182,7 @@ def _addresses(mapping: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 def _by_rank(folder: Path) -> dict[int, Path]:
     matches = [match for path in folder.iterdir() if (match := _OPTIMIZER_FILE.fullmatch(path.name))]
     found = {int(match[1]): folder / match[0] for match in matches}
-    if not found or sorted(found) != list(range(len(found))):
+    if sorted(found) != list(range(len(found))):
         raise CheckpointError(
             f"{folder} has optimizer files of the ranks {sorted(found)}: expected those of all ranks that saved, from "
             "0 on; the checkpoint is incomplete, or not DeepSpeed's"

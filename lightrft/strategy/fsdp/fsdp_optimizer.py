@@ -129,8 +129,7 @@ class StateMover:
             self._stream = torch.cuda.Stream(self._device)
         stream, present = self._stream, torch.cuda.current_stream(self._device)
         stream.wait_stream(present)
-        with torch.cuda.stream(stream):
-            self._replace(lambda tensor: _copied(tensor, device, stream))
+        self._replace(lambda tensor: _copied(tensor, device, stream))
         if device.type == "cuda":
             present.wait_stream(stream)
 
@@ -164,10 +163,15 @@ def _with_local(tensor: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 
 
 def _copied(tensor: torch.Tensor, device: torch.device, stream: torch.cuda.Stream) -> torch.Tensor:
-    """A copy, begun on ``stream``; ``tensor`` keeps its memory until it is done."""
+    """A copy, begun on ``stream``; ``tensor`` keeps its memory until it is done.
+
+    The copy is allocated on the present stream, which uses it and to which its memory returns; ``stream`` waits for all
+    that the present one has begun before.
+    """
     leaves = device.type == "cpu"
     there = torch.empty_like(tensor, device=device, pin_memory=leaves)
-    there.copy_(tensor, non_blocking=True)
+    with torch.cuda.stream(stream):
+        there.copy_(tensor, non_blocking=True)
     if leaves:
         tensor.record_stream(stream)
     return there

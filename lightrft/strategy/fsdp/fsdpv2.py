@@ -27,9 +27,8 @@ from lightrft.strategy.fsdp.fsdp_utils import (
 )
 from lightrft.strategy.fsdp.meta_init import Materializer, without_storage
 from lightrft.strategy.fsdp.sharded_model import ShardedModel
-from lightrft.strategy.utils import moving_average, optimizers
+from lightrft.strategy.utils import activations, moving_average, optimizers
 from lightrft.strategy.utils.loss_scale import LossScale
-from lightrft.strategy.utils.recomputing import recompute_activations
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -81,7 +80,7 @@ class FSDPV2Strategy(BackendStrategy):
     ) -> tuple[nn.Module, Optimizer | None]:
         groups = None if optimizer is None else fsdp_optimizer.release(optimizer, model)
         if training and self.config.gradient_checkpointing:
-            recompute_activations(model)
+            activations.recompute(model)
         self._cast(model, training=training)
         self._fully_shard(model, self._mesh(shard_size), _resharding(reshard_after_forward, training=training))
         if optimizer is not None and groups is not None:
@@ -183,7 +182,7 @@ class FSDPV2Strategy(BackendStrategy):
         source = _of(self._known(model)).kept
         known = self.prepared.find(ema)
         if known is None:
-            moving_average.update(source.items(), ema.named_parameters(), beta, device)
+            self._averages.update(source.items(), ema.named_parameters(), beta, device)
             moving_average.copy_buffers(self.unwrap_model(model).named_buffers(), ema.named_buffers())
             return
         target = _of(known)

@@ -12,6 +12,7 @@ from lightrft.strategy.backend_strategy import Loading, Step
 from lightrft.strategy.fsdp import fsdp_checkpoint as checkpoint
 from lightrft.strategy.fsdp.fsdp_optimizer import Masters, StateMover
 from lightrft.strategy.fsdp.fsdp_utils import forget_gradients, let_go, local, sharded_parameters
+from lightrft.strategy.utils.agreement import Ranks
 from lightrft.strategy.utils.gradients import global_norm
 
 if TYPE_CHECKING:
@@ -49,7 +50,11 @@ class ShardedModel:
 
     @property
     def kept(self) -> dict[str, nn.Parameter]:
-        """The parameters by name, in the precision they are kept in: masters in place of what has one."""
+        """The parameters by name, in the precision they are kept in: masters in place of what has one.
+
+        What was being moved has arrived then.
+        """
+        self._wait()
         return {name: self.masters.of(one) for name, one in self._parameters.items()}
 
     def adopt(self, optimizer: Optimizer) -> None:
@@ -122,7 +127,6 @@ class ShardedModel:
 
     def write(self, module: nn.Module, folder: Path) -> None:
         """Write weights, and states of the optimizer if there is one. *Collective*."""
-        self._wait()
         kept = self.kept
         entries = checkpoint.model_entries(module, kept)
         if self.optimizer is not None:
@@ -139,14 +143,14 @@ class ShardedModel:
         Raises:
             CheckpointError: it does not fit.
         """
-        self._wait()
         let_go(module)
         kept = self.kept
         names: dict[torch.Tensor, str] = {one: name for name, one in kept.items()}
-        metadata = checkpoint.read_metadata(folder)
-        entries = checkpoint.fitting(checkpoint.model_entries(module, kept), metadata, strict=loading.strict)
-        if self.optimizer is not None and loading.optimizer:
-            entries |= checkpoint.empty_optimizer_entries(metadata, names)
+        with Ranks().together("the checkpoint was not loaded"):
+            metadata = checkpoint.read_metadata(folder)
+            entries = checkpoint.fitting(checkpoint.model_entries(module, kept), metadata, strict=loading.strict)
+            if self.optimizer is not None and loading.optimizer:
+                entries |= checkpoint.empty_optimizer_entries(metadata, names)
         if self.loss_scale is not None and loading.optimizer and checkpoint.LOSS_SCALE in metadata:
             entries[checkpoint.LOSS_SCALE] = torch.zeros(2, dtype=torch.float64)
         checkpoint.load(folder, entries)

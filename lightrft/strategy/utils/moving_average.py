@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightrft.errors import ConfigError
 
-__all__ = ["copy_buffers", "update"]
+__all__ = ["FineAverages", "check_alike", "check_beta", "copy_buffers", "update"]
 
 Named = Iterable[tuple[str, Tensor]]
 
@@ -33,13 +34,63 @@ def update(parameters: Named, averages: Named, beta: float, device: torch.device
     Raises:
         ConfigError: ``beta`` is out of range, or names or shapes differ.
     """
-    if not 0 <= beta <= 1:
-        raise ConfigError(f"beta={beta!r}: expected a number from 0 to 1")
+    check_beta(beta)
     with torch.no_grad():
         for source, average in _pairs(parameters, averages):
             dtype = torch.promote_types(torch.promote_types(source.dtype, average.dtype), torch.float32)
             moved = average.to(device, dtype, copy=True).mul_(beta).add_(source.to(device, dtype), alpha=1 - beta)
             average.copy_(moved)
+
+
+def check_beta(beta: float) -> None:
+    """Refuse a ``beta`` that is not from 0 to 1.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not 0 <= beta <= 1:
+        raise ConfigError(f"beta={beta!r}: expected a number from 0 to 1")
+
+
+class FineAverages:
+    """Averages of weights that are kept in 16 bits, which cannot show the small steps of an average: each in fp32.
+
+    They live as long as the weights do. What is written into a weight between two updates, by loading a checkpoint for
+    example, counts: its average goes on from there.
+    """
+
+    def __init__(self) -> None:
+        self._fine = WeakTensorKeyDictionary()
+
+    def update(self, parameters: Named, averages: Named, beta: float, device: torch.device | str = "cpu") -> None:
+        """As the function ``update``; averages of 16 bits get what is kept of them in fp32, rounded.
+
+        Args:
+            parameters: as there.
+            averages: as there, the same objects each time; none is a DTensor.
+            beta: as there.
+            device: where the arithmetic is done, and what is kept in fp32 lies.
+
+        Raises:
+            ConfigError: as there.
+        """
+        rounded = dict(averages)
+        with torch.no_grad():
+            fine = {name: self._of(average, device) for name, average in rounded.items()}
+            update(parameters, fine.items(), beta, device)
+            for name, average in rounded.items():
+                if fine[name] is not average:
+                    average.copy_(fine[name])
+
+    def _of(self, average: Tensor, device: torch.device | str) -> Tensor:
+        """What stands for ``average``: itself, or where it has 16 bits, its elements in fp32."""
+        if average.dtype not in {torch.bfloat16, torch.float16}:
+            return average
+        fine, now = self._fine.get(average), average.detach().to(device)
+        fine = now.float() if fine is None or fine.shape != now.shape else fine.to(now.device)
+        fine.copy_(torch.where(fine.to(now.dtype) == now, fine, now.float()))
+        self._fine[average] = fine
+        return fine
 
 
 def copy_buffers(buffers: Named, targets: Named) -> None:
@@ -59,20 +110,33 @@ def _pairs(sources: Named, targets: Named) -> Iterator[tuple[Tensor, Tensor]]:
     One pair at a time, so that no more than one parameter is whole at once.
     """
     source_of, target_of = dict(sources), dict(targets)
+    check_alike(_shapes(source_of), _shapes(target_of))
+    for name, source in source_of.items():
+        yield _laid_out_as(target_of[name], source), _local(target_of[name])
+
+
+def _shapes(named: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in named.items()}
+
+
+def check_alike(source_of: Mapping[str, torch.Size], target_of: Mapping[str, torch.Size]) -> None:
+    """A model and the averaged one have the same names, with the same shapes.
+
+    Raises:
+        ConfigError: they do not.
+    """
     if source_of.keys() != target_of.keys():
         missing = sorted(source_of.keys() - target_of.keys())
         unknown = sorted(target_of.keys() - source_of.keys())
         raise ConfigError(
             f"the averaged model lacks {missing} and has {unknown} in addition: expected the names of the model"
         )
-    for name, source in source_of.items():
-        if source.shape != target_of[name].shape:
+    for name, shape in source_of.items():
+        if shape != target_of[name]:
             raise ConfigError(
-                f"{name} has shape {tuple(target_of[name].shape)} in the averaged model and {tuple(source.shape)} in "
-                "the model: expected equal shapes"
+                f"{name} has shape {tuple(target_of[name])} in the averaged model and {tuple(shape)} in the model: "
+                "expected equal shapes"
             )
-    for name, source in source_of.items():
-        yield _laid_out_as(target_of[name], source), _local(target_of[name])
 
 
 def _laid_out_as(target: Tensor, source: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +50,10 @@ def save_pretrained(
     writes = ranks.rank == 0
     prefix, model = savable(module)
     kept = _kept_by(model)
-    weights: dict[str, torch.Tensor] = {}
-    for name, tensor in parameters:
-        if writes and (not name.startswith(prefix) or kept(name.removeprefix(prefix))):
-            weights[name] = tensor.detach().to("cpu", copy=True).contiguous()
     with ranks.together(f"the model was not saved in {output_dir}"):
+        weights = _copies(
+            parameters, lambda name: writes and (not name.startswith(prefix) or kept(name.removeprefix(prefix)))
+        )
         if writes:
             weights |= {name: value.detach().to("cpu", copy=True) for name, value in persistent_buffers(module).items()}
             inside = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
@@ -62,6 +61,22 @@ def save_pretrained(
             _write(model, inside, outside, Path(output_dir), kwargs)
             if tokenizer is not None:
                 tokenizer.save_pretrained(output_dir)
+
+
+def _copies(parameters: Iterable[tuple[str, torch.Tensor]], wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+    """Those that are wanted, in host memory. *Collective*: what fails on a rank is raised when it went through all."""
+    copies: dict[str, torch.Tensor] = {}
+    failure: Exception | None = None
+    for name, tensor in parameters:
+        try:
+            if failure is None and wanted(name):
+                copies[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        except Exception as error:  # noqa: BLE001 - it is raised below
+            failure = error
+            copies.clear()
+    if failure is not None:
+        raise failure
+    return copies
 
 
 def savable(module: nn.Module) -> tuple[str, nn.Module | None]:
@@ -103,8 +118,15 @@ def _write(
         save_file(inside, folder / WEIGHTS, metadata={"format": "pt"})
         return
     dtype = next((str(one.dtype).removeprefix("torch.") for one in inside.values() if one.is_floating_point()), None)
-    model.save_pretrained(folder, state_dict=inside, **kwargs)
-    if not getattr(model, "peft_config", None) and getattr(model.config, "dtype", dtype) != dtype:
-        kept, model.config.dtype = model.config.dtype, dtype  # that of the file, not that in which it is trained
-        model.config.save_pretrained(folder)
-        model.config.dtype = kept
+    if getattr(model, "peft_config", None):
+        model.save_pretrained(folder, state_dict=inside, **kwargs)
+        return
+    kept = getattr(model.config, "dtype", dtype)
+    try:
+        model.save_pretrained(folder, state_dict=inside, **kwargs)
+        if getattr(model.config, "dtype", dtype) != dtype:
+            model.config.dtype = dtype  # that of the file, not that in which it is trained
+            model.config.save_pretrained(folder)
+    finally:
+        if getattr(model.config, "dtype", kept) != kept:
+            model.config.dtype = kept

@@ -12,6 +12,8 @@ from lightrft.errors import ConfigError
 from lightrft.sim.contracts.strategy.capabilities import contract
 from lightrft.sim.contracts.strategy.subject import Make, Subject, refused
 
+BF16_MOVES = 60
+
 
 def _reduced(make: Make) -> list[Any]:
     strategy = make()
@@ -194,3 +196,28 @@ def check_moving_average(subject: Subject) -> None:
     for found in subject.run(_moved):
         if not max(found) <= 1e-6 or math.isnan(sum(found)):
             raise AssertionError(f"a prepared and a plain average are off by {found}")
+
+
+def _moved_in_bf16(make: Make) -> list[float]:
+    from lightrft.sim.contracts.strategy import workload
+
+    strategy = make(bf16=True, actor_learning_rate=0.0)
+    model = strategy.prepare_model(workload.transformer(0), is_training=True)
+    frozen = strategy.prepare_model(workload.transformer(1).requires_grad_(False))
+    trained = strategy.prepare_model(workload.transformer(1), is_training=True)
+    plain = workload.transformer(1).bfloat16()
+    for average in (frozen, trained, plain):
+        for _ in range(BF16_MOVES):
+            strategy.moving_average(model, average, beta=0.998)
+    found = [workload.weights(strategy, average)["head.weight"] for average in (frozen, trained)]
+    stays = 0.998**BF16_MOVES
+    expected = stays * workload.transformer(1).head.weight + (1 - stays) * workload.transformer(0).head.weight
+    return [float((one.detach().float() - expected).abs().max()) for one in (*found, plain.head.weight)]
+
+
+@contract.check(209, "bf16")
+def check_moving_average_in_bfloat16(subject: Subject) -> None:
+    """In bfloat16 an average of weights adds up steps that are smaller than its weights can show."""
+    for found in subject.run(_moved_in_bf16):
+        if not max(found) <= 2e-3:
+            raise AssertionError(f"a frozen, a trained and a plain average are off by {found}")

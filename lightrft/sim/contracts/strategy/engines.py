@@ -15,7 +15,7 @@ from lightrft.sim.contracts.strategy.training import accumulating
 from lightrft.sim.contracts.strategy.workload import Recipe, Transformer
 from lightrft.strategy.engine import is_engine
 from lightrft.strategy.requests import Request
-from lightrft.strategy.weight_sync import fingerprint
+from lightrft.strategy.utils.fingerprints import fingerprint
 
 __all__ = ["Recorder"]
 
@@ -126,8 +126,7 @@ def check_the_engine_gets_all_weights_of_the_actor(subject: Subject) -> None:
 
 
 def _told(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...], str]]:
-    digests = fingerprint(model.named_parameters())
-    return [(name, tuple(one.shape), digests[name]) for name, one in model.named_parameters()]
+    return [(name, tuple(one.shape), fingerprint(one)) for name, one in model.named_parameters()]
 
 
 def _are_those_of_the_actor(found: list[Any], expected: list[Any], what: str) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import EngineStateError
 from lightrft.strategy.engine import EngineStatus, RolloutEngine
-from lightrft.strategy.weight_sync import fingerprint
+from lightrft.strategy.utils.fingerprints import fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,10 +74,7 @@ class Recorder(RolloutEngine):
             if self.failure is not None:
                 raise self.failure
             self.buckets.append(sum(tensor.nbytes for _, tensor in bucket))
-            digests = [digest for one in bucket for digest in fingerprint([one]).values()]
-            told += [
-                (name, tuple(tensor.shape), digest) for (name, tensor), digest in zip(bucket, digests, strict=True)
-            ]
+            told += [(name, tuple(tensor.shape), fingerprint(tensor)) for name, tensor in bucket]
             self.weights |= {name: tensor.detach().cpu().clone() for name, tensor in bucket}
         self.received.append(told)
         self._version = version

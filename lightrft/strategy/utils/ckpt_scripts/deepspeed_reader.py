@@ -51,8 +51,9 @@ class DeepSpeedContents(Contents):
                 self.specs[Place(name, key)] = (
                     Spec(tuple(shape), value.dtype) if self._is_elementwise(name, value) else Spec((), torch.float32)
                 )
-        self.groups = self._groups()
-        self.loss_scale = self._loss_scale()
+        if self.saved.trains:
+            self.groups = self._groups()
+            self.loss_scale = self._loss_scale()
 
     def _frozen_spec(self, name: str) -> Spec:
         if self.saved.stage != 3:

@@ -1,4 +1,4 @@
-"""Activation checkpointing: memory for time (Chen et al. 2016, arXiv 1604.06174)."""
+"""Computing activations again in the backward pass rather than keeping them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 from lightrft.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
+    from torch import nn
 
-__all__ = ["recompute_activations"]
+__all__ = ["recompute"]
 
 
-def recompute_activations(model: torch.nn.Module) -> None:
-    """Let ``model`` compute activations again in the backward pass rather than keep them.
+def recompute(model: nn.Module) -> None:
+    """Let ``model``, or the first module inside that can, compute activations again in the backward pass.
 
     Raises:
-        ConfigError: it does not offer that.
+        ConfigError: none offers that.
     """
     able: Any = next((one for one in model.modules() if hasattr(one, "gradient_checkpointing_enable")), None)
     if able is None:
