@@ -26,5 +26,9 @@ def tiny_model(folder, seed=0, **changes):
             **changes,
         )
         model = transformers.Qwen2ForCausalLM(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:  # else norms are ones and biases zeros, whatever the seed
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
     model.save_pretrained(folder)
     return model

@@ -19,7 +19,8 @@ _ATTENTION = "lightrft_kept_in_place"
 class Forward:
     """Runs a causal language model of transformers whose layers all have full attention.
 
-    One step of a small model is mostly the work of the interpreter, so that steps are traced once and run without it.
+    One step of a small model is mostly the work of the interpreter, so that steps are traced and run without it. What
+    follows from the weights is folded into a trace: ``forget`` has to be called when they change.
 
     Args:
         model: of transformers.
@@ -33,6 +34,10 @@ class Forward:
         self._model = model
         self._layers = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
         self._traced: Callable[..., Tensor] | None = None
+
+    def forget(self) -> None:
+        """The weights are others now."""
+        self._traced = None
 
     def prompts(self, prompts: Sequence[tuple[int, ...]], room: int) -> tuple[KeyValues, Tensor]:
         """Keys, values and the logits of the last token, (B, V), of new sequences.

@@ -76,11 +76,13 @@ class TransformerModel(LanguageModel):
 
     def put(self, name: str, tensor: Tensor) -> None:
         """See ``LanguageModel``."""
+        self._forward.forget()
         with torch.no_grad():
             self._tensors[name].copy_(tensor.detach().to(self._dtype))
 
     def drop(self) -> None:
         """See ``LanguageModel``."""
+        self._forward.forget()
         with torch.no_grad():
             for parameter in self._model.parameters():
                 parameter.fill_(float("nan"))
