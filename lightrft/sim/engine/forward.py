@@ -19,8 +19,8 @@ _ATTENTION = "lightrft_kept_in_place"
 class Forward:
     """Runs a causal language model of transformers whose layers all have full attention.
 
-    One step of a small model is mostly the work of the interpreter, so that steps are traced and run without it. What
-    follows from the weights is folded into a trace: ``forget`` has to be called when they change.
+    One step of a small model is mostly the work of the interpreter, so that steps are traced and run without it.
+    Weights with equal values are one in a trace: ``forget`` has to be called when they change.
 
     Args:
         model: of transformers.
