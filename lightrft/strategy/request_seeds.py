@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lightrft.strategy.requests import Request
+if TYPE_CHECKING:
+    from lightrft.strategy.requests import Request
 
 __all__ = ["content_of", "derived_seed", "seeds_for"]
 

@@ -9,6 +9,7 @@ from lightrft.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightrft.strategy.engine_settings import EngineSettings
+    from lightrft.strategy.model_files import ModelFiles
 
 __all__ = ["environment", "llm_arguments", "log_probs_mode"]
 
@@ -16,11 +17,14 @@ _CPU_CACHE_BYTES = 256 << 20
 """Of the KV cache on a CPU, where a share of the memory would be one of everybody's."""
 
 
-def llm_arguments(settings: EngineSettings, known: Collection[str], *, grouped: bool) -> dict[str, Any]:
+def llm_arguments(
+    settings: EngineSettings, files: ModelFiles, known: Collection[str], *, grouped: bool
+) -> dict[str, Any]:
     """Arguments of ``vllm.LLM``; ``settings.options`` win over what follows from the rest.
 
     Args:
         settings: of the engine.
+        files: of its model. Without a tokenizer beside it the engine has none.
         known: arguments that this vLLM has. Those that it lacks are left out, where it does without.
         grouped: whether there is a default process group, whose ranks share engines. vLLM makes its groups in it then.
     """
@@ -31,6 +35,8 @@ def llm_arguments(settings: EngineSettings, known: Collection[str], *, grouped: 
         "max_model_len": settings.max_model_len,
         "seed": settings.seed,
     }
+    if files.has_tokenizer is False:
+        arguments["skip_tokenizer_init"] = True
     if grouped:
         arguments["distributed_executor_backend"] = "external_launcher"
     if "logprobs_mode" in known:

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
-from lightrft.strategy.coverage import Coverage, checkpoint_shapes, may_be_absent
+from lightrft.strategy.coverage import Coverage
 from lightrft.strategy.engine import StatefulEngine
 from lightrft.strategy.extras import naming_extras
+from lightrft.strategy.model_files import ModelFiles
 from lightrft.strategy.request_seeds import content_of, derived_seed, seeds_for
 from lightrft.strategy.utils.agreement import Ranks, check_same
 from lightrft.strategy.vllm_utils.arguments import environment, llm_arguments, log_probs_mode
@@ -46,12 +47,11 @@ def start(settings: EngineSettings) -> VLLMEngine:
             f"engine_tp_size={settings.tp_size}, but {ranks.world_size} ranks share the engine: expected as many"
         )
     with ranks.together("vLLM was not started", EngineStateError):
-        engine = VLLMEngine(settings, ranks)
-    return engine
+        return VLLMEngine(settings, ranks)
 
 
 class VLLMEngine(StatefulEngine):
-    """vLLM in this process. Every rank of a tensor-parallel group has one, and calls the same methods in the same order.
+    """vLLM in this process. Every rank of a tensor-parallel group has one, and makes the same calls in the same order.
 
     A process has one such engine at a time: when one ends, vLLM frees what all of them share.
 
@@ -74,15 +74,14 @@ class VLLMEngine(StatefulEngine):
             with naming_extras("engine_type vllm"):
                 self.vllm: Any = importlib.import_module("vllm")
             known = {each.name for each in dataclasses.fields(self.vllm.EngineArgs)}
-            arguments = llm_arguments(settings, known, grouped=grouped)
+            self._files = ModelFiles.of(settings.model)
+            arguments = llm_arguments(settings, self._files, known, grouped=grouped)
             self._log_probs_mode = log_probs_mode(arguments)
             with _refusals("the settings"):
                 self._llm: Any = self.vllm.LLM(**arguments)
         self._has_tokenizer = not arguments.get("skip_tokenizer_init", False)
         self._first_seed = derived_seed(settings.seed, (rank or 0) // settings.tp_size)
         self._calls = 0
-        self._shapes = checkpoint_shapes(settings.model)
-        self._optional = may_be_absent(settings.model, self._shapes or {})
         self._end = weakref.finalize(self, _end, self._llm, self._process)
         self._end.atexit = False
 
@@ -104,7 +103,7 @@ class VLLMEngine(StatefulEngine):
         sampling = sampling_for(
             params, seeds_for(contents, seed), self.vllm.SamplingParams, has_tokenizer=self._has_tokenizer
         )
-        with self._process.entered(), self._leaving_nothing_behind(), _refusals("the requests"):
+        with self._leaving_nothing_behind(), self._process.entered(), _refusals("the requests"):
             outputs = self._llm.generate([prompt_of(request) for request in requests], sampling, use_tqdm=False)
         return list(
             completions_of(
@@ -123,16 +122,24 @@ class VLLMEngine(StatefulEngine):
 
     @contextmanager
     def _leaving_nothing_behind(self) -> Iterator[None]:
-        """Drop what is half generated if generation fails; the next call would go on with it."""
+        """Drop what is half generated if generation fails.
+
+        The next call would go on with it, and would find blocks in the prefix cache that were never filled.
+        """
         try:
             yield
         except BaseException:
-            core = self._llm.llm_engine
-            left = list(core.output_processor.request_states)
-            more = {"internal": True} if "internal" in inspect.signature(core.abort_request).parameters else {}
-            if left:
-                core.abort_request(left, **more)
+            with self._process.entered():
+                self._abort()
+                self._forget()
             raise
+
+    def _abort(self) -> None:
+        core = self._llm.llm_engine
+        left = list(core.output_processor.request_states)
+        more = {"internal": True} if "internal" in inspect.signature(core.abort_request).parameters else {}
+        if left:
+            core.abort_request(left, **more)
 
     def _sleep(self, level: int) -> None:
         if not self._settings.sleeps:
@@ -148,7 +155,7 @@ class VLLMEngine(StatefulEngine):
 
     def _load(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]]) -> None:
         with self._ranks.together("vLLM has not got new weights", WeightSyncError):
-            coverage = Coverage(self._shapes, self._optional)
+            coverage = Coverage(self._files)
             try:
                 with self._process.entered():
                     self._reload(_copies(buckets, coverage))
@@ -159,6 +166,8 @@ class VLLMEngine(StatefulEngine):
 
     def _reload(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self._files.tied and self._settings.device.type == "cpu":
+            self._llm.apply_model(_pack_output_layer)
 
     def _mend(self) -> None:
         """End a reload that was broken off, by one without weights: the next would go on with it and mix the two up."""
@@ -174,13 +183,16 @@ class VLLMEngine(StatefulEngine):
             self._drop_caches()
 
     def _drop_caches(self) -> None:
-        """Caches of prefixes, of processed images, and of what the vision encoder made of them."""
         with self._ranks.together("vLLM kept its caches", EngineStateError), self._process.entered():
-            if self._llm.reset_prefix_cache() is False:
-                raise EngineStateError("its prefix cache is in use: a request is unfinished")
-            for owner, name in ((self._llm, "reset_mm_cache"), (self._llm.llm_engine, "reset_encoder_cache")):
-                if hasattr(owner, name):  # not in every version
-                    getattr(owner, name)()
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop the caches of prefixes, of processed images, and of what the vision encoder made of them."""
+        if self._llm.reset_prefix_cache() is False:
+            raise EngineStateError("its prefix cache is in use: a request is unfinished")
+        for owner, name in ((self._llm, "reset_mm_cache"), (self._llm.llm_engine, "reset_encoder_cache")):
+            if hasattr(owner, name):  # not in every version
+                getattr(owner, name)()
 
     def _shutdown(self) -> None:
         self._llm = None
@@ -202,11 +214,18 @@ def _end(llm: Any, process: ProcessState) -> None:
 def _copies(
     buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], coverage: Coverage
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """What fits of ``buckets``, copied: vLLM keeps tensors until it has all that it fuses, longer than a bucket lasts."""
+    """What fits of ``buckets``, copied: vLLM keeps tensors until it has all that it fuses, longer than buckets last."""
     for bucket in buckets:
         for name, tensor in bucket:
             if coverage.fits(name, tuple(tensor.shape)):
                 yield name, tensor.detach().clone()
+
+
+def _pack_output_layer(model: torch.nn.Module) -> None:
+    """Pack an output layer anew. On a CPU vLLM keeps a packed copy, and forgets it where the weight is the embedding's."""
+    for name, layer in model.named_modules():
+        if name.endswith("lm_head") and hasattr(layer, "cpu_linear"):
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 @contextmanager
@@ -214,7 +233,8 @@ def _refusals(what: str) -> Iterator[None]:
     """Turn what vLLM raises of a wrong input into a ``ConfigError`` with its message."""
     try:
         yield
-    except (ConfigError, EngineStateError):
+    except Exception as error:
+        own = {each.__name__ for each in type(error).__mro__}
+        if isinstance(error, (TypeError, ValueError, OSError)) or "VLLMClientError" in own:
+            raise ConfigError(f"vLLM refuses {what}: {error}") from error
         raise
-    except (TypeError, ValueError, OSError) as error:
-        raise ConfigError(f"vLLM refuses {what}: {error}") from error

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightrft.errors import ConfigError, EngineStateError
 from lightrft.strategy.requests import Completion, Request
-from lightrft.strategy.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from lightrft.strategy.sampling import SamplingParams
 
 __all__ = ["check_tokens", "completions_of", "prompt_of", "sampling_for"]
 

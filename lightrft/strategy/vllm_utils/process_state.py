@@ -6,7 +6,7 @@ import gc
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +23,9 @@ class ProcessState:
     """The state of the process as the engine wants it, kept apart from the trainer's.
 
     Inside ``entered`` the process is as the engine has left it; outside nothing of that is seen. An engine that runs in
-    the process sets environment variables, seeds the generators of torch, Python and NumPy and draws from them, disables
-    ``torch.set_num_threads``, fixes the start method of ``multiprocessing``, freezes the garbage collector, and makes
-    a default process group if there is none.
+    the process sets environment variables, seeds the generators of torch, Python and NumPy and draws from them,
+    disables ``torch.set_num_threads``, fixes the start method of ``multiprocessing``, freezes the garbage collector,
+    and makes a default process group if there is none.
 
     Environment variables, ``torch.set_num_threads`` and the default group are the engine's again in every call of it;
     the rest is only given back.
@@ -36,7 +36,7 @@ class ProcessState:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = dict(environ)
-        self._set_num_threads: Callable[[int], None] | None = None
+        self._set_num_threads: Any = None
         self._group: dist.ProcessGroup | None = None
 
     @contextmanager
@@ -57,6 +57,14 @@ class ProcessState:
             outside.restore()
 
 
+def _default_group() -> dist.ProcessGroup | None:
+    return dist.GroupMember.WORLD if dist.is_available() else None
+
+
+def _set_default_group(group: dist.ProcessGroup | None) -> None:
+    dist.GroupMember.WORLD = group
+
+
 @dataclass
 class _Outside:
     """The state of the trainer's process."""
@@ -65,7 +73,7 @@ class _Outside:
     random_state: dict[str, Any] = field(default_factory=capture_random_state)
     set_num_threads: Any = field(default_factory=lambda: torch.set_num_threads)
     threads: int = field(default_factory=torch.get_num_threads)
-    group: dist.ProcessGroup | None = field(default_factory=lambda: _default_group())
+    group: dist.ProcessGroup | None = field(default_factory=_default_group)
     start_method: str | None = field(default_factory=lambda: multiprocessing.get_start_method(allow_none=True))
     excepthook: Any = field(default_factory=lambda: sys.excepthook)
     frozen: int = field(default_factory=gc.get_freeze_count)
@@ -108,11 +116,3 @@ def keeping_the_default_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group = destroy
-
-
-def _default_group() -> dist.ProcessGroup | None:
-    return dist.GroupMember.WORLD if dist.is_available() else None
-
-
-def _set_default_group(group: dist.ProcessGroup | None) -> None:
-    dist.GroupMember.WORLD = group
