@@ -222,7 +222,7 @@ def _copies(
 
 
 def _pack_output_layer(model: torch.nn.Module) -> None:
-    """Pack an output layer anew. On a CPU vLLM keeps a packed copy, and forgets it where the weight is the embedding's."""
+    """Pack the output layer anew: on a CPU vLLM keeps a packed copy, and leaves it old where it is tied to the embedding."""
     for name, layer in model.named_modules():
         if name.endswith("lm_head") and hasattr(layer, "cpu_linear"):
             layer.quant_method.process_weights_after_loading(layer)
