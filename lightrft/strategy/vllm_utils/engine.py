@@ -222,7 +222,7 @@ def _copies(
 
 
 def _pack_output_layer(model: torch.nn.Module) -> None:
-    """Pack the output layer anew: on a CPU vLLM keeps a packed copy, and leaves it old where it is tied to the embedding."""
+    """Pack the output layer anew: on a CPU vLLM keeps a packed copy, and leaves it old where the weight is tied."""
     for name, layer in model.named_modules():
         if name.endswith("lm_head") and hasattr(layer, "cpu_linear"):
             layer.quant_method.process_weights_after_loading(layer)
