@@ -68,6 +68,7 @@ def vllm(session: nox.Session) -> None:
     """The adapter for vLLM, on the real one on a CPU."""
     install(session, "--no-deps", "-r", VLLM, "-e", ".", constraints=VLLM)
     quick = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    quick["PYTHONPATH"] = str(ROOT / "tests/engines/torchvision_stub")
     tests = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests/engines").glob("test_vllm*.py"))
     session.run("python", "-m", "pytest", *(session.posargs or tests), env=quick)
 

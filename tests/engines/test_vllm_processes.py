@@ -1,6 +1,7 @@
 """vLLM shared by two real processes: tensor parallel over the ranks of the trainer."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +95,13 @@ def life_of_an_engine(folder, tp_size):
     return found
 
 
+def leave_shared_memory():
+    """As a run that died while it started."""
+    left = Path("/dev/shm/-tp:0-[0-1]-cpushm_0")
+    left.touch()
+    return left
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny.save(tiny.qwen2(0), tmp_path_factory.mktemp("model"))
@@ -108,9 +116,11 @@ def log_probs(batch):
 
 
 def test_two_ranks_that_share_an_engine_generate_the_same_as_one(folder):
+    left = leave_shared_memory()
     with ProcessWorld(2, backend="gloo", limit=180) as world:
         shared, other = world.run(life_of_an_engine, folder, 2)
         alone, second = world.run(life_of_an_engine_alone, folder)
+    assert not left.exists(), "names are left to nobody"
     for name in ("A", "B", "A again"):
         assert shared[name] == other[name], "to the last bit"
         for mine, theirs in zip(shared[name][:2], alone[name][:2], strict=True):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -230,15 +231,12 @@ def meddle(folder):
 def test_what_an_engine_changes_is_seen_by_it_alone(tmp_path, fails):
     before = seen()
     state = ProcessState({"NEEDED": "yes"})
-    try:
-        with state.entered():
-            assert os.environ["NEEDED"] == "yes"
-            meddle(tmp_path)
-            theirs, disabled = dist.group.WORLD, torch.set_num_threads
-            if fails:
-                raise OSError
-    except OSError:
-        assert fails
+    with pytest.raises(OSError, match="no such file") if fails else nullcontext(), state.entered():
+        assert os.environ["NEEDED"] == "yes"
+        meddle(tmp_path)
+        theirs, disabled = dist.group.WORLD, torch.set_num_threads
+        if fails:
+            raise OSError("no such file")
     after = seen()
     assert {name: after[name] for name in before if after[name] != before[name]} == {}
     with state.entered():

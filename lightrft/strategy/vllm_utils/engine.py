@@ -9,7 +9,7 @@ import importlib
 import inspect
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,8 @@ from lightrft.strategy.model_files import ModelFiles
 from lightrft.strategy.request_seeds import content_of, derived_seed, seeds_for
 from lightrft.strategy.utils.agreement import Ranks, check_same
 from lightrft.strategy.vllm_utils.arguments import environment, llm_arguments, log_probs_mode
-from lightrft.strategy.vllm_utils.exchange import check_tokens, completions_of, prompt_of, sampling_for
+from lightrft.strategy.vllm_utils.cpu import pack_output_layer, without_names_of_shared_memory
+from lightrft.strategy.vllm_utils.exchange import check_media, check_tokens, completions_of, prompt_of, sampling_for
 from lightrft.strategy.vllm_utils.process_state import ProcessState, keeping_the_default_group
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def start(settings: EngineSettings) -> VLLMEngine:
             f"engine_tp_size={settings.tp_size}, but {ranks.world_size} ranks share the engine: expected as many"
         )
     with ranks.together("vLLM was not started", EngineStateError):
-        return VLLMEngine(settings, ranks)
+        with without_names_of_shared_memory(ranks) if settings.device.type == "cpu" else nullcontext():
+            return VLLMEngine(settings, ranks)
 
 
 class VLLMEngine(StatefulEngine):
@@ -100,6 +102,7 @@ class VLLMEngine(StatefulEngine):
         contents = [content_of(request) for request in requests]
         self._check_same(contents, params, seed)
         check_tokens(requests, self._llm.model_config.get_vocab_size())
+        check_media(requests, self._files)
         sampling = sampling_for(
             params, seeds_for(contents, seed), self.vllm.SamplingParams, has_tokenizer=self._has_tokenizer
         )
@@ -167,7 +170,7 @@ class VLLMEngine(StatefulEngine):
     def _reload(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self._files.tied and self._settings.device.type == "cpu":
-            self._llm.apply_model(_pack_output_layer)
+            self._llm.apply_model(pack_output_layer)
 
     def _mend(self) -> None:
         """End a reload that was broken off, by one without weights: the next would go on with it and mix the two up."""
@@ -219,13 +222,6 @@ def _copies(
         for name, tensor in bucket:
             if coverage.fits(name, tuple(tensor.shape)):
                 yield name, tensor.detach().clone()
-
-
-def _pack_output_layer(model: torch.nn.Module) -> None:
-    """Pack the output layer anew: on a CPU vLLM keeps a packed copy, and leaves it old where the weight is tied."""
-    for name, layer in model.named_modules():
-        if name.endswith("lm_head") and hasattr(layer, "cpu_linear"):
-            layer.quant_method.process_weights_after_loading(layer)
 
 
 @contextmanager

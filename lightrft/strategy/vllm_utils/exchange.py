@@ -10,9 +10,10 @@ from lightrft.errors import ConfigError, EngineStateError
 from lightrft.strategy.requests import Completion, Request
 
 if TYPE_CHECKING:
+    from lightrft.strategy.model_files import ModelFiles
     from lightrft.strategy.sampling import SamplingParams
 
-__all__ = ["check_tokens", "completions_of", "prompt_of", "sampling_for"]
+__all__ = ["check_media", "check_tokens", "completions_of", "prompt_of", "sampling_for"]
 
 _NEED_TEXT = ("stop", "bad_words")
 """What vLLM ignores without a tokenizer."""
@@ -45,6 +46,27 @@ def check_tokens(requests: Sequence[Request], vocabulary: int) -> None:
                 f"prompt {index} has the token id {outside}: expected ids of 0 to {vocabulary - 1}, the vocabulary of "
                 "the engine's model"
             )
+
+
+def check_media(requests: Sequence[Request], files: ModelFiles) -> None:
+    """A prompt has one image token for each image, if it has any at all, and the same of videos.
+
+    vLLM takes a token too many for text, and fails in the middle of a batch of one too few.
+
+    Raises:
+        ConfigError: there are more or fewer.
+    """
+    for index, request in enumerate(requests):
+        for kind, token, media in (
+            ("image", files.image_token, request.images),
+            ("video", files.video_token, request.videos),
+        ):
+            count = (request.prompt_token_ids or ()).count(token) if token is not None else 0
+            if count not in (0, len(media)):
+                raise ConfigError(
+                    f"prompt {index} has {count} {kind} tokens (id {token}) for {len(media)} {kind}s: expected one for "
+                    "each, not expanded"
+                )
 
 
 def sampling_for(params: SamplingParams, seeds: Sequence[int], cls: type[Any], *, has_tokenizer: bool) -> list[Any]:
