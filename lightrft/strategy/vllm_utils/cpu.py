@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
 
     from lightrft.strategy.utils.agreement import Ranks
 
-__all__ = ["pack_output_layer", "without_names_of_shared_memory"]
+__all__ = ["pack_output_layer", "remove_names_of_shared_memory"]
 
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -28,29 +26,17 @@ def pack_output_layer(model: torch.nn.Module) -> None:
             layer.quant_method.process_weights_after_loading(layer)
 
 
-@contextmanager
-def without_names_of_shared_memory(ranks: Ranks) -> Iterator[None]:
-    """Let vLLM make the memory over which ranks exchange activations, and remove its names once all have opened it.
+def remove_names_of_shared_memory(ranks: Ranks) -> None:
+    """Remove the names of the memory over which ranks exchange activations; what they have opened stays until they end.
 
-    The memory itself stays until they end. Its names are the same in every run, and vLLM leaves them behind: then no
-    later run of this user could start on this machine. Those of a run that died while it started are removed before.
+    The names are the same in every run, and vLLM leaves them behind: no later run of this user could start on this
+    machine. So they are removed when all ranks have opened the memory, and before, if a run died while it started.
 
     Args:
         ranks: that exchange activations.
     """
-    if ranks.world_size == 1 or not _SHARED_MEMORY.is_dir():
-        yield
-        return
     members = f"-[{'-'.join(str(rank) for rank in dist.get_process_group_ranks(ranks.group))}]-cpushm_"
-    _remove(members)
-    ranks.gather(None)  # nobody starts before all have removed theirs
-    yield
-    ranks.gather(None)
-    _remove(members)
-
-
-def _remove(part: str) -> None:
-    for file in _SHARED_MEMORY.iterdir():
+    for file in _SHARED_MEMORY.iterdir() if _SHARED_MEMORY.is_dir() else ():
         with suppress(FileNotFoundError):  # another rank was faster
-            if part in file.name and file.stat().st_uid == os.getuid():
+            if members in file.name and file.stat().st_uid == os.getuid():
                 file.unlink()

@@ -9,7 +9,7 @@ import importlib
 import inspect
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,7 @@ from lightrft.strategy.model_files import ModelFiles
 from lightrft.strategy.request_seeds import content_of, derived_seed, seeds_for
 from lightrft.strategy.utils.agreement import Ranks, check_same
 from lightrft.strategy.vllm_utils.arguments import environment, llm_arguments, log_probs_mode
-from lightrft.strategy.vllm_utils.cpu import pack_output_layer, without_names_of_shared_memory
+from lightrft.strategy.vllm_utils.cpu import pack_output_layer, remove_names_of_shared_memory
 from lightrft.strategy.vllm_utils.exchange import check_media, check_tokens, completions_of, prompt_of, sampling_for
 from lightrft.strategy.vllm_utils.process_state import ProcessState, keeping_the_default_group
 
@@ -47,9 +47,15 @@ def start(settings: EngineSettings) -> VLLMEngine:
         raise ConfigError(
             f"engine_tp_size={settings.tp_size}, but {ranks.world_size} ranks share the engine: expected as many"
         )
+    shares_memory = settings.device.type == "cpu" and ranks.world_size > 1
+    if shares_memory:
+        remove_names_of_shared_memory(ranks)
+        ranks.gather(None)  # nobody starts before all have removed them
     with ranks.together("vLLM was not started", EngineStateError):
-        with without_names_of_shared_memory(ranks) if settings.device.type == "cpu" else nullcontext():
-            return VLLMEngine(settings, ranks)
+        engine = VLLMEngine(settings, ranks)
+    if shares_memory:
+        remove_names_of_shared_memory(ranks)
+    return engine
 
 
 class VLLMEngine(StatefulEngine):
