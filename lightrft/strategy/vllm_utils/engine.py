@@ -1,0 +1,242 @@
+"""vLLM in the process of the trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import importlib
+import inspect
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
+from lightrft.strategy.coverage import Coverage
+from lightrft.strategy.engine import StatefulEngine
+from lightrft.strategy.extras import naming_extras
+from lightrft.strategy.model_files import ModelFiles
+from lightrft.strategy.request_seeds import content_of, derived_seed, seeds_for
+from lightrft.strategy.utils.agreement import Ranks, check_same
+from lightrft.strategy.vllm_utils.arguments import environment, llm_arguments, log_probs_mode
+from lightrft.strategy.vllm_utils.cpu import pack_output_layer, remove_names_of_shared_memory
+from lightrft.strategy.vllm_utils.exchange import check_media, check_tokens, completions_of, prompt_of, sampling_for
+from lightrft.strategy.vllm_utils.process_state import ProcessState, keeping_the_default_group
+
+if TYPE_CHECKING:
+    from lightrft.strategy.engine_settings import EngineSettings
+    from lightrft.strategy.requests import Completion, Request
+    from lightrft.strategy.sampling import SamplingParams
+
+__all__ = ["VLLMEngine", "start"]
+
+
+def start(settings: EngineSettings) -> VLLMEngine:
+    """Start vLLM on this rank. *Collective* over the default process group, if there is one.
+
+    Raises:
+        ConfigError: vLLM is not installed, or refuses the settings.
+        EngineStateError: it fails otherwise.
+    """
+    ranks = Ranks(settings.group) if settings.group is not None else Ranks(rank=0, world_size=1)
+    if ranks.world_size != settings.tp_size:
+        raise ConfigError(
+            f"engine_tp_size={settings.tp_size}, but {ranks.world_size} ranks share the engine: expected as many"
+        )
+    shares_memory = settings.device.type == "cpu" and ranks.world_size > 1
+    if shares_memory:
+        remove_names_of_shared_memory(ranks)
+        ranks.gather(None)  # nobody starts before all have removed them
+    with ranks.together("vLLM was not started", EngineStateError):
+        engine = VLLMEngine(settings, ranks)
+    if shares_memory:
+        remove_names_of_shared_memory(ranks)
+    return engine
+
+
+class VLLMEngine(StatefulEngine):
+    """vLLM in this process. Every rank of a tensor-parallel group has one, and makes the same calls in the same order.
+
+    A process has one such engine at a time: when one ends, vLLM frees what all of them share.
+
+    Args:
+        settings: of the engine.
+        ranks: those that share it.
+
+    Attributes:
+        vllm: the module.
+    """
+
+    def __init__(self, settings: EngineSettings, ranks: Ranks) -> None:
+        super().__init__("vLLM")
+        self._settings = settings
+        self._ranks = ranks
+        grouped = dist.is_available() and dist.is_initialized()
+        rank = dist.get_rank() if grouped else None
+        self._process = ProcessState(environment(settings, rank))
+        with self._process.entered():
+            with naming_extras("engine_type vllm"):
+                self.vllm: Any = importlib.import_module("vllm")
+            known = {each.name for each in dataclasses.fields(self.vllm.EngineArgs)}
+            self._files = ModelFiles.of(settings.model)
+            arguments = llm_arguments(settings, self._files, known, grouped=grouped)
+            self._log_probs_mode = log_probs_mode(arguments)
+            with _refusals("the settings"):
+                self._llm: Any = self.vllm.LLM(**arguments)
+        self._has_tokenizer = not arguments.get("skip_tokenizer_init", False)
+        self._first_seed = derived_seed(settings.seed, (rank or 0) // settings.tp_size)
+        self._calls = 0
+        self._end = weakref.finalize(self, _end, self._llm, self._process)
+        self._end.atexit = False
+
+    def _generate(self, requests: list[Request], params: SamplingParams) -> list[Completion]:
+        """Completions; each depends on its request, the parameters and the weights alone.
+
+        Each request gets a seed of its own, see ``seeds_for``; without ``params.seed`` they differ from call to call.
+
+        Raises:
+            ConfigError: vLLM refuses a request or a parameter; or ranks of the group have passed different ones.
+            EngineStateError: it gave a completion up.
+        """
+        self._calls += 1
+        seed = derived_seed(self._first_seed, self._calls) if params.seed is None else params.seed
+        params = dataclasses.replace(params, seed=None, max_tokens=params.max_tokens or self._settings.max_tokens)
+        contents = [content_of(request) for request in requests]
+        self._check_same(contents, params, seed)
+        check_tokens(requests, self._llm.model_config.get_vocab_size())
+        check_media(requests, self._files)
+        sampling = sampling_for(
+            params, seeds_for(contents, seed), self.vllm.SamplingParams, has_tokenizer=self._has_tokenizer
+        )
+        with self._leaving_nothing_behind(), self._process.entered(), _refusals("the requests"):
+            outputs = self._llm.generate([prompt_of(request) for request in requests], sampling, use_tqdm=False)
+        return list(
+            completions_of(
+                outputs, version=self.weight_version, mode=self._log_probs_mode, has_tokenizer=self._has_tokenizer
+            )
+        )
+
+    def _check_same(self, contents: Sequence[bytes], params: SamplingParams, seed: int) -> None:
+        """Ranks that generate together would wait for each other for ever if they did not do the same."""
+        if self._ranks.world_size == 1:
+            return
+        prompts = hashlib.blake2b(b"".join(contents), digest_size=8).hexdigest()
+        mine = {"the number of prompts": len(contents), "the digest of prompts": prompts}
+        mine |= {"sampling_params": repr(params), "the seed": seed}
+        check_same(self._ranks.gather(mine), "vLLM did not generate")
+
+    @contextmanager
+    def _leaving_nothing_behind(self) -> Iterator[None]:
+        """Drop what is half generated if generation fails.
+
+        The next call would go on with it, and would find blocks in the prefix cache that were never filled.
+        """
+        try:
+            yield
+        except BaseException:
+            with self._process.entered():
+                self._abort()
+                self._forget()
+            raise
+
+    def _abort(self) -> None:
+        core = self._llm.llm_engine
+        left = list(core.output_processor.request_states)
+        more = {"internal": True} if "internal" in inspect.signature(core.abort_request).parameters else {}
+        if left:
+            core.abort_request(left, **more)
+
+    def _sleep(self, level: int) -> None:
+        if not self._settings.sleeps:
+            raise ConfigError("the engine was started with enable_engine_sleep off: it cannot be put to sleep")
+        with self._ranks.together("vLLM did not fall asleep", EngineStateError), self._process.entered():
+            self._llm.sleep(level=level)
+
+    def _wake_up(self, tags: list[str]) -> None:
+        with self._ranks.together("vLLM did not wake up", EngineStateError), self._process.entered():
+            self._llm.wake_up(tags=tags)
+        if self.state.asleep == frozenset(tags):  # awake as a whole now; weights may have changed meanwhile
+            self._drop_caches()
+
+    def _load(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]]) -> None:
+        with self._ranks.together("vLLM has not got new weights", WeightSyncError):
+            coverage = Coverage(self._files)
+            try:
+                with self._process.entered():
+                    self._reload(_copies(buckets, coverage))
+            except BaseException:
+                self._mend()
+                raise
+            coverage.check()
+
+    def _reload(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self._files.tied and self._settings.device.type == "cpu":
+            self._llm.apply_model(pack_output_layer)
+
+    def _mend(self) -> None:
+        """End a reload that was broken off, by one without weights: the next would go on with it and mix the two up."""
+        try:
+            with self._process.entered():
+                self._reload(iter(()))
+        except Exception as error:
+            self.state.end(f"could not be mended after a failed update ({error})")
+            raise WeightSyncError(f"vLLM is dead: a failed update could not be ended ({error})") from error
+
+    def _reset_caches(self) -> None:
+        if "kv_cache" not in self.state.asleep:
+            self._drop_caches()
+
+    def _drop_caches(self) -> None:
+        with self._ranks.together("vLLM kept its caches", EngineStateError), self._process.entered():
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop the caches of prefixes, of processed images, and of what the vision encoder made of them."""
+        if self._llm.reset_prefix_cache() is False:
+            raise EngineStateError("its prefix cache is in use: a request is unfinished")
+        for owner, name in ((self._llm, "reset_mm_cache"), (self._llm.llm_engine, "reset_encoder_cache")):
+            if hasattr(owner, name):  # not in every version
+                getattr(owner, name)()
+
+    def _shutdown(self) -> None:
+        self._llm = None
+        self._end()
+        gc.collect()
+
+
+def _end(llm: Any, process: ProcessState) -> None:
+    """End an engine; the process group of the trainer stays."""
+    grouped = dist.is_available() and dist.is_initialized()
+    with process.entered():
+        if grouped:
+            with keeping_the_default_group():
+                llm.llm_engine.engine_core.shutdown()
+        else:
+            llm.llm_engine.engine_core.shutdown()
+
+
+def _copies(
+    buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], coverage: Coverage
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What fits of ``buckets``, copied: vLLM keeps tensors until it has all that it fuses, longer than buckets last."""
+    for bucket in buckets:
+        for name, tensor in bucket:
+            if coverage.fits(name, tuple(tensor.shape)):
+                yield name, tensor.detach().clone()
+
+
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """Turn what vLLM raises of a wrong input into a ``ConfigError`` with its message."""
+    try:
+        yield
+    except Exception as error:
+        own = {each.__name__ for each in type(error).__mro__}
+        if isinstance(error, (TypeError, ValueError, OSError)) or "VLLMClientError" in own:
+            raise ConfigError(f"vLLM refuses {what}: {error}") from error
+        raise

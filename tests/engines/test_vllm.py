@@ -1,0 +1,420 @@
+"""What an engine promises, asked of real vLLM. The tests share one engine, which has the weights A before each."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from engines import tiny
+from transformers import GenerationConfig
+
+from lightrft.errors import ConfigError, EngineStateError, StaleWeightsError, WeightSyncError
+from lightrft.strategy import vllm_utils, weight_sync
+from lightrft.strategy.engine import EngineStatus
+from lightrft.strategy.engine_settings import EngineSettings
+from lightrft.strategy.vllm_utils import engine as adapter
+
+# What vLLM and what it imports warn of is not ours.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:::lightrft")]
+
+
+def prompt_of(length):
+    """Token ids without special ones."""
+    return random.Random(length).choices(range(len(tiny.SPECIAL), tiny.VOCABULARY), k=length)
+
+
+A, B = (tiny.qwen2(seed, tie_word_embeddings=True) for seed in (0, 1))
+PROMPTS = [prompt_of(length) for length in (3, 9, 40)]
+GREEDY = {"temperature": 0, "max_tokens": 12, "logprobs": True, "ignore_eos": True}
+SAMPLED = {"temperature": 1.0, "max_tokens": 12, "seed": 5, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    folder = tiny.save(A, tmp_path_factory.mktemp("model"))
+    settings = EngineSettings(
+        model=folder,
+        dtype="float32",
+        tp_size=1,
+        memory_share=0.5,
+        max_model_len=96,
+        max_tokens=7,
+        seed=3,
+        sleeps=True,
+        device=torch.device("cpu"),
+        group=None,
+        options={"kv_cache_memory_bytes": 32 << 20, "block_size": 32},
+    )
+    engine = vllm_utils.start(settings)
+    yield engine
+    engine.shutdown()
+
+
+@pytest.fixture
+def engine(shared):
+    shared.wake_up()
+    update(shared, A)
+    return shared
+
+
+def weights_of(model):
+    return dict(model.named_parameters())
+
+
+def update(engine, model, bucket_bytes=20_000):
+    """As a strategy does it, with memory that is overwritten after each bucket."""
+    weights = model if isinstance(model, dict) else weights_of(model)
+    return weight_sync.send(engine, weights.items(), bucket_bytes=bucket_bytes, poison=True)
+
+
+def asked(prompts):
+    return [{"prompt_token_ids": prompt} for prompt in prompts]
+
+
+def generate(engine, prompts, params):
+    return engine.generate(asked(prompts), params)
+
+
+def tokens(completions):
+    return [completion.output_token_ids for completion in completions]
+
+
+def expected_tokens(model, prompt, count):
+    plain = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=tiny.PAD)
+    found = model.generate(torch.tensor([prompt]), generation_config=plain)
+    return tuple(found[0, len(prompt) :].tolist())
+
+
+def log_probs_of(model, completion, temperature=1.0):
+    """What a trainer computes for a completion."""
+    ids = torch.tensor([completion.prompt_token_ids + completion.output_token_ids])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(completion.prompt_token_ids) - 1 : -1] / temperature
+    outputs = torch.tensor(completion.output_token_ids)
+    return logits.log_softmax(-1).gather(1, outputs[:, None])[:, 0]
+
+
+def assert_close(completion, expected, tolerance=1e-4):
+    torch.testing.assert_close(torch.tensor(completion.log_probs), expected, atol=tolerance, rtol=0)
+
+
+def assert_is(engine, model):
+    """The engine generates as ``model`` does, to the last token and nearly to the last digit."""
+    for prompt, found in zip(PROMPTS, generate(engine, PROMPTS, GREEDY), strict=True):
+        assert found.prompt_token_ids == tuple(prompt)
+        assert_close(found, log_probs_of(model, found))
+        assert torch.tensor(found.log_probs).exp().max() > 0.2, "a model that tells tokens apart"
+
+
+# -- Generation -------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_completions_are_those_of_transformers(engine):
+    completions = generate(engine, PROMPTS, GREEDY)
+    assert tokens(completions) == [expected_tokens(A, prompt, 12) for prompt in PROMPTS]
+    assert len(set(sum(tokens(completions), ()))) > 8, "not one token over and over"
+    for completion in completions:
+        assert_close(completion, log_probs_of(A, completion))
+        assert completion.weight_version == engine.weight_version
+        assert completion.text is None
+
+
+def test_F16_log_probs_are_of_the_distribution_that_was_sampled_from(engine):
+    for completion in generate(engine, PROMPTS, SAMPLED | {"temperature": 0.6, "logprobs": True}):
+        assert completion.log_probs_mode == "processed"
+        assert_close(completion, log_probs_of(A, completion, temperature=0.6))
+        raw = log_probs_of(A, completion)
+        assert (torch.tensor(completion.log_probs) - raw).abs().max() > 0.1
+
+
+def test_top_k_leaves_as_many_tokens_with_any_probability(engine):
+    drawn = generate(engine, [PROMPTS[0]] * 64, SAMPLED | {"top_k": 2, "max_tokens": 1, "logprobs": True})
+    chance = {completion.output_token_ids: completion.log_probs[0] for completion in drawn}
+    assert len(chance) == 2
+    assert sum(np.exp(list(chance.values()))) == pytest.approx(1, abs=1e-4)
+
+
+def test_samples_of_a_prompt_follow_each_other_and_differ(engine):
+    completions = generate(engine, PROMPTS, SAMPLED | {"n": 3})
+    assert [one.prompt_token_ids for one in completions] == [tuple(p) for p in PROMPTS for _ in range(3)]
+    assert len(set(tokens(completions))) == 9
+
+
+def test_a_seed_gives_the_same_completions_in_any_batch(engine):
+    together = tokens(generate(engine, PROMPTS, SAMPLED | {"n": 2}))
+    assert tokens(generate(engine, PROMPTS, SAMPLED | {"n": 2})) == together
+    for index, prompt in enumerate(PROMPTS):
+        alone = tokens(generate(engine, [prompt], SAMPLED | {"n": 2}))
+        assert alone == together[2 * index : 2 * index + 2]
+    backwards = tokens(generate(engine, PROMPTS[::-1], SAMPLED | {"n": 2}))
+    assert backwards == together[4:] + together[2:4] + together[:2]
+    assert set(tokens(generate(engine, PROMPTS, SAMPLED | {"n": 2, "seed": 6}))).isdisjoint(together)
+
+
+def test_without_a_seed_every_call_draws_anew(engine):
+    anew = {**SAMPLED, "seed": None}
+    first, second = (tokens(generate(engine, PROMPTS, anew)) for _ in range(2))
+    assert set(first).isdisjoint(second)
+
+
+def test_a_prompt_that_is_given_twice_is_completed_twice(engine):
+    first, second = tokens(generate(engine, [PROMPTS[0], PROMPTS[0]], SAMPLED))
+    assert first != second
+    assert tokens(generate(engine, [PROMPTS[0]], SAMPLED)) == [first]
+
+
+def test_completions_end_where_they_should(engine):
+    (long,) = generate(engine, [PROMPTS[0]], {"temperature": 0, "ignore_eos": True})
+    assert (len(long.output_token_ids), long.finish_reason) == (7, "length"), "max_tokens is that of the settings"
+    assert long.log_probs is None
+    stop = long.output_token_ids[3]
+    (short,) = generate(engine, [PROMPTS[0]], {"temperature": 0, "stop_token_ids": [stop]})
+    assert short.finish_reason == "stop"
+    assert short.output_token_ids == long.output_token_ids[: long.output_token_ids.index(stop) + 1]
+    (full,) = generate(engine, [PROMPTS[2]], GREEDY | {"max_tokens": 500})
+    assert (len(full.output_token_ids), full.finish_reason) == (96 - 40, "length")
+
+
+def test_the_end_token_of_the_model_ends_a_completion(engine):
+    (found,) = generate(engine, [PROMPTS[0]], {"temperature": 0, "logit_bias": {tiny.EOS: 100.0}, "max_tokens": 5})
+    assert found.output_token_ids == (tiny.EOS,)
+    assert found.finish_reason == "stop"
+
+
+def test_no_requests_give_no_completions(engine):
+    assert engine.generate([], GREEDY) == []
+
+
+# -- What is refused --------------------------------------------------------------------------------------------------
+
+OUTSIDE = tiny.VOCABULARY
+REFUSED = {
+    "empty": ([[]], {}, "cannot be empty"),
+    "too long": ([prompt_of(97)], {}, "maximum context length is 96"),
+    "outside": ([[5], [5, OUTSIDE]], {}, "prompt 1 has the token id 128: expected ids of 0 to 127"),
+    "negative": ([[-1]], {}, "prompt 0 has the token id -1"),
+    "bias": ([[5]], {"logit_bias": {OUTSIDE: 1.0}}, "out-of-vocab"),
+    "n": ([[5]], {"n": 2, "temperature": 0}, "n=2 with temperature=0"),
+    "unknown": ([[5]], {"beam_width": 2}, "vLLM has no beam_width"),
+    "stop text": ([[5]], {"stop": "x"}, "stop needs a tokenizer"),
+    "bad words": ([[5]], {"bad_words": ["x"]}, "bad_words needs a tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_generated_is_refused_and_leaves_the_engine_usable(engine, name):
+    prompts, params, message = REFUSED[name]
+    with pytest.raises(ConfigError, match=message):
+        generate(engine, [*PROMPTS, *prompts] if name in ("empty", "too long") else prompts, GREEDY | params)
+    assert_is(engine, A)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"prompt": "text"}, "vLLM refuses the requests: .*okenizer"),
+        ({"prompt_token_ids": [5], "multi_modal_data": {"image": "x"}}, "vLLM refuses the requests: .*ulti-?modal"),
+    ],
+)
+def test_what_the_model_cannot_read_is_refused(engine, request_, message):
+    with pytest.raises(ConfigError, match=message):
+        engine.generate([request_], GREEDY)
+    assert_is(engine, A)
+
+
+def test_F17_an_error_in_the_middle_of_a_batch_leaves_nothing_behind(engine, monkeypatch):
+    monkeypatch.setattr(adapter, "check_tokens", lambda requests, vocabulary: None)
+    with pytest.raises(IndexError):
+        generate(engine, [*PROMPTS, [OUTSIDE]], GREEDY | {"temperature": 1, "n": 2})
+    assert_is(engine, A)
+
+
+# -- Weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_F20_updates_in_turn_are_each_the_same_as_the_first(engine):
+    found = {}
+    for turn in range(3):
+        for name, model in (("B", B), ("A", A)):
+            update(engine, model)
+            assert_is(engine, model)
+            completions = [one.log_probs for one in generate(engine, PROMPTS, GREEDY)]
+            assert found.setdefault(name, completions) == completions, f"turn {turn}: not the same to the last bit"
+
+
+def test_versions_count_up_and_are_on_completions(engine):
+    before = engine.weight_version
+    sent = update(engine, B)
+    assert engine.weight_version == sent.version == before + 1
+    assert {one.weight_version for one in generate(engine, PROMPTS, GREEDY)} == {before + 1}
+    with pytest.raises(EngineStateError, match="does not follow"):
+        engine.update_weights([], before + 1)
+    assert engine.status is EngineStatus.AWAKE
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 70_000, 1 << 30])
+def test_F08_buckets_of_any_size_in_any_order_are_read_before_they_are_overwritten(engine, bucket_bytes):
+    weights = list(weights_of(B).items())
+    random.Random(0).shuffle(weights)
+    update(engine, dict(weights), bucket_bytes)
+    assert_is(engine, B)
+
+
+def test_weights_of_another_dtype_are_converted(engine):
+    model = tiny.qwen2(1, tie_word_embeddings=True)
+    short = {name: weight.detach().bfloat16() for name, weight in weights_of(model).items()}
+    update(engine, short)
+    model.load_state_dict(short, strict=False)
+    assert_is(engine, model)
+
+
+def test_buckets_are_gathered_as_the_trainer_would(engine):
+    modes = set()
+
+    def watched():
+        for item in weights_of(B).items():
+            modes.add((torch.is_inference_mode_enabled(), torch.is_grad_enabled(), torch.get_default_dtype()))
+            yield item
+
+    weight_sync.send(engine, watched(), bucket_bytes=1)
+    assert modes == {(False, True, torch.float32)}
+
+
+def test_F05_nothing_that_was_computed_with_former_weights_is_used(engine):
+    generate(engine, PROMPTS, GREEDY)
+    update(engine, B)
+    assert_is(engine, B)
+    engine.sleep(level=1)
+    engine.wake_up(["weights"])
+    update(engine, A)
+    engine.wake_up(["kv_cache"])
+    assert_is(engine, A)
+
+
+def without(name):
+    return {key: value for key, value in weights_of(B).items() if key != name}
+
+
+KEY = "model.layers.1.self_attn.k_proj.weight"
+WRONG = {
+    "missing": (without(KEY), f"missing: {KEY}"),
+    "unexpected": ({**weights_of(B), "model.extra.weight": torch.zeros(2)}, "unexpected: model.extra.weight"),
+    "shape": (
+        {**weights_of(B), KEY: torch.zeros(32, 64)},
+        rf"of another shape: {KEY} \(32, 64\), expected \(64, 64\)",
+    ),
+    "nothing": ({}, "missing: model.embed_tokens.weight, .* and 21 more"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_F06_weights_that_do_not_fit_are_named_and_never_used(engine, name):
+    weights, message = WRONG[name]
+    version = engine.weight_version
+    with pytest.raises(WeightSyncError, match=message):
+        update(engine, weights)
+    assert (engine.status, engine.weight_version) == (EngineStatus.STALE, version)
+    with pytest.raises(StaleWeightsError, match="holds a part of new weights"):
+        generate(engine, PROMPTS, GREEDY)
+    update(engine, B)
+    assert_is(engine, B)
+
+
+def test_a_weight_that_comes_twice_is_named(engine):
+    with pytest.raises(WeightSyncError, match=f"sent twice: {KEY}"):
+        weight_sync.send(engine, [*weights_of(B).items(), (KEY, weights_of(A)[KEY])], bucket_bytes=1000)
+    update(engine, B)
+    assert_is(engine, B)
+
+
+def test_the_tied_output_layer_may_be_sent_or_not(engine):
+    update(engine, {**weights_of(B), "lm_head.weight": B.lm_head.weight})
+    assert_is(engine, B)
+    with pytest.raises(WeightSyncError, match=r"of another shape: lm_head.weight \(3, 3\), expected \(128, 64\)"):
+        update(engine, {**weights_of(B), "lm_head.weight": torch.zeros(3, 3)})
+
+
+@pytest.mark.parametrize("last", range(len(weights_of(B))))
+def test_an_update_that_is_broken_off_anywhere_leaves_no_trace_in_the_next(engine, last):
+    def broken():
+        yield from list(weights_of(B).items())[:last]
+        raise OSError("the gathering failed")
+
+    with pytest.raises(WeightSyncError, match="vLLM has not got new weights: OSError: the gathering failed"):
+        weight_sync.send(engine, broken(), bucket_bytes=1)
+    assert engine.status is EngineStatus.STALE
+    update(engine, A)
+    assert_is(engine, A)
+
+
+def test_an_engine_that_cannot_be_mended_is_dead(engine, monkeypatch):
+    def fails(weights):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_reload", fails)
+        patch.setattr(engine.state, "end", ended := [].append)
+        with pytest.raises(WeightSyncError, match="vLLM is dead: a failed update could not be ended"):
+            update(engine, B)
+    assert ended.__self__ == ["could not be mended after a failed update (out of memory)"]
+
+
+# -- Sleep ------------------------------------------------------------------------------------------------------------
+
+
+def test_sleep_at_level_1_keeps_the_weights(engine):
+    engine.sleep(level=1)
+    engine.sleep(level=1)
+    assert engine.status is EngineStatus.ASLEEP
+    with pytest.raises(EngineStateError, match="asleep"):
+        generate(engine, PROMPTS, GREEDY)
+    engine.wake_up(["weights"])
+    assert engine.status is EngineStatus.ASLEEP
+    with pytest.raises(EngineStateError, match=r"asleep \(kv_cache still\)"):
+        generate(engine, PROMPTS, GREEDY)
+    engine.wake_up(["kv_cache"])
+    engine.wake_up()
+    assert_is(engine, A)
+
+
+def test_F01_sleep_at_level_2_wants_an_update(engine):
+    engine.sleep(level=2)
+    with pytest.raises(EngineStateError, match="wake its weights up first"):
+        update(engine, B)
+    engine.wake_up()
+    with pytest.raises(StaleWeightsError, match="has dropped its weights"):
+        generate(engine, PROMPTS, GREEDY)
+    update(engine, B)
+    assert_is(engine, B)
+
+
+def test_caches_of_a_sleeping_engine_need_no_reset(engine):
+    engine.sleep(level=1)
+    engine.reset_caches()
+    engine.wake_up()
+    assert_is(engine, A)
+
+
+# -- The process ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda engine: generate(engine, PROMPTS, SAMPLED | {"n": 2}),
+        lambda engine: update(engine, B),
+        lambda engine: (engine.sleep(), engine.wake_up()),
+        lambda engine: engine.reset_caches(),
+    ],
+    ids=["generate", "update", "sleep", "reset"],
+)
+def test_no_call_draws_from_the_generators_of_the_process(engine, call):
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    call(engine)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected

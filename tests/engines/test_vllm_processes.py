@@ -1,0 +1,155 @@
+"""vLLM shared by two real processes: tensor parallel over the ranks of the trainer."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from engines import tiny
+
+from lightrft.errors import ConfigError, RankFailedError, WeightSyncError
+from lightrft.sim import ProcessWorld
+from lightrft.strategy import vllm_utils, weight_sync
+from lightrft.strategy.engine import EngineStatus
+from lightrft.strategy.engine_settings import EngineSettings
+
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error:::lightrft"),
+]
+
+PROMPTS = [random.Random(length).choices(range(6, tiny.VOCABULARY), k=length) for length in (3, 9, 40)]
+GREEDY = {"temperature": 0, "max_tokens": 12, "logprobs": True, "ignore_eos": True}
+SAMPLED = {"temperature": 1.0, "max_tokens": 12, "n": 2, "seed": 5, "ignore_eos": True}
+
+
+def start(folder, tp_size):
+    """On this rank; consecutive ranks share an engine, as a strategy makes them."""
+    group = None
+    if dist.is_initialized():
+        engines = [
+            dist.new_group(list(range(first, first + tp_size))) for first in range(0, dist.get_world_size(), tp_size)
+        ]
+        group = engines[dist.get_rank() // tp_size]
+    return vllm_utils.start(
+        EngineSettings(
+            model=folder,
+            dtype="float32",
+            tp_size=tp_size,
+            memory_share=0.5,
+            max_model_len=96,
+            max_tokens=7,
+            seed=3,
+            sleeps=True,
+            device=torch.device("cpu"),
+            group=group,
+            options={"kv_cache_memory_bytes": 32 << 20, "block_size": 32},
+        )
+    )
+
+
+def generated(engine):
+    found = []
+    for params in (GREEDY, SAMPLED, {**SAMPLED, "seed": None}):
+        completions = engine.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params)
+        found.append([(one.output_token_ids, one.log_probs) for one in completions])
+    return found
+
+
+def send(engine, model, last=None):
+    items = list(model.named_parameters())
+    return weight_sync.send(engine, items[:last], bucket_bytes=20_000, poison=True)
+
+
+def refused(error, call):
+    try:
+        call()
+    except error as raised:
+        return str(raised)
+    return "not refused"
+
+
+def life_of_an_engine(folder, tp_size):
+    dist.init_process_group("gloo")
+    engine = start(folder, tp_size)
+    found = {"A": generated(engine)}
+    found["differ"] = refused(
+        ConfigError, lambda: engine.generate([{"prompt_token_ids": [10 + dist.get_rank()]}], GREEDY)
+    )
+    part = 3 if dist.get_rank() == 0 else None
+    found["part"] = refused(WeightSyncError, lambda: send(engine, tiny.qwen2(1), part))
+    found["status"] = engine.status is EngineStatus.STALE
+    send(engine, tiny.qwen2(1))
+    found["B"] = generated(engine)
+    engine.sleep(level=2)
+    engine.wake_up(["weights"])
+    send(engine, tiny.qwen2(0))
+    engine.wake_up(["kv_cache"])
+    found["A again"] = generated(engine)
+    engine.shutdown()
+    ones = torch.ones(1)
+    dist.all_reduce(ones)  # the group of the trainer outlives the engine
+    found["world"] = ones.item()
+    return found
+
+
+def leave_shared_memory():
+    """As a run that died while it started."""
+    left = Path("/dev/shm/-tp:0-[0-1]-cpushm_0")
+    left.touch()
+    return left
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save(tiny.qwen2(0), tmp_path_factory.mktemp("model"))
+
+
+def tokens(batch):
+    return [one for one, _ in batch]
+
+
+def log_probs(batch):
+    return torch.tensor([one for _, one in batch])
+
+
+def test_two_ranks_that_share_an_engine_generate_the_same_as_one(folder):
+    left = leave_shared_memory()
+    with ProcessWorld(2, backend="gloo", limit=180) as world:
+        shared, other = world.run(life_of_an_engine, folder, 2)
+        alone, second = world.run(life_of_an_engine_alone, folder)
+    assert not left.exists(), "names are left to nobody"
+    for name in ("A", "B", "A again"):
+        assert shared[name] == other[name], "to the last bit"
+        for mine, theirs in zip(shared[name][:2], alone[name][:2], strict=True):
+            assert tokens(mine) == tokens(theirs)
+        torch.testing.assert_close(log_probs(shared[name][0]), log_probs(alone[name][0]), atol=1e-4, rtol=0)
+    assert tokens(shared["A"][0]) != tokens(shared["B"][0])
+    assert "the digest of prompts is" in shared["differ"]
+    assert "rank 0: the weights that were sent are not those of the engine's model: missing:" in other["part"]
+    assert (shared["status"], other["status"]) == (True, True), "an update that fails on one rank fails on all"
+    assert shared["world"] == other["world"] == 2
+    assert alone["A"][:2] == second["A"][:2]
+    assert tokens(alone["A"][2]) != tokens(second["A"][2]), "engines draw for themselves where no seed is given"
+
+
+def life_of_an_engine_alone(folder):
+    """One of two engines in a world of two ranks, each on its own."""
+    dist.init_process_group("gloo")
+    engine = start(folder, 1)
+    found = {"A": generated(engine)}
+    for name, seed in (("B", 1), ("A again", 0)):
+        send(engine, tiny.qwen2(seed))
+        found[name] = generated(engine)
+    engine.shutdown()
+    return found
+
+
+def test_ranks_and_engine_tp_size_have_to_agree(folder):
+    with (
+        ProcessWorld(1, backend="gloo") as world,
+        pytest.raises(RankFailedError, match="engine_tp_size=2, but 1 ranks"),
+    ):
+        world.run(lambda: start(folder, 2))
