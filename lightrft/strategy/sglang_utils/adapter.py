@@ -70,6 +70,7 @@ class SGLangEngine(StatefulEngine):
         self._files = files
         self._launched = launched
         self._released: list[str] = []
+        self._used = True
 
     @property
     def runs_on_all_ranks(self) -> bool:
@@ -103,6 +104,7 @@ class SGLangEngine(StatefulEngine):
         given = [one.to_sglang(known) for one in several] if isinstance(several, list) else several.to_sglang(known)
         mode = generation.log_probs_mode(params, raw=self._launched.raw_log_probs) if params.logprobs else None
         arguments = generation.arguments_of(each, log_probs=params.logprobs)
+        self._used = True
         try:
             outputs = self._ask("generate", sampling_params=given, **arguments)
         except (TypeError, ValueError) as error:
@@ -197,11 +199,14 @@ class SGLangEngine(StatefulEngine):
 
     def _flush(self) -> None:
         """Empty the caches, as soon as no request is in work: one that failed leaves others behind."""
+        if not self._used:
+            return
         patience = time.monotonic() + _IDLE_AFTER
         while getattr(result := self._ask("flush_cache"), "success", result) is False:
             if time.monotonic() > patience:
                 raise EngineStateError(f"SGLang still works on requests after {_IDLE_AFTER:.0f} s, and keeps its caches")
             time.sleep(0.05)
+        self._used = False
 
     def _ask(self, method: str, **arguments: Any) -> Any:
         """Call a method of the engine, on the rank that has it."""

@@ -168,9 +168,14 @@ def _fields(server_args: Any) -> Iterable[str]:
 def _let_signals_go(engine: Any) -> None:
     """SGLang's event loop answers SIGTERM by nothing and SIGQUIT by killing this process: it gets neither."""
     loop = getattr(engine, "loop", None)
-    if loop is not None and threading.current_thread() is threading.main_thread():
+    if loop is None or threading.current_thread() is not threading.main_thread():
+        return
+
+    async def let_go() -> None:
         for number in (signal.SIGTERM, signal.SIGQUIT):
             loop.remove_signal_handler(number)
+
+    loop.run_until_complete(let_go())  # a loop that does not run removes none
 
 
 def _ask_for_prompts(engine: Any) -> None:

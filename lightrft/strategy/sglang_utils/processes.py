@@ -79,6 +79,9 @@ class EngineProcesses:
         self._calls += 1
         try:
             yield
+        except Exception:
+            self._check()
+            raise
         finally:
             self._calls -= 1
         self._check()
@@ -121,7 +124,7 @@ class EngineProcesses:
         if not self.died:
             self._pass_on(signum, frame)
         elif self._calls:
-            self._check()
+            self._engine.loop.stop()  # the call would wait for ever; what a handler raises, the loop would swallow
 
     def _pass_on(self, signum: int, frame: FrameType | None) -> None:
         if callable(self._handler_before):
