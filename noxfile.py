@@ -63,6 +63,17 @@ def processes(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHONS[0])
+def sglang(session: nox.Session) -> None:
+    """The adapter for SGLang on the real one, on a CPU."""
+    session.install("-r", "requirements/sglang-cpu.txt", "pytest==9.2.0", "cloudpickle==3.1.2")
+    # What follows would bring another torch, for CUDA; and the engine, without its compiled kernels, finds stand-ins.
+    session.install("--no-deps", "torchvision==0.28.0", "sglang==0.5.23", "-e", ".")
+    paths = [str(ROOT / "tests" / "engines" / "sglang_stubs"), os.environ.get("PYTHONPATH", "")]
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    session.run("python", "-m", "pytest", "tests/engines/test_sglang.py", *session.posargs, env=env)
+
+
+@nox.session(python=PYTHONS[0])
 def gpu(session: nox.Session) -> None:
     """Tests that need a GPU. Without one they are skipped; with LIGHTRFT_REQUIRE_GPU=1 that is a failure."""
     install(session, "-e", ".", "hypothesis", "pytest")

@@ -36,8 +36,11 @@ class Coverage:
         Raises:
             WeightSyncError: one is not expected, has another shape, or came before.
         """
-        twice = [name for name, _ in bucket if name in self._seen]
-        self._seen.update(name for name, _ in bucket)
+        twice = []
+        for name, _ in bucket:
+            if name in self._seen:
+                twice.append(name)
+            self._seen.add(name)
         kept = [(name, tensor) for name, tensor in bucket if not self._is_copy(name)]
         problems = [f"sent twice: {_several(twice)}"] if twice else []
         if self._shapes is not None:

@@ -21,6 +21,8 @@ def check_requests(requests: Sequence[Request], params: SamplingParams, files: M
     Raises:
         ConfigError: the message names the request by its place.
     """
+    if params.ignore_eos and params.stop_token_ids:
+        raise ConfigError("ignore_eos makes SGLang pass over stop_token_ids too: give one of them")
     for place, request in enumerate(requests):
         problem = _empty(request) or _of_tokens(request, params, files, max_model_len) or _of_media(request, files)
         if problem:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lightrft.errors import ConfigError
 from lightrft.strategy.extras import naming_extras
 from lightrft.strategy.sglang_utils.host import put_back, set_aside
-from lightrft.strategy.sglang_utils.processes import EngineProcesses, end_processes, ignore_signal, new_children
+from lightrft.strategy.sglang_utils.processes import EngineProcesses, bury, end_processes, ignore_signal, new_children
 
 if TYPE_CHECKING:
     import torch
@@ -86,11 +86,11 @@ def _started(sglang: Any, given: dict[str, Any]) -> tuple[Any, list[BaseProcess]
         with new_children(children):
             engine = sglang.Engine(**given)
             engine.flush_cache()  # the first call binds the engine to the event loop of this moment
-    except (TypeError, ValueError) as error:
+    except BaseException as error:
         end_processes(children)
-        raise ConfigError(f"SGLang refuses its settings: {error}") from error
-    except BaseException:
-        end_processes(children)
+        bury(error)  # its traceback holds the half of an engine
+        if isinstance(error, (TypeError, ValueError)):
+            raise ConfigError(f"SGLang refuses its settings: {error}") from error
         raise
     _let_signals_go(engine)
     _ask_for_prompts(engine)

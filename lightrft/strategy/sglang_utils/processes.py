@@ -18,10 +18,12 @@ from typing import Any
 
 from lightrft.errors import EngineStateError
 
-__all__ = ["EngineProcesses", "end_processes", "ignore_signal", "new_children"]
+__all__ = ["EngineProcesses", "bury", "end_processes", "ignore_signal", "new_children"]
 
 _KILLS_ALL = "kill_process_tree"
 """Function by which SGLang's engine ends its processes, in the module of its class."""
+
+_BURIED: list[object] = []
 
 _GRACE = 5.0
 """Seconds in which a process that has said it fails is expected to end."""
@@ -100,6 +102,8 @@ class EngineProcesses:
         if self._engine is None:
             return
         engine, self._engine = self._engine, None
+        if self.died:
+            bury(engine)
         if not self._processes:
             engine.shutdown()
             return
@@ -132,6 +136,14 @@ class EngineProcesses:
         elif self._handler_before != signal.SIG_IGN:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
+
+
+def bury(remains: object) -> None:
+    """Keep what is left of an engine whose processes did not read all that was sent to them.
+
+    When its sockets are collected as garbage they wait for a reader, for ever.
+    """
+    _BURIED.append(remains)
 
 
 def end_processes(processes: Sequence[BaseProcess]) -> None:
