@@ -1,4 +1,4 @@
-"""The part of SGLang that the adapter uses, as data: ``python tests/engines/record_sglang.py`` writes the record anew."""
+"""The part of SGLang that the adapter uses, as data; run as a script, it writes the record anew."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def declared():
     request = importlib.import_module("sglang.srt.managers.io_struct").GenerateReqInput
     return {
         "version": sglang.__version__,
-        "engine_module_has": [name for name in ("kill_process_tree",) if name in sys.modules[engine.__module__].__dict__],
+        "engine_module_has": [
+            name for name in ("kill_process_tree",) if name in sys.modules[engine.__module__].__dict__
+        ],
         "Engine": {name: signature(getattr(engine, name)) for name in METHODS},
         "ServerArgs": {name: default for name, default in signature(arguments).items() if name in SERVER_ARGS},
         "SamplingParams": signature(params),

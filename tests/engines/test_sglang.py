@@ -27,6 +27,7 @@ from tiny import LENGTH, settings
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of SGLang, and what its processes leave open
 
+
 def process_state():
     """What an engine may not change in the process that starts it."""
     return {

@@ -3,8 +3,6 @@
 import sys
 from pathlib import Path
 
-import pytest
-
 from lightrft.sim import ProcessWorld
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -29,7 +27,7 @@ def program(path, folder):
     import torch.distributed as dist
     from engine_checks import greedy
 
-    from lightrft.errors import EngineStateError, LightRFTError
+    from lightrft.errors import LightRFTError
     from lightrft.strategy.requests import requests_of
     from lightrft.strategy.rollout import gather_and_generate
     from lightrft.strategy.sglang_utils import start

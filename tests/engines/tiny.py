@@ -90,7 +90,6 @@ def save(model, folder, *others):
     return str(folder)
 
 
-
 def settings(model, **others):
     """Of an engine on this CPU."""
     from lightrft.strategy.engine_settings import EngineSettings

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import ConfigError, EngineStateError, LightRFTError, WeightSyncError
 from lightrft.strategy.engine import StatefulEngine
-from lightrft.strategy.requests import Completion, Request
-from lightrft.strategy.sampling import SamplingParams
 from lightrft.strategy.sglang_utils import generation, sending
 from lightrft.strategy.sglang_utils.coverage import Coverage
 from lightrft.strategy.sglang_utils.launching import Launched, launch, library
@@ -23,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from lightrft.strategy.engine_settings import EngineSettings
+    from lightrft.strategy.requests import Completion, Request
+    from lightrft.strategy.sampling import SamplingParams
 
 __all__ = ["SGLangEngine", "start"]
 
@@ -204,7 +204,9 @@ class SGLangEngine(StatefulEngine):
         patience = time.monotonic() + _IDLE_AFTER
         while getattr(result := self._ask("flush_cache"), "success", result) is False:
             if time.monotonic() > patience:
-                raise EngineStateError(f"SGLang still works on requests after {_IDLE_AFTER:.0f} s, and keeps its caches")
+                raise EngineStateError(
+                    f"SGLang still works on requests after {_IDLE_AFTER:.0f} s, and keeps its caches"
+                )
             time.sleep(0.05)
         self._used = False
 

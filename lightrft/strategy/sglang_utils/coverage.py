@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from lightrft.errors import WeightSyncError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Coverage"]
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightrft.errors import ConfigError, EngineStateError
 from lightrft.strategy.requests import Completion, Request
-from lightrft.strategy.sampling import SamplingParams
-from lightrft.strategy.sglang_utils.model_files import ModelFiles
+
+if TYPE_CHECKING:
+    from lightrft.strategy.sampling import SamplingParams
+    from lightrft.strategy.sglang_utils.model_files import ModelFiles
 
 __all__ = ["arguments_of", "check_requests", "completion_of", "log_probs_mode", "with_seeds"]
 
@@ -43,8 +45,8 @@ def _of_tokens(request: Request, params: SamplingParams, files: ModelFiles, max_
         return f"token id {outside[0]}: expected 0 or more{size}"
     if len(tokens) + (params.max_tokens or 0) > max_model_len:
         return (
-            f"{len(tokens)} tokens and max_tokens={params.max_tokens} are more than the {max_model_len} that the engine "
-            "was set up for (prompt_max_len + generate_max_len)"
+            f"{len(tokens)} tokens and max_tokens={params.max_tokens} are more than the {max_model_len} that the "
+            "engine was set up for (prompt_max_len + generate_max_len)"
         )
     return None
 
@@ -68,7 +70,7 @@ def _of_media(request: Request, files: ModelFiles) -> str | None:
 
 
 def arguments_of(requests: Sequence[Request], *, log_probs: bool) -> dict[str, Any]:
-    """Arguments of ``Engine.generate`` for requests that are all token ids, or all text; without sampling parameters."""
+    """Arguments of ``Engine.generate`` for requests that are all token ids, or all text; sampling parameters apart."""
     arguments: dict[str, Any] = {"return_logprob": log_probs}
     if requests[0].prompt is not None:
         arguments["prompt"] = [request.prompt for request in requests]
@@ -132,7 +134,9 @@ def completion_of(
         raise EngineStateError(f"SGLang gave a request up: {reason.get('message') or reason}")
     prompt = output.get("prompt_token_ids")
     if prompt is None and not request.is_tokens:
-        raise EngineStateError("this version of SGLang does not tell the tokens of a prompt with text, images or videos")
+        raise EngineStateError(
+            "this version of SGLang does not tell the tokens of a prompt with text, images or videos"
+        )
     found = [entry[0] for entry in meta["output_token_logprobs"]] if log_probs else None
     return Completion(
         prompt_token_ids=tuple(prompt if prompt is not None else request.prompt_token_ids or ()),

@@ -108,13 +108,14 @@ class EngineProcesses:
             engine.shutdown()
             return
         atexit.unregister(self.end)
-        if self._handler_before is not None and signal.getsignal(signal.SIGQUIT) == self._on_quit:
-            signal.signal(signal.SIGQUIT, self._handler_before)
         try:
             with _killing_only(engine, self._processes):
                 engine.shutdown()
         finally:
             end_processes(self._processes)
+            # Not before: until the engine is shut down, its watcher sends this signal.
+            if self._handler_before is not None and signal.getsignal(signal.SIGQUIT) == self._on_quit:
+                signal.signal(signal.SIGQUIT, self._handler_before)
 
     def _check(self) -> None:
         if self.died:
@@ -163,8 +164,8 @@ def _story(process: BaseProcess) -> str:
     code = process.exitcode
     end = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
     return (
-        f"{process.name} of SGLang (pid {process.pid}) has ended {end}: its output says why. Nothing can be generated any "
-        "more; shut the engine down and set up a new one"
+        f"{process.name} of SGLang (pid {process.pid}) has ended {end}: its output says why. Nothing can be generated "
+        "any more; shut the engine down and set up a new one"
     )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import WeightSyncError
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["check", "flattened", "serialized"]
 

@@ -1,7 +1,7 @@
 """Stand-in for the compiled kernels of SGLang, on machines whose CPU they are not built for.
 
-SGLang imports names from this package, and calls none of them with the backends ``torch_native`` and ``pytorch``. So each
-name resolves, and raises when it is called.
+SGLang imports names from this package, and calls none of them with the backends ``torch_native`` and ``pytorch``. So
+each name resolves, and raises when it is called.
 """
 
 import torch

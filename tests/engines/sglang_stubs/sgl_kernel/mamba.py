@@ -1,3 +1,5 @@
 """Part of the stand-in: see the package."""
 
-from sgl_kernel import __getattr__ as __getattr__
+import sgl_kernel
+
+__getattr__ = sgl_kernel.__getattr__
