@@ -128,8 +128,8 @@ def test_what_an_engine_gave_up_or_does_not_tell():
     plain, seeing = Request(prompt_token_ids=(1,)), Request(prompt_token_ids=(1,), images=("a",))
     found = generation.completion_of(plain, output(), log_probs="raw", version=4)
     assert (found.log_probs, found.weight_version, found.finish_reason) == ((-0.5,), 4, "length")
+    aborted = output(finish_reason={"type": "abort", "message": "no memory"})
     with pytest.raises(EngineStateError, match="gave a request up: no memory"):
-        aborted = output(finish_reason={"type": "abort", "message": "no memory"})
         generation.completion_of(plain, aborted, log_probs=None, version=0)
     with pytest.raises(EngineStateError, match="does not tell the tokens of a prompt"):
         generation.completion_of(seeing, output(), log_probs=None, version=0)

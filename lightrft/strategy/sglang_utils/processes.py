@@ -6,7 +6,6 @@ import atexit
 import importlib
 import multiprocessing
 import multiprocessing.connection
-import os
 import signal
 import sys
 import threading
@@ -26,7 +25,7 @@ _KILLS_ALL = "kill_process_tree"
 _BURIED: list[object] = []
 
 _GRACE = 5.0
-"""Seconds in which a process that has said it fails is expected to end."""
+"""Seconds in which a process that has said it fails is expected to end; after them it counts as failed all the same."""
 
 
 def ignore_signal(signum: int, frame: object) -> None:
@@ -94,7 +93,7 @@ class EngineProcesses:
         if not self._died:
             gone = [each for each in self._processes if not each.is_alive()]
             if gone:
-                self._died = _story(gone[0])
+                self._died = _story(_end_of(gone[0]))
         return bool(self._died)
 
     def end(self) -> None:
@@ -127,16 +126,12 @@ class EngineProcesses:
             return
         multiprocessing.connection.wait([each.sentinel for each in self._processes], timeout=_GRACE)
         if not self.died:
-            self._pass_on(signum, frame)
-        elif self._calls:
+            if callable(self._handler_before):
+                self._handler_before(signum, frame)  # that of another engine, perhaps
+                return
+            self._died = _story("a process of SGLang has said that it fails (SIGQUIT)")
+        if self._calls:
             self._engine.loop.stop()  # the call would wait for ever; what a handler raises, the loop would swallow
-
-    def _pass_on(self, signum: int, frame: FrameType | None) -> None:
-        if callable(self._handler_before):
-            self._handler_before(signum, frame)
-        elif self._handler_before != signal.SIG_IGN:
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
 
 
 def bury(remains: object) -> None:
@@ -160,13 +155,14 @@ def end_processes(processes: Sequence[BaseProcess]) -> None:
         process.join()
 
 
-def _story(process: BaseProcess) -> str:
+def _end_of(process: BaseProcess) -> str:
     code = process.exitcode
     end = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
-    return (
-        f"{process.name} of SGLang (pid {process.pid}) has ended {end}: its output says why. Nothing can be generated "
-        "any more; shut the engine down and set up a new one"
-    )
+    return f"{process.name} of SGLang (pid {process.pid}) has ended {end}"
+
+
+def _story(what: str) -> str:
+    return f"{what}: its output says why. Nothing can be generated any more; shut the engine down and set up a new one"
 
 
 @contextmanager
