@@ -64,13 +64,13 @@ def processes(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS[0])
 def sglang(session: nox.Session) -> None:
-    """The adapter for SGLang on the real one, on a CPU."""
-    session.install("-r", "requirements/sglang-cpu.txt", "pytest==9.2.0", "cloudpickle==3.1.2")
-    # What follows would bring another torch, for CUDA; and the engine, without its compiled kernels, finds stand-ins.
+    """The adapter for SGLang on the real one, on a CPU. Each file has a process of its own."""
+    session.install("-r", "requirements/sglang-cpu.txt", "cloudpickle==3.1.2", "pytest==9.2.0")
+    # What follows asks for another torch, for CUDA; and compiled kernels that a CPU lacks are stood in for.
     session.install("--no-deps", "torchvision==0.28.0", "sglang==0.5.23", "-e", ".")
-    paths = [str(ROOT / "tests" / "engines" / "sglang_stubs"), os.environ.get("PYTHONPATH", "")]
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    session.run("python", "-m", "pytest", "tests/engines/test_sglang.py", *session.posargs, env=env)
+    env = {"PYTHONPATH": str(ROOT / "tests/engines/sglang_stubs"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for file in sorted((ROOT / "tests/engines").glob("test_sglang*.py")):
+        session.run("python", "-m", "pytest", str(file), *session.posargs, env=env)
 
 
 @nox.session(python=PYTHONS[0])
