@@ -74,6 +74,17 @@ def vllm(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHONS[0])
+def sglang(session: nox.Session) -> None:
+    """The adapter for SGLang on the real one, on a CPU. Each file has a process of its own."""
+    session.install("-r", "requirements/sglang-cpu.txt", "cloudpickle==3.1.2", "pytest==9.2.0")
+    # What follows asks for another torch, for CUDA; and compiled kernels that a CPU lacks are stood in for.
+    session.install("--no-deps", "torchvision==0.28.0", "sglang==0.5.23", "-e", ".")
+    env = {"PYTHONPATH": str(ROOT / "tests/engines/sglang_stubs"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for file in sorted((ROOT / "tests/engines").glob("test_sglang*.py")):
+        session.run("python", "-m", "pytest", str(file), *session.posargs, env=env)
+
+
+@nox.session(python=PYTHONS[0])
 def gpu(session: nox.Session) -> None:
     """Tests that need a GPU. Without one they are skipped; with LIGHTRFT_REQUIRE_GPU=1 that is a failure."""
     install(session, "-e", ".[deepspeed,train]", "hypothesis", "pytest")

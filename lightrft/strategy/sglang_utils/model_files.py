@@ -1,0 +1,100 @@
+"""What the files of a model say about it: names and shapes of its weights, sizes, special tokens."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ModelFiles"]
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+_NOT_WEIGHTS = ("rotary_emb.inv_freq",)
+"""Endings of names in old checkpoints that are no parameters: no trainer sends them."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """What is known of a model without loading it. ``None`` where the files do not say.
+
+    Attributes:
+        shapes: of the weights, by their names in the checkpoint.
+        tied: whether the output layer is the embedding.
+        vocab_size: number of token ids that the model has.
+        max_positions: most tokens that the model was made for.
+        image_token, video_token: token ids that stand for one image or video in a prompt.
+        sees: whether it takes images or videos.
+        has_tokenizer: whether a tokenizer lies beside it.
+    """
+
+    shapes: Mapping[str, Shape] | None = None
+    tied: bool = False
+    vocab_size: int | None = None
+    max_positions: int | None = None
+    image_token: int | None = None
+    video_token: int | None = None
+    sees: bool | None = None
+    has_tokenizer: bool | None = None
+
+    @classmethod
+    def of(cls, model: str) -> ModelFiles:
+        """Of a folder, or of a name whose files were downloaded before; nothing is downloaded here."""
+        folder = _folder(model)
+        config = _json(folder / "config.json") if folder is not None else None
+        if folder is None or config is None:
+            return cls()
+        text = {**config, **(config.get("text_config") or {})}
+        return cls(
+            shapes=_shapes(folder),
+            tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+            vocab_size=text.get("vocab_size"),
+            max_positions=text.get("max_position_embeddings"),
+            image_token=config.get("image_token_id", config.get("image_token_index")),
+            video_token=config.get("video_token_id", config.get("video_token_index")),
+            sees="vision_config" in config,
+            has_tokenizer=any((folder / name).is_file() for name in _TOKENIZERS),
+        )
+
+
+def _folder(model: str) -> Path | None:
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(model, local_files_only=True))
+    except (ImportError, OSError, ValueError):  # its errors of missing files and of wrong names are of these classes
+        return None
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else None
+
+
+def _shapes(folder: Path) -> dict[str, Shape] | None:
+    """From the heads of all safetensors files; ``None`` where there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    index = _json(folder / "model.safetensors.index.json")
+    if index is not None:  # other files may lie beside those of the model
+        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    found: dict[str, Shape] = {}
+    for file in files:
+        found |= _head(file)
+    return {name: shape for name, shape in found.items() if not name.endswith(_NOT_WEIGHTS)} or None
+
+
+def _head(file: Path) -> dict[str, Shape]:
+    """Names and shapes in one file: eight bytes say how long the JSON is that follows them (safetensors format)."""
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        head = json.loads(opened.read(length))
+    return {name: tuple(entry["shape"]) for name, entry in head.items() if name != "__metadata__"}
