@@ -61,11 +61,9 @@ def declared():
             name for name in ("kill_process_tree",) if name in sys.modules[engine.__module__].__dict__
         ],
         "Engine": {name: signature(getattr(engine, name)) for name in METHODS},
-        "ServerArgs": {name: default for name, default in signature(arguments).items() if name in SERVER_ARGS},
+        "ServerArgs": sorted([name, default] for name, default in signature(arguments) if name in SERVER_ARGS),
         "SamplingParams": signature(params),
-        "GenerateReqInput": {
-            name: default for name, default in signature(request).items() if name == "return_prompt_token_ids"
-        },
+        "GenerateReqInput": [entry for entry in signature(request) if entry[0] == "return_prompt_token_ids"],
         "FlattenedTensorBucket": signature(bucket),
         "FlattenedTensorBucket.get_flattened_tensor": signature(bucket.get_flattened_tensor),
         "FlattenedTensorBucket.get_metadata": signature(bucket.get_metadata),
@@ -74,11 +72,11 @@ def declared():
 
 
 def signature(callable_):
-    """Names of parameters and how their defaults are written; ``<required>`` for those without."""
-    return {
-        name: "<required>" if each.default is inspect.Parameter.empty else repr(each.default)
+    """Names of parameters in order and how their defaults are written; ``<required>`` for those without."""
+    return [
+        [name, "<required>" if each.default is inspect.Parameter.empty else repr(each.default)]
         for name, each in inspect.signature(callable_).parameters.items()
-    }
+    ]
 
 
 def returned(engine):
