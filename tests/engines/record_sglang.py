@@ -45,6 +45,9 @@ SERVER_ARGS = (
 )
 
 
+SAMPLED = {"n": 2, "max_new_tokens": 2, "ignore_eos": True}
+
+
 def declared():
     """Signatures, fields and defaults, by where they are."""
     import sglang
@@ -81,7 +84,7 @@ def signature(callable_):
 
 def returned(engine):
     """What calls of an engine return, as types; ``engine`` is SGLang's, with a tokenizer, and awake."""
-    ask = {"input_ids": [[10, 11], [12]], "sampling_params": {"n": 2, "max_new_tokens": 2}, "return_logprob": True}
+    ask = {"input_ids": [[10, 11], [12]], "sampling_params": SAMPLED, "return_logprob": True}
     batch = engine.generate(**ask)
     stopped = engine.generate(input_ids=[[10]], sampling_params={"stop_token_ids": list(range(128))})
     calls = {
