@@ -45,6 +45,9 @@ SERVER_ARGS = (
 )
 
 
+SAMPLED = {"n": 2, "max_new_tokens": 2, "ignore_eos": True}
+
+
 def declared():
     """Signatures, fields and defaults, by where they are."""
     import sglang
@@ -61,11 +64,9 @@ def declared():
             name for name in ("kill_process_tree",) if name in sys.modules[engine.__module__].__dict__
         ],
         "Engine": {name: signature(getattr(engine, name)) for name in METHODS},
-        "ServerArgs": {name: default for name, default in signature(arguments).items() if name in SERVER_ARGS},
+        "ServerArgs": sorted([name, default] for name, default in signature(arguments) if name in SERVER_ARGS),
         "SamplingParams": signature(params),
-        "GenerateReqInput": {
-            name: default for name, default in signature(request).items() if name == "return_prompt_token_ids"
-        },
+        "GenerateReqInput": [entry for entry in signature(request) if entry[0] == "return_prompt_token_ids"],
         "FlattenedTensorBucket": signature(bucket),
         "FlattenedTensorBucket.get_flattened_tensor": signature(bucket.get_flattened_tensor),
         "FlattenedTensorBucket.get_metadata": signature(bucket.get_metadata),
@@ -74,16 +75,16 @@ def declared():
 
 
 def signature(callable_):
-    """Names of parameters and how their defaults are written; ``<required>`` for those without."""
-    return {
-        name: "<required>" if each.default is inspect.Parameter.empty else repr(each.default)
+    """Names of parameters in order and how their defaults are written; ``<required>`` for those without."""
+    return [
+        [name, "<required>" if each.default is inspect.Parameter.empty else repr(each.default)]
         for name, each in inspect.signature(callable_).parameters.items()
-    }
+    ]
 
 
 def returned(engine):
     """What calls of an engine return, as types; ``engine`` is SGLang's, with a tokenizer, and awake."""
-    ask = {"input_ids": [[10, 11], [12]], "sampling_params": {"n": 2, "max_new_tokens": 2}, "return_logprob": True}
+    ask = {"input_ids": [[10, 11], [12]], "sampling_params": SAMPLED, "return_logprob": True}
     batch = engine.generate(**ask)
     stopped = engine.generate(input_ids=[[10]], sampling_params={"stop_token_ids": list(range(128))})
     calls = {

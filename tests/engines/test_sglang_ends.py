@@ -70,9 +70,9 @@ def test_f17_a_scheduler_that_raises_is_an_error_and_no_end_of_the_process(engin
     with pytest.raises(WeightSyncError, match="missing: model.embed_tokens.weight"):
         subject.send(models[1], **{"model.embed_tokens.weight": None})
     subject.send(models[0])
-    with pytest.raises(EngineStateError, match="of SGLang .* has .*: its output says why"):
+    with pytest.raises(EngineStateError, match="of SGLang.* has .*: its output says why"):
         engine._ask("generate", input_ids=[[]], sampling_params={})  # what the adapter would have refused
-    with pytest.raises(EngineStateError, match="of SGLang .* has "):
+    with pytest.raises(EngineStateError, match="of SGLang.* has "):
         subject.generate()
     assert engine.status is EngineStatus.DEAD
     with pytest.raises(EngineStateError, match="lost one of its processes at "):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightrft.errors import ConfigError
+from lightrft.errors import ConfigError, EngineStateError
 from lightrft.strategy.requests import Request
 from lightrft.strategy.sglang_utils import start
 from lightrft.strategy.weight_sync import send
@@ -108,6 +108,13 @@ def test_videos_and_text_with_an_image(engine, models):
     assert found[0].prompt_token_ids == (10, VISION_START, *[VIDEO] * 8, VISION_END, 11)
     tokens, output = expected(models[0], (10, 11, *ONE_IMAGE), (SMALL,))
     assert (list(found[1].prompt_token_ids), list(found[1].output_token_ids)) == (tokens, output)
+
+
+def test_an_image_that_is_not_there(engine, models):
+    request = Request(prompt_token_ids=(10, *ONE_IMAGE), images=("/no/such/file.png",))
+    with pytest.raises(EngineStateError, match="SGLang could not generate: .*No such file"):
+        engine.generate([request], GREEDY)
+    check_images(engine, models[0])
 
 
 @pytest.mark.parametrize(

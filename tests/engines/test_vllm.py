@@ -363,17 +363,21 @@ def test_an_engine_that_cannot_be_mended_is_dead(engine, monkeypatch):
 
 
 def test_sleep_at_level_1_keeps_the_weights(engine):
+    is_sleeping = engine._llm.llm_engine.is_sleeping
     engine.sleep(level=1)
     engine.sleep(level=1)
+    assert is_sleeping()
     assert engine.status is EngineStatus.ASLEEP
     with pytest.raises(EngineStateError, match="asleep"):
         generate(engine, PROMPTS, GREEDY)
     engine.wake_up(["weights"])
+    assert is_sleeping()
     assert engine.status is EngineStatus.ASLEEP
     with pytest.raises(EngineStateError, match=r"asleep \(kv_cache still\)"):
         generate(engine, PROMPTS, GREEDY)
     engine.wake_up(["kv_cache"])
     engine.wake_up()
+    assert not is_sleeping()
     assert_is(engine, A)
 
 

@@ -10,7 +10,7 @@ from engines import tiny
 
 from lightrft.errors import ConfigError, RankFailedError, WeightSyncError
 from lightrft.sim import ProcessWorld
-from lightrft.strategy import vllm_utils, weight_sync
+from lightrft.strategy import get_strategy, vllm_utils, weight_sync
 from lightrft.strategy.engine import EngineStatus
 from lightrft.strategy.engine_settings import EngineSettings
 
@@ -115,11 +115,18 @@ def log_probs(batch):
     return torch.tensor([one for _, one in batch])
 
 
-def test_two_ranks_that_share_an_engine_generate_the_same_as_one(folder):
+@pytest.fixture(scope="module")
+def two_lives(folder):
+    """Of each rank: what an engine of its own has generated, and then one that it shares."""
+    with ProcessWorld(2, backend="gloo", limit=180) as world:
+        return world.run(lambda: (life_of_an_engine_alone(folder), rollout(folder)))
+
+
+def test_two_ranks_that_share_an_engine_generate_the_same_as_one(folder, two_lives):
+    (alone, _), (second, _) = two_lives
     left = leave_shared_memory()
     with ProcessWorld(2, backend="gloo", limit=180) as world:
         shared, other = world.run(life_of_an_engine, folder, 2)
-        alone, second = world.run(life_of_an_engine_alone, folder)
     assert not left.exists(), "names are left to nobody"
     for name in ("A", "B", "A again"):
         assert shared[name] == other[name], "to the last bit"
@@ -153,3 +160,44 @@ def test_ranks_and_engine_tp_size_have_to_agree(folder):
         pytest.raises(RankFailedError, match="engine_tp_size=2, but 1 ranks"),
     ):
         world.run(lambda: start(folder, 2))
+
+
+def rollout(folder):
+    """An iteration, as a trainer calls it: rank 1 has no prompts of its own at first."""
+    strategy = get_strategy(
+        {
+            "strategy": "fake",
+            "pretrain": folder,
+            "engine_type": "vllm",
+            "engine_tp_size": 2,
+            "prompt_max_len": 64,
+            "generate_max_len": 32,
+            "engine_options": {"kv_cache_memory_bytes": 32 << 20, "block_size": 32},
+        }
+    )
+    rank = strategy.get_rank()
+    strategy.setup_inference_engine()
+    first = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=PROMPTS if rank == 0 else [])
+    asleep = strategy.inference_engine_status
+    actor = strategy.prepare(tiny.qwen2(1))
+    strategy.update_engine_weights(actor)
+    mine = PROMPTS[:1] if rank == 0 else PROMPTS[1:]
+    second = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=mine)
+    strategy.inference_engine.shutdown()
+    return first, second, str(asleep)
+
+
+def test_K05_a_strategy_generates_and_updates_with_its_ranks(two_lives):
+    (_, (first, second, asleep)), (_, (nothing, other, also)) = two_lives
+    assert [one.prompt_token_ids for one in first] == [tuple(prompt) for prompt in PROMPTS]
+    assert nothing == []
+    assert asleep == also == "asleep"
+    assert [one.prompt_token_ids for one in second + other] == [tuple(prompt) for prompt in PROMPTS]
+    for found, version, seed in ((first, 0, 0), (second + other, 1, 1)):
+        assert {one.weight_version for one in found} == {version}
+        for one in found:
+            ids = torch.tensor([one.prompt_token_ids + one.output_token_ids])
+            with torch.no_grad():
+                logits = tiny.qwen2(seed)(ids).logits[0, len(one.prompt_token_ids) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(one.output_token_ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=1e-4, rtol=0)

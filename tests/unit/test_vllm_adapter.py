@@ -1,5 +1,6 @@
 """The parts of the vLLM adapter that need no vLLM: arguments, what is refused, and the state of the process."""
 
+import dataclasses
 import gc
 import multiprocessing
 import os
@@ -135,6 +136,71 @@ def test_a_completion_that_was_given_up_is_an_error(reason):
     output = SimpleNamespace(prompt_token_ids=[1], outputs=[sample])
     with pytest.raises(EngineStateError, match=f"its finish reason is {reason!r}"):
         list(completions_of([output], version=0, mode="raw", has_tokenizer=False))
+
+
+# -- Calls ------------------------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """As ``vllm.LLM``: notes what is called."""
+
+    def __init__(self, **arguments):
+        self.calls = []
+        self.llm_engine = SimpleNamespace(
+            engine_core=SimpleNamespace(shutdown=lambda: self.calls.append("shutdown")),
+            reset_encoder_cache=lambda: self.calls.append("reset encoder"),
+        )
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.calls.append(f"wake {' '.join(tags)}")
+
+    def reset_prefix_cache(self):
+        self.calls.append("reset prefix")
+        return self.calls.count("reset prefix") < 3
+
+    def collective_rpc(self, method, kwargs):
+        self.calls.append(f"{method} {[name for name, _ in kwargs['weights_iterator']]}")
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    made = dataclasses.make_dataclass("EngineArgs", sorted(KNOWN))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Recorded, EngineArgs=made))
+    return vllm_utils.start(settings(tp_size=1))
+
+
+def test_caches_are_dropped_once_a_sleeper_is_awake_as_a_whole(recorded):
+    recorded.sleep(level=2)
+    recorded.reset_caches()
+    recorded.wake_up(["weights"])
+    recorded.update_weights([[("a", torch.zeros(1))], [("b", torch.zeros(1))]], 1)
+    recorded.reset_caches()
+    recorded.wake_up(["kv_cache"])
+    assert recorded._llm.calls == [
+        "sleep 2",
+        "wake weights",
+        "reload_weights ['a', 'b']",
+        "wake kv_cache",
+        "reset prefix",
+        "reset encoder",
+    ]
+
+
+def test_caches_that_stay_are_an_error(recorded):
+    recorded.reset_caches()
+    recorded.reset_caches()
+    with pytest.raises(EngineStateError, match="its prefix cache is in use"):
+        recorded.reset_caches()
+
+
+def test_an_engine_ends_once(recorded):
+    calls = recorded._llm.calls
+    recorded.shutdown()
+    recorded.shutdown()
+    assert calls == ["shutdown"]
 
 
 # -- Coverage ---------------------------------------------------------------------------------------------------------

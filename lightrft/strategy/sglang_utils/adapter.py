@@ -113,6 +113,8 @@ class SGLangEngine(StatefulEngine):
             if self._ranks.world_size == 1 and self._launched.processes.died:
                 self._bury()  # in a larger group, at the next step that all ranks do
             raise
+        except RuntimeError as error:  # an image that cannot be read, for example
+            raise EngineStateError(f"SGLang could not generate: {error}") from error
         prompts = [request for request in requests for _ in range(params.n)]
         return [
             generation.completion_of(request, output, log_probs=mode, version=self.weight_version)

@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,14 +91,16 @@ class _Outside:
             del os.environ[name]
         os.environ.update({name: value for name, value in self.environ.items() if os.environ.get(name) != value})
         restore_random_state(self.random_state)
-        torch.set_num_threads = self.set_num_threads
+        if torch.set_num_threads is not self.set_num_threads:
+            torch.set_num_threads = self.set_num_threads
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         if _default_group() is not self.group:
             _set_default_group(self.group)
         if multiprocessing.get_start_method(allow_none=True) != self.start_method:
             multiprocessing.set_start_method(self.start_method, force=True)
-        sys.excepthook = self.excepthook
+        if sys.excepthook is not self.excepthook:
+            sys.excepthook = self.excepthook
         if not self.frozen and gc.get_freeze_count():
             gc.unfreeze()  # or garbage of the trainer that was frozen is never collected
 
@@ -106,9 +109,10 @@ class _Outside:
 def keeping_the_default_group() -> Iterator[None]:
     """Let nobody on this thread destroy the default process group: an engine that ends takes it for its own."""
     destroy = dist.destroy_process_group
+    thread = threading.get_ident()
 
     def destroy_others(group: dist.ProcessGroup | None = None) -> None:
-        if group is not None and group is not _default_group():
+        if threading.get_ident() != thread or (group is not None and group is not _default_group()):
             destroy(group)
 
     dist.destroy_process_group = destroy_others
