@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,60 @@ from lightrft.strategy.utils.agreement import Ranks
 from lightrft.strategy.utils.call_sites import call_site
 
 __all__ = ["Engine"]
+
+_THERE = ("prompt", "sampling_params", "input_ids", "image_data", "video_data", "return_logprob")
+"""Arguments of ``generate`` that the fake engine heeds."""
+
+_ARGUMENTS: dict[str, Any] = {
+    "prompt": None,
+    "sampling_params": None,
+    "input_ids": None,
+    "image_data": None,
+    "audio_data": None,
+    "video_data": None,
+    "mm_hashes": None,
+    "mm_content_hashes": None,
+    "return_logprob": False,
+    "logprob_start_len": None,
+    "top_logprobs_num": None,
+    "token_ids_logprob": None,
+    "lora_path": None,
+    "custom_logit_processor": None,
+    "require_reasoning": False,
+    "return_hidden_states": False,
+    "return_routed_experts": False,
+    "routed_experts_start_len": 0,
+    "stream": False,
+    "bootstrap_host": None,
+    "bootstrap_port": None,
+    "bootstrap_room": None,
+    "routed_dp_rank": None,
+    "disagg_prefill_dp_rank": None,
+    "kv_hints": None,
+    "data_parallel_rank": None,
+    "external_trace_header": None,
+    "rid": None,
+    "session_params": None,
+    "priority": None,
+    "session_id": None,
+    "cache_salt": None,
+}
+
+_NOT_THERE = {name: default for name, default in _ARGUMENTS.items() if name not in _THERE}
+
+_GENERATE = inspect.Signature(
+    [
+        inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+        *(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY if name == "cache_salt" else inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                default=default,
+            )
+            for name, default in _ARGUMENTS.items()
+        ),
+    ]
+)
 
 _TAGS = ("kv_cache", "weights", "cuda_graph")
 
@@ -77,32 +132,22 @@ class Engine:
 
     # -- Generation ---------------------------------------------------------------------------------------------------
 
-    def generate(
-        self,
-        prompt: str | list[str] | None = None,
-        sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
-        input_ids: list[int] | list[list[int]] | None = None,
-        image_data: Any = None,
-        audio_data: Any = None,
-        video_data: Any = None,
-        return_logprob: bool | list[bool] | None = False,
-        logprob_start_len: Any = None,  # noqa: ARG002 - prompts have no log-probs here
-        top_logprobs_num: Any = None,
-        token_ids_logprob: Any = None,
-        lora_path: Any = None,
-        stream: bool = False,
-    ) -> Any:
-        """Completions: a dictionary for one prompt, a list for several, samples of one prompt beside each other."""
-        lacking = [
-            name
-            for name, value in {
-                "audio_data": audio_data, "top_logprobs_num": top_logprobs_num, "token_ids_logprob": token_ids_logprob,
-                "lora_path": lora_path, "stream": stream,
-            }.items()
-            if value
-        ]  # fmt: skip
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Completions: a dictionary for one prompt, a list for several, samples of one prompt beside each other.
+
+        ``Engine.generate.__signature__`` has the arguments.
+        """
+        bound = _GENERATE.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        lacking = [name for name, default in _NOT_THERE.items() if given[name] != default]
         if lacking:
             raise NotImplementedError(f"the fake engine has no {', '.join(lacking)}")
+        return self._generate(*(given[name] for name in _THERE))
+
+    def _generate(
+        self, prompt: Any, sampling_params: Any, input_ids: Any, image_data: Any, video_data: Any, return_logprob: Any
+    ) -> Any:
         self._check_awake("generate")
         if (prompt is None) == (input_ids is None):
             raise ValueError("expected prompt or input_ids, and not both")
@@ -111,7 +156,7 @@ class Engine:
         )
         texts = [prompt] if isinstance(prompt, str) else prompt
         several = [self._encode(text) for text in texts] if texts is not None else [input_ids] if single else input_ids
-        asked = self._asked(several, sampling_params, image_data, video_data, single)  # type: ignore[arg-type]
+        asked = self._asked(several, sampling_params, image_data, video_data, single)
         wanted = [return_logprob] * len(asked) if not isinstance(return_logprob, list) else return_logprob
         samples = [self._sample(one, index) for one in asked for index in range(one.params.n)]
         drawn = self._core.generate(samples) if samples else []
@@ -320,4 +365,5 @@ def _unpacked(payload: Any) -> list[tuple[str, Any]]:
     return bucket.reconstruct_tensors()
 
 
+Engine.generate.__signature__ = _GENERATE  # type: ignore[attr-defined]
 Engine.__module__ = "sglang.srt.entrypoints.engine"

@@ -57,6 +57,16 @@ _DEFAULTS: dict[str, Any] = {
     "hf_overrides": None,
     "mm_processor_kwargs": None,
     "pooler_config": None,
+    "structured_outputs_config": None,
+    "profiler_config": None,
+    "attention_config": None,
+    "kv_cache_memory_bytes": None,
+    "compilation_config": None,
+    "quantization_config": None,
+    "logits_processors": None,
+    "spec_method": None,
+    "spec_model": None,
+    "spec_tokens": None,
 }
 """Arguments of the constructor that it names; it takes the others of ``EngineArgs`` too."""
 
@@ -64,7 +74,6 @@ _MORE: dict[str, Any] = {
     "distributed_executor_backend": None,
     "enable_prefix_caching": None,
     "enable_sleep_mode": False,
-    "kv_cache_memory_bytes": None,
     "limit_mm_per_prompt": None,
     "load_format": "auto",
     "logprobs_mode": "raw_logprobs",
@@ -81,9 +90,11 @@ _MORE: dict[str, Any] = {
 }
 """Those of ``EngineArgs`` alone."""
 
+_OF_ENGINE_ARGS = {name: default for name, default in {**_DEFAULTS, **_MORE}.items() if name != "chat_template"}
+
 EngineArgs = dataclasses.make_dataclass(
     "EngineArgs",
-    [("model", str), *((name, Any, field(default=default)) for name, default in {**_DEFAULTS, **_MORE}.items())],
+    [("model", str), *((name, Any, field(default=default)) for name, default in _OF_ENGINE_ARGS.items())],
 )
 
 
@@ -97,7 +108,9 @@ class LLM:
     def __init__(self, model: str, **kwargs: Any) -> None:
         unknown = sorted(set(kwargs) - set(_DEFAULTS) - set(_MORE))
         if unknown:
-            raise TypeError(f"LLM got an unexpected keyword argument {unknown[0]!r}")
+            raise TypeError(
+                f"LLM got an unexpected keyword argument {unknown[0]!r}, which the fake engine does not know"
+            )
         given = {**_DEFAULTS, **_MORE, **kwargs}
         config = model_config(model)
         self._given = given
@@ -289,6 +302,10 @@ class LLMEngine:
     def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
         """Give requests up; there are none."""
 
+    def has_unfinished_requests(self) -> bool:
+        """A call ends with all of its requests."""
+        return False
+
     def is_sleeping(self) -> bool:
         """Whether anything of it sleeps."""
         return self._core.state.status is EngineStatus.ASLEEP
@@ -312,7 +329,7 @@ class EngineCore:
     def __init__(self, core: Core) -> None:
         self._core = core
 
-    def shutdown(self) -> None:
+    def shutdown(self, timeout: float | None = None) -> None:  # noqa: ARG002 - it takes no time
         """End the engine."""
         self._core.state.end("was shut down")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["CompletionOutput", "Logprob", "RequestOutput"]
@@ -56,6 +56,9 @@ class RequestOutput:
     encoder_prompt_token_ids: list[int] | None = None
     num_cached_tokens: int | None = None
     num_cache_creation_tokens: int | None = None
+    prompt_token_id_logprobs: Any = field(default=None, kw_only=True)
+    kv_transfer_params: dict[str, Any] | None = field(default=None, kw_only=True)
+    ec_transfer_params: dict[str, Any] | None = field(default=None, kw_only=True)
 
 
 for _each in (CompletionOutput, RequestOutput):

@@ -1,0 +1,190 @@
+"""The adapters of vLLM and SGLang on the fake engine, under every backend: what a trainer's iteration does."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from fake_models import tiny_model
+
+from lightrft.errors import EngineStateError, StaleWeightsError, WeightSyncError
+from lightrft.sim import SimWorld
+from lightrft.strategy import get_strategy
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("deepspeed")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries below
+
+BACKENDS = {
+    "fake": {"strategy": "fake", "fsdp": True},
+    "FSDP": {"fsdp": True},
+    "ZeRO-2": {"zero_stage": 2},
+    "ZeRO-3": {"zero_stage": 3},
+}
+GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True, "logprobs": 0}
+SIZE = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("model"))
+    tiny_model(path)
+    return path
+
+
+def strategy_of(folder, backend, **more):
+    settings = {"train_batch_size": SIZE, "pretrain": folder, "prompt_max_len": 16, "generate_max_len": 16, **more}
+    return get_strategy({**settings, **backend})
+
+
+def prepared(strategy, folder):
+    with strategy.init_model_context():
+        actor = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer = strategy.create_optimizer(actor, lr=1e-2)
+    return strategy.prepare((actor, optimizer, None))[:2]
+
+
+def trained(strategy, actor, optimizer):
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    strategy.backward(actor(input_ids=ids, labels=ids).loss, actor, optimizer)
+    strategy.optimizer_step(optimizer, actor, None)
+
+
+def gap(actor, one, temperature=1.0):
+    """Between the engine's log-probs of a completion and the trainer's."""
+    ids = torch.tensor([[*one.prompt_token_ids, *one.output_token_ids]])
+    logits = actor(input_ids=ids).logits.detach()[0, len(one.prompt_token_ids) - 1 : -1].float() / temperature
+    found = logits.log_softmax(-1).gather(1, torch.tensor(one.output_token_ids).unsqueeze(1)).squeeze(1)
+    return (found - torch.tensor(one.log_probs)).abs().max().item()
+
+
+def iterations(folder, backend, **settings):
+    """Two iterations: for each rank the completions before and after a step, and how far log-probs are apart."""
+
+    def program():
+        strategy = strategy_of(folder, backend, **settings)
+        actor, optimizer = prepared(strategy, folder)
+        strategy.setup_inference_engine()
+        found = []
+        for _ in range(2):
+            prompts = [[3, 4 + strategy.get_rank()], [5]][: 1 + strategy.get_rank() % 2]
+            several = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=prompts)
+            found.append(([one.output_token_ids for one in several], [one.weight_version for one in several]))
+            # Every rank goes through the model as often as the others do.
+            assert max(gap(actor, one) for one in [*several, several[0]][:2]) < 1e-4
+            assert str(strategy.inference_engine_status) == "asleep"
+            trained(strategy, actor, optimizer)
+            strategy.update_engine_weights(actor)
+        strategy.inference_engine.shutdown()
+        dist.destroy_process_group()
+        return found
+
+    return SimWorld(SIZE).run(program)
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    return iterations(folder, BACKENDS["fake"], engine_type="vllm")
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_f16_every_backend_and_engine_generates_the_same(folder, expected, backend, engine, tp):
+    found = iterations(folder, BACKENDS[backend], engine_type=engine, engine_tp_size=tp)
+    assert found == expected
+    for before, after in found:
+        assert before[0] != after[0]
+        assert {*before[1]} == {0}
+        assert {*after[1]} == {1}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_f16_log_probs_at_another_temperature_are_the_trainers(folder, engine):
+    def program():
+        strategy = strategy_of(folder, BACKENDS["FSDP"], engine_type=engine, engine_tp_size=2)
+        actor, _ = prepared(strategy, folder)
+        strategy.setup_inference_engine()
+        params = {"temperature": 0.7, "max_tokens": 8, "logprobs": 0, "n": 2, "ignore_eos": True}
+        several = strategy.gather_and_generate(params, all_prompt_token_ids=[[3, 4 + strategy.get_rank()]])
+        assert {one.log_probs_mode for one in several} == {"processed"}
+        worst = max(gap(actor, one, 0.7) for one in several)
+        strategy.inference_engine.shutdown()
+        dist.destroy_process_group()
+        return worst, [one.output_token_ids for one in several]
+
+    found = SimWorld(SIZE).run(program)
+    assert max(worst for worst, _ in found) < 1e-4
+    assert len({tokens for _, both in found for tokens in both}) == 2 * SIZE
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_f01_f05_a_deep_sleep_asks_for_new_weights_and_no_cache_outlives_them(folder, engine):
+    def program():
+        strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_tp_size=2)
+        actor, optimizer = prepared(strategy, folder)
+        made = strategy.setup_inference_engine()
+        prompts = [[3, 4, 5, 6 + strategy.get_rank()]]
+
+        def tokens():
+            return strategy.gather_and_generate(GREEDY, all_prompt_token_ids=prompts)[0].output_token_ids
+
+        tokens()
+        strategy.wakeup_inference_engine()
+        made.sleep(level=2)
+        with pytest.raises(StaleWeightsError, match="has dropped its weights, by a sleep at level 2 at"):
+            tokens()
+        trained(strategy, actor, optimizer)
+        strategy.update_engine_weights(actor)
+        after = tokens()
+        strategy.inference_engine.shutdown()
+        fresh = strategy.setup_inference_engine(actor=actor)
+        assert tokens() == after
+        fresh.shutdown()
+        dist.destroy_process_group()
+
+    SimWorld(SIZE).run(program)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_f06_f20_an_update_that_fails_is_an_error_on_all_ranks_and_the_next_one_is_whole(folder, engine):
+    def program():
+        strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_tp_size=2)
+        actor, optimizer = prepared(strategy, folder)
+        strategy.setup_inference_engine()
+        smaller = torch.nn.Linear(2, 2)
+        with pytest.raises(WeightSyncError, match="unexpected: weight"):
+            strategy.update_engine_weights(smaller)
+        with pytest.raises(EngineStateError, match="holds a part of new weights|not all were sent again"):
+            strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3, 4]])
+        trained(strategy, actor, optimizer)
+        strategy.update_engine_weights(actor)
+        (one,) = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3, 4]])
+        assert gap(actor, one) < 1e-4
+        strategy.inference_engine.shutdown()
+        dist.destroy_process_group()
+
+    SimWorld(SIZE).run(program)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_k10_f17_a_prompt_that_an_engine_refuses_is_an_error_on_its_group_and_no_other(folder, engine):
+    def program():
+        strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_tp_size=2)
+        strategy.setup_inference_engine()
+        bad = strategy.get_rank() == 1
+        try:
+            found = len(strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[999 if bad else 3]]))
+        except EngineStateError as error:
+            found = str(error)
+        except ValueError as error:
+            found = str(error)
+        again = len(strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3]]))
+        strategy.inference_engine.shutdown()
+        dist.destroy_process_group()
+        return found, again
+
+    found = SimWorld(SIZE).run(program)
+    assert [one for one, _ in found[2:]] == [1, 1]
+    assert "999" in found[0][0]
+    assert "999" in found[1][0]
+    assert [again for _, again in found] == [1] * SIZE
