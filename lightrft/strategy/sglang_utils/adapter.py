@@ -134,6 +134,7 @@ class SGLangEngine(StatefulEngine):
         with self._together("the engine was not woken"):
             for tag in wanted:
                 self._ask("resume_memory_occupation", tags=[tag])
+                self._released.remove(tag)  # SGLang dies of a second time
 
     def _reset_caches(self) -> None:
         with self._together("the caches were not emptied"):
