@@ -229,6 +229,17 @@ def test_F17_an_error_in_the_middle_of_a_batch_leaves_nothing_behind(engine, mon
     assert_is(engine, A)
 
 
+def test_F17_an_engine_that_cannot_be_emptied_is_dead(engine, monkeypatch):
+    def fails():
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine, "_abort", fails)
+    monkeypatch.setattr(engine.state, "end", (ended := []).append)
+    with pytest.raises(ConfigError, match="cannot be empty"):
+        generate(engine, [[]], GREEDY)
+    assert ended == ["could not be emptied after a failed generation (out of memory)"]
+
+
 # -- Weights ----------------------------------------------------------------------------------------------------------
 
 
@@ -353,10 +364,10 @@ def test_an_engine_that_cannot_be_mended_is_dead(engine, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_reload", fails)
-        patch.setattr(engine.state, "end", ended := [].append)
+        patch.setattr(engine.state, "end", (ended := []).append)
         with pytest.raises(WeightSyncError, match="vLLM is dead: a failed update could not be ended"):
             update(engine, B)
-    assert ended.__self__ == ["could not be mended after a failed update (out of memory)"]
+    assert ended == ["could not be mended after a failed update (out of memory)"]
 
 
 # -- Sleep ------------------------------------------------------------------------------------------------------------
