@@ -9,6 +9,7 @@ import torch
 LETTERS = string.ascii_letters + string.digits + string.punctuation + " "
 SPECIAL = ("<pad>", "<eos>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 VOCABULARY = 128
+LENGTH = 64
 PAD, EOS, VISION_START, VISION_END, IMAGE, VIDEO = range(len(SPECIAL))
 
 
@@ -87,3 +88,24 @@ def save(model, folder, *others):
     for each in (model, *others):
         each.save_pretrained(folder)
     return str(folder)
+
+
+def settings(model, **others):
+    """Of an engine on this CPU."""
+    from lightrft.strategy.engine_settings import EngineSettings
+
+    return EngineSettings(
+        **{
+            "model": model,
+            "dtype": "float32",
+            "tp_size": 1,
+            "memory_share": 0.5,
+            "max_model_len": LENGTH,
+            "max_tokens": 8,
+            "seed": 0,
+            "sleeps": True,
+            "device": torch.device("cpu"),
+            "group": None,
+            **others,
+        }
+    )
