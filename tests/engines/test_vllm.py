@@ -11,7 +11,6 @@ from transformers import GenerationConfig
 from lightrft.errors import ConfigError, EngineStateError, StaleWeightsError, WeightSyncError
 from lightrft.strategy import vllm_utils, weight_sync
 from lightrft.strategy.engine import EngineStatus
-from lightrft.strategy.engine_settings import EngineSettings
 from lightrft.strategy.vllm_utils import engine as adapter
 
 # What vLLM and what it imports warn of is not ours.
@@ -32,18 +31,8 @@ SAMPLED = {"temperature": 1.0, "max_tokens": 12, "seed": 5, "ignore_eos": True}
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     folder = tiny.save(A, tmp_path_factory.mktemp("model"))
-    settings = EngineSettings(
-        model=folder,
-        dtype="float32",
-        tp_size=1,
-        memory_share=0.5,
-        max_model_len=96,
-        max_tokens=7,
-        seed=3,
-        sleeps=True,
-        device=torch.device("cpu"),
-        group=None,
-        options={"kv_cache_memory_bytes": 32 << 20, "block_size": 32},
+    settings = tiny.settings(
+        folder, max_model_len=96, max_tokens=7, seed=3, options={"kv_cache_memory_bytes": 32 << 20, "block_size": 32}
     )
     engine = vllm_utils.start(settings)
     yield engine
@@ -229,6 +218,17 @@ def test_F17_an_error_in_the_middle_of_a_batch_leaves_nothing_behind(engine, mon
     assert_is(engine, A)
 
 
+def test_F17_an_engine_that_cannot_be_emptied_is_dead(engine, monkeypatch):
+    def fails():
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine, "_abort", fails)
+    monkeypatch.setattr(engine.state, "end", (ended := []).append)
+    with pytest.raises(ConfigError, match="cannot be empty"):
+        generate(engine, [[]], GREEDY)
+    assert ended == ["could not be emptied after a failed generation (out of memory)"]
+
+
 # -- Weights ----------------------------------------------------------------------------------------------------------
 
 
@@ -353,10 +353,10 @@ def test_an_engine_that_cannot_be_mended_is_dead(engine, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "_reload", fails)
-        patch.setattr(engine.state, "end", ended := [].append)
+        patch.setattr(engine.state, "end", (ended := []).append)
         with pytest.raises(WeightSyncError, match="vLLM is dead: a failed update could not be ended"):
             update(engine, B)
-    assert ended.__self__ == ["could not be mended after a failed update (out of memory)"]
+    assert ended == ["could not be mended after a failed update (out of memory)"]
 
 
 # -- Sleep ------------------------------------------------------------------------------------------------------------

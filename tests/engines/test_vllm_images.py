@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from lightrft.errors import ConfigError
 from lightrft.strategy import vllm_utils, weight_sync
-from lightrft.strategy.engine_settings import EngineSettings
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:::lightrft")]
 
@@ -30,17 +29,11 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folders):
-    settings = EngineSettings(
-        model=folders[0],
-        dtype="float32",
-        tp_size=1,
-        memory_share=0.5,
+    settings = tiny.settings(
+        folders[0],
         max_model_len=128,
         max_tokens=7,
         seed=3,
-        sleeps=True,
-        device=torch.device("cpu"),
-        group=None,
         options={"kv_cache_memory_bytes": 32 << 20, "block_size": 32},
     )
     engine = vllm_utils.start(settings)

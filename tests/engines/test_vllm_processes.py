@@ -12,7 +12,6 @@ from lightrft.errors import ConfigError, RankFailedError, WeightSyncError
 from lightrft.sim import ProcessWorld
 from lightrft.strategy import get_strategy, vllm_utils, weight_sync
 from lightrft.strategy.engine import EngineStatus
-from lightrft.strategy.engine_settings import EngineSettings
 
 pytestmark = [
     pytest.mark.processes,
@@ -34,17 +33,13 @@ def start(folder, tp_size):
         ]
         group = engines[dist.get_rank() // tp_size]
     return vllm_utils.start(
-        EngineSettings(
-            model=folder,
-            dtype="float32",
+        tiny.settings(
+            folder,
             tp_size=tp_size,
-            memory_share=0.5,
+            group=group,
             max_model_len=96,
             max_tokens=7,
             seed=3,
-            sleeps=True,
-            device=torch.device("cpu"),
-            group=group,
             options={"kv_cache_memory_bytes": 32 << 20, "block_size": 32},
         )
     )

@@ -17,7 +17,6 @@ from engines import tiny
 from lightrft.errors import ConfigError, EngineStateError
 from lightrft.strategy import vllm_utils, weight_sync
 from lightrft.strategy.engine import EngineStatus
-from lightrft.strategy.engine_settings import EngineSettings
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:::lightrft")]
 
@@ -32,19 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def settings(folder):
-    return EngineSettings(
-        model=folder,
-        dtype="float32",
-        tp_size=1,
-        memory_share=0.5,
-        max_model_len=96,
-        max_tokens=7,
-        seed=3,
-        sleeps=True,
-        device=torch.device("cpu"),
-        group=None,
-        options={"kv_cache_memory_bytes": 32 << 20},
-    )
+    return tiny.settings(folder, max_model_len=96, max_tokens=7, seed=3, options={"kv_cache_memory_bytes": 32 << 20})
 
 
 def changed(settings, **options):

@@ -138,9 +138,12 @@ class VLLMEngine(StatefulEngine):
         try:
             yield
         except BaseException:
-            with self._process.entered():
-                self._abort()
-                self._forget()
+            try:
+                with self._process.entered():
+                    self._abort()
+                    self._forget()
+            except Exception as error:  # noqa: BLE001 - the first one is raised
+                self.state.end(f"could not be emptied after a failed generation ({error})")
             raise
 
     def _abort(self) -> None:
