@@ -79,7 +79,8 @@ def sglang(session: nox.Session) -> None:
     session.install("-r", "requirements/sglang-cpu.txt", "cloudpickle==3.1.2", "pytest==9.2.0")
     # What follows asks for another torch, for CUDA; and compiled kernels that a CPU lacks are stood in for.
     session.install("--no-deps", "torchvision==0.28.0", "sglang==0.5.23", "-e", ".")
-    env = {"PYTHONPATH": str(ROOT / "tests/engines/sglang_stubs"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    stubs = os.pathsep.join(str(ROOT / "tests/engines" / name) for name in ("sglang_stubs", "torchvision_stub"))
+    env = {"PYTHONPATH": stubs, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for file in sorted((ROOT / "tests/engines").glob("test_sglang*.py")):
         session.run("python", "-m", "pytest", str(file), *session.posargs, env=env)
 

@@ -196,7 +196,7 @@ class EngineCalls(ABC):
             else [requests.request_of(one) for one in multi_modal_inputs]
         )
         self.wakeup_inference_engine()
-        return list(engine.generate(mine, sampling_params))
+        return rollout.generate_alike(engine, mine, sampling_params, group=self.engine_mp_group)
 
     def wakeup_inference_engine(self) -> None:
         """Wake the engine; nothing if it is awake, or if there is none."""

@@ -45,8 +45,8 @@ class Completion:
         prompt_token_ids: as the engine saw the prompt, image tokens expanded.
         output_token_ids: what it generated, the end token included if it came to one.
         log_probs: of each of ``output_token_ids``; ``None`` if they were not asked for.
-        log_probs_mode: ``"raw"`` if they are of the model's distribution, ``"processed"`` if of the one after
-            temperature, top-k and top-p.
+        log_probs_mode: ``"raw"`` if they are of the model's distribution, ``"processed"`` if of the one that was drawn
+            from: after penalties and temperature, with vLLM after top-k, top-p and min-p too.
         finish_reason: ``"stop"`` at an end token, ``"length"`` at the limit.
         weight_version: of the weights that generated it.
         text: if the engine has a tokenizer.

@@ -16,7 +16,7 @@ from lightrft.strategy.utils.agreement import Ranks
 if TYPE_CHECKING:
     from lightrft.strategy.engine import RolloutEngine
 
-__all__ = ["gather", "gather_and_generate"]
+__all__ = ["gather", "gather_and_generate", "generate_alike"]
 
 
 def gather_and_generate(
@@ -55,6 +55,23 @@ def gather_and_generate(
     if engine.runs_on_all_ranks:
         return completions[first:last]
     return _scattered(completions, counts, samples, ranks)
+
+
+def generate_alike(
+    engine: RolloutEngine, requests: Sequence[Request], sampling_params: Any, *, group: dist.ProcessGroup | None
+) -> list[Any]:
+    """The completions of requests that all ranks of the engine pass alike, on each of them. *Collective*.
+
+    Raises:
+        LightRFTError: generation failed on some rank; the same error on every rank of the group.
+    """
+    ranks = Ranks(group) if group is not None else Ranks(rank=0, world_size=1)
+    completions: list[Any] = []
+    with ranks.together("generation failed", EngineStateError) as outcome:
+        if engine.runs_on_all_ranks or ranks.rank == 0:
+            completions = engine.generate(requests, sampling_params)
+            outcome.mine = None if engine.runs_on_all_ranks else completions
+    return completions if engine.runs_on_all_ranks else list(outcome.all[0])
 
 
 def _samples(completions: Sequence[Any], requests: Sequence[Request]) -> int:

@@ -14,7 +14,7 @@ SURFACES = Path(__file__).parents[1] / "engines" / "surfaces"
 VLLM = json.loads((SURFACES / "vllm-0.32.json").read_text())
 SGLANG = json.loads((SURFACES / "sglang-0.5.23.json").read_text())
 
-VLLM_LACKS = {"vllm.LLM.chat": "conversations", "vllm.LLM.apply_model": "a module to apply a function to"}
+VLLM_LACKS = {"vllm.LLM.chat": "conversations"}
 SGLANG_LACKS = {"GenerateReqInput": "requests behind Engine.generate"}
 
 

@@ -151,7 +151,7 @@ def test_f06_f20_an_update_that_fails_is_an_error_on_all_ranks_and_the_next_one_
         strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_tp_size=2)
         actor, optimizer = prepared(strategy, folder)
         strategy.setup_inference_engine()
-        smaller = torch.nn.Linear(2, 2)
+        smaller = strategy.prepare_model(torch.nn.Linear(2, 2), is_training=True)
         with pytest.raises(WeightSyncError, match="unexpected: weight"):
             strategy.update_engine_weights(smaller)
         with pytest.raises(EngineStateError, match="holds a part of new weights|not all were sent again"):

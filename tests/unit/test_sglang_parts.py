@@ -15,13 +15,13 @@ import torch
 
 from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
 from lightrft.strategy.engine_settings import EngineSettings
+from lightrft.strategy.model_files import ModelFiles
 from lightrft.strategy.requests import Request
 from lightrft.strategy.sampling import SamplingParams
 from lightrft.strategy.sglang_utils import generation, sending
 from lightrft.strategy.sglang_utils.coverage import Coverage
 from lightrft.strategy.sglang_utils.host import put_back, set_aside
 from lightrft.strategy.sglang_utils.launching import library
-from lightrft.strategy.sglang_utils.model_files import ModelFiles
 
 SHAPES = {"embed.weight": (4, 2), "norm.weight": (2,)}
 EMBEDDING, NORM = ("embed.weight", torch.zeros(4, 2)), ("norm.weight", torch.zeros(2))

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from lightrft.errors import WeightSyncError
 
 if TYPE_CHECKING:
@@ -58,6 +60,10 @@ class LanguageModel(ABC):
     @abstractmethod
     def draw(self, samples: Sequence[Sample]) -> list[Drawn]:
         """A completion of each of ``samples``, which depends on the weights and on that sample alone."""
+
+    def module(self) -> nn.Module:
+        """What computes, as far as it is a module."""
+        return nn.Module()
 
     def load(self, weights: Iterable[tuple[str, Tensor]], *, whole: bool = True) -> None:
         """Put weights in.

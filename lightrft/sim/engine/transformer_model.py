@@ -92,6 +92,11 @@ class TransformerModel(LanguageModel):
         held = [(name, fingerprint(tensor.to(self._dtype))) for name, tensor in self._model.named_parameters()]
         return f"{digest(sorted(held)):016x}"
 
+    def module(self) -> torch.nn.Module:
+        """The model of transformers."""
+        found: torch.nn.Module = self._model
+        return found
+
     def forget(self) -> None:
         """See ``LanguageModel``."""
         if self._prefixes is not None:

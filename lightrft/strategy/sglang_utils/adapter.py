@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import ConfigError, EngineStateError, LightRFTError, WeightSyncError
 from lightrft.strategy.engine import StatefulEngine
+from lightrft.strategy.model_files import ModelFiles
 from lightrft.strategy.sglang_utils import generation, sending
 from lightrft.strategy.sglang_utils.coverage import Coverage
 from lightrft.strategy.sglang_utils.launching import Launched, launch, library
-from lightrft.strategy.sglang_utils.model_files import ModelFiles
 from lightrft.strategy.utils.agreement import Outcome, Ranks
 
 if TYPE_CHECKING:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightrft.errors import ConfigError, EngineStateError
+from lightrft.strategy.request_seeds import content_of, seeds_for
 from lightrft.strategy.requests import Completion, Request
 
 if TYPE_CHECKING:
+    from lightrft.strategy.model_files import ModelFiles
     from lightrft.strategy.sampling import SamplingParams
-    from lightrft.strategy.sglang_utils.model_files import ModelFiles
 
 __all__ = ["arguments_of", "check_requests", "completion_of", "log_probs_mode", "with_seeds"]
 
@@ -86,22 +86,14 @@ def arguments_of(requests: Sequence[Request], *, log_probs: bool) -> dict[str, A
 def with_seeds(
     requests: Sequence[Request], params: SamplingParams
 ) -> tuple[list[Request], list[SamplingParams] | SamplingParams]:
-    """Each sample a request of its own, with a seed of its own, if ``params`` has one and draws at all.
-
-    A seed follows from that of the parameters, the prompt and the number of the sample; neither from the place of the
-    prompt nor from what is beside it. Equal prompts in one call so have equal samples.
-    """
+    """Each sample a request of its own, with a seed of its own (see ``seeds_for``), if ``params`` has one and draws."""
     if params.seed is None or params.temperature == 0:
         return list(requests), dataclasses.replace(params, seed=None)
-    each = [(request, sample) for request in requests for sample in range(params.n)]
-    return [request for request, _ in each], [
-        dataclasses.replace(params, n=1, seed=_seed(params.seed, request, sample)) for request, sample in each
+    seeds = seeds_for([content_of(request) for request in requests], params.seed)
+    each = [
+        (request, seed + sample) for request, seed in zip(requests, seeds, strict=True) for sample in range(params.n)
     ]
-
-
-def _seed(seed: int, request: Request, sample: int) -> int:
-    what = repr((seed, sample, request.prompt, request.prompt_token_ids)).encode()
-    return int.from_bytes(hashlib.blake2b(what, digest_size=8).digest(), "big") >> 1
+    return [request for request, _ in each], [dataclasses.replace(params, n=1, seed=seed) for _, seed in each]
 
 
 def log_probs_mode(params: SamplingParams, *, raw: bool) -> Literal["raw", "processed"]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from lightrft.strategy.engine_settings import EngineSettings
-    from lightrft.strategy.sglang_utils.model_files import ModelFiles
+    from lightrft.strategy.model_files import ModelFiles
 
 __all__ = ["Launched", "launch", "library"]
 

@@ -23,7 +23,6 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
             _BeforeTorchvision.library = torch.library.Library("torchvision", "FRAGMENT")
             for schema in _SCHEMAS:
                 self.library.define(schema)
-        # somebody else finds it
 
 
 sys.meta_path.insert(0, _BeforeTorchvision())

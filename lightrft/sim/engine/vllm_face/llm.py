@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -247,6 +248,10 @@ class LLM:
             raise NotImplementedError(f"the worker of the fake engine has no {method}")
         return [found(*args, **(kwargs or {}))]
 
+    def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
+        """Call a function with the module of this rank; what it returns."""
+        return [func(self._core.model.module())]
+
     def get_tokenizer(self) -> Any:
         """The tokenizer of the model."""
         if self._prompts.tokenizer is None:
@@ -350,7 +355,10 @@ class Worker:
         """Replace all weights."""
         if weights_iterator is None or weights_path is not None or not is_checkpoint_format:
             raise NotImplementedError("the fake engine reloads weights from an iterator, by the names of a checkpoint")
-        self._core.load(weights_iterator)
+        weights = iter(weights_iterator)
+        first = next(weights, None)
+        if first is not None:  # else it ends a reload that was broken off, and leaves everything as it is
+            self._core.load(chain([first], weights))
 
 
 def _ranks(given: dict[str, Any]) -> Ranks:
