@@ -43,13 +43,21 @@ class Coverage:
             self._note("of another shape", f"{name} {tuple(shape)}, expected {expected}")
         return expected == tuple(shape)
 
-    def check(self) -> None:
+    def is_copy(self, name: str) -> bool:
+        """Whether a weight that fits is the embedding once more, which the checkpoint has once."""
+        return name in self._optional and name not in (self._shapes or ())
+
+    def check(self, *, whole: bool = True) -> None:
         """All weights have come, and no others.
+
+        Args:
+            whole: whether all should have come by now.
 
         Raises:
             WeightSyncError: they have not; the message names them.
         """
-        for name in sorted(set(self._shapes or ()) - set(self._optional) - self._seen):
+        missing = set(self._shapes or ()) - set(self._optional) - self._seen if whole else ()
+        for name in sorted(missing):
             self._note("missing", name)
         if self._problems:
             found = "; ".join(f"{kind}: {_some(names)}" for kind, names in self._problems.items())

@@ -14,17 +14,17 @@ import pytest
 import torch
 
 from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
+from lightrft.strategy.coverage import Coverage
 from lightrft.strategy.engine_settings import EngineSettings
 from lightrft.strategy.model_files import ModelFiles
 from lightrft.strategy.requests import Request
 from lightrft.strategy.sampling import SamplingParams
 from lightrft.strategy.sglang_utils import generation, sending
-from lightrft.strategy.sglang_utils.coverage import Coverage
 from lightrft.strategy.sglang_utils.host import put_back, set_aside
 from lightrft.strategy.sglang_utils.launching import library
 
-SHAPES = {"embed.weight": (4, 2), "norm.weight": (2,)}
-EMBEDDING, NORM = ("embed.weight", torch.zeros(4, 2)), ("norm.weight", torch.zeros(2))
+SHAPES = {"model.embed_tokens.weight": (4, 2), "norm.weight": (2,)}
+EMBEDDING, NORM = ("model.embed_tokens.weight", torch.zeros(4, 2)), ("norm.weight", torch.zeros(2))
 HEAD = ("lm_head.weight", torch.zeros(4, 2))
 
 
@@ -61,31 +61,21 @@ def test_a_model_that_is_nowhere_is_unknown(tmp_path):
     assert ModelFiles.of(str(tmp_path)) == ModelFiles()
 
 
-@pytest.mark.parametrize("sent", [[EMBEDDING, NORM], [EMBEDDING, NORM, HEAD]])
-def test_a_tied_output_layer_may_be_sent_or_not(sent):
-    coverage = Coverage(SHAPES, tied=True)
-    assert coverage.of_model(sent) == [EMBEDDING, NORM]
-    coverage.check_complete()
-    other = Coverage({**SHAPES, "lm_head.weight": (4, 2)}, tied=True)
-    assert other.of_model(sent) == sent
-    other.check_complete()
+def test_a_tied_output_layer_that_the_checkpoint_lacks_is_a_copy():
+    for shapes, copy in ((SHAPES, True), ({**SHAPES, "lm_head.weight": (4, 2)}, False)):
+        coverage = Coverage(ModelFiles(shapes=shapes, tied=True))
+        assert [coverage.fits(name, tuple(tensor.shape)) for name, tensor in (EMBEDDING, NORM, HEAD)] == [True] * 3
+        assert [coverage.is_copy(name) for name, _ in (EMBEDDING, NORM, HEAD)] == [False, False, copy]
+        coverage.check()
 
 
-def test_f06_what_does_not_fit_is_named():
-    with pytest.raises(WeightSyncError, match=r"unexpected: lm_head.weight\. Check"):
-        Coverage(SHAPES, tied=False).of_model([HEAD])
-    with pytest.raises(WeightSyncError, match=r"wrong shape: norm.weight is \[3\] instead of \[2\]"):
-        Coverage(SHAPES, tied=False).of_model([("norm.weight", torch.zeros(3))])
-    for coverage in (Coverage(SHAPES, tied=False), Coverage(None, tied=False)):
-        with pytest.raises(WeightSyncError, match="sent twice: norm.weight"):
-            coverage.of_model([NORM, NORM])
-        with pytest.raises(WeightSyncError, match="sent twice: norm.weight"):
-            coverage.of_model([NORM])
-    coverage = Coverage(SHAPES, tied=True)
-    coverage.of_model([NORM])
-    with pytest.raises(WeightSyncError, match="missing: embed.weight"):
-        coverage.check_complete()
-    Coverage(None, tied=False).check_complete()
+def test_f06_what_does_not_fit_is_named_before_all_has_come():
+    coverage = Coverage(ModelFiles(shapes=SHAPES, tied=False))
+    assert coverage.fits(*[NORM[0], tuple(NORM[1].shape)])
+    coverage.check(whole=False)
+    assert not coverage.fits("lm_head.weight", (4, 2))
+    with pytest.raises(WeightSyncError, match="unexpected: lm_head.weight"):
+        coverage.check(whole=False)
 
 
 def test_seeds_follow_from_the_prompt_and_not_from_its_place():

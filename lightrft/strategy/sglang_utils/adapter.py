@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import ConfigError, EngineStateError, LightRFTError, WeightSyncError
+from lightrft.strategy.coverage import Coverage
 from lightrft.strategy.engine import StatefulEngine
 from lightrft.strategy.model_files import ModelFiles
 from lightrft.strategy.sglang_utils import generation, sending
-from lightrft.strategy.sglang_utils.coverage import Coverage
 from lightrft.strategy.sglang_utils.launching import Launched, launch, library
 from lightrft.strategy.utils.agreement import Outcome, Ranks
 
@@ -159,13 +159,13 @@ class SGLangEngine(StatefulEngine):
 
     def _send(self, buckets: Iterator[Sequence[tuple[str, torch.Tensor]]]) -> None:
         """Every rank reads every bucket, since gathering one is collective; the first rank sends it."""
-        coverage = Coverage(self._files.shapes, tied=self._files.tied)
+        coverage = Coverage(self._files)
         while True:
             with self._together("weights were not sent", WeightSyncError) as outcome:
                 bucket = next(buckets, None)
-                if bucket is None:
-                    coverage.check_complete()
-                kept = coverage.of_model(bucket or ())
+                fitting = [one for one in bucket or () if coverage.fits(one[0], tuple(one[1].shape))]
+                coverage.check(whole=bucket is None)
+                kept = [one for one in fitting if not coverage.is_copy(one[0])]
                 flat = sending.flattened(self._sglang, kept) if kept and self._has_share else None
                 if flat is not None and self._settings.device.type != "cpu":
                     outcome.mine = sending.serialized(self._sglang, flat)
