@@ -6,8 +6,8 @@ from lightrft.sim import SimWorld
 from lightrft.sim.contracts.strategy import CHECKS, LACKS, SETTINGS, Subject
 
 SPEAKS_OF_RANKS = ("ST1", "ST2", "ST301", "ST302", "ST7", "ST8")
-"""Numbers of the checks whose properties speak of the number of ranks. The usual tests take them with 2 and 4 ranks, and
-the others with 2; the slow ones take all of them with 1, 2, 4 and 8."""
+"""Numbers of the checks whose properties speak of the number of ranks. The usual tests take them with 2 and 4 ranks and
+the others with 2; the slow ones take the rest of 1, 2, 4 and 8."""
 
 
 def sized(check, size):
