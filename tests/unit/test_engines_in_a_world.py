@@ -95,7 +95,7 @@ def kinds():
                 yield pytest.param(backend, engine, tp, marks=() if usual else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("backend", "engine", "tp"), kinds())
+@pytest.mark.parametrize(("backend", "engine", "tp"), list(kinds()))
 def test_f16_every_backend_and_engine_generates_the_same(folder, expected, backend, engine, tp):
     found = iterations(folder, BACKENDS[backend], engine_type=engine, engine_tp_size=tp)
     assert found == expected
