@@ -47,7 +47,7 @@ class TransformerModel(LanguageModel):
         try:
             config = AutoConfig.from_pretrained(path)
             with torch.random.fork_rng(devices=[]):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)  # type: ignore[no-untyped-call]
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)  # type: ignore[no-untyped-call, unused-ignore]
         except (OSError, ValueError) as error:
             raise ConfigError(f"the fake engine cannot build the model in {path}: {error}") from error
         self._model = model.eval().requires_grad_(False)
