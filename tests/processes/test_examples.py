@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from launches import kill_with_children
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "sim"
 
@@ -37,9 +37,7 @@ def losses_under_torchrun(example):
         try:
             return losses(process)
         except (AssertionError, subprocess.TimeoutExpired):
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            kill_with_children(process)
             if last:
                 raise
     return None
