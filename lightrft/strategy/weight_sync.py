@@ -91,6 +91,7 @@ def send(
     bucket_bytes: int,
     dtype: torch.dtype | None = None,
     verify: bool = False,
+    poison: bool | None = None,
 ) -> Sent:
     """Replace the weights of ``engine``. *Collective*.
 
@@ -100,6 +101,7 @@ def send(
         bucket_bytes: see ``in_buckets``.
         dtype: of the engine's weights; as the parameters are if ``None``.
         verify: compare what the engine holds afterwards with what was sent, bit by bit.
+        poison: see ``in_buckets``; if ``None``, as the environment says.
 
     Raises:
         ConfigError: the engine cannot tell what it holds, which ``verify`` needs.
@@ -110,7 +112,7 @@ def send(
         raise ConfigError(f"{type(engine).__name__} cannot tell which weights it holds: leave verify=True out")
     sent = Sent(version=engine.weight_version + 1)
     digests: dict[str, str] | None = {} if verify else None
-    poison = os.environ.get(_POISON) == "1"
+    poison = os.environ.get(_POISON) == "1" if poison is None else poison
     buckets = _counted(
         sent, in_buckets(_noted(sent, parameters, digests, dtype), bucket_bytes, dtype=dtype, poison=poison)
     )

@@ -97,10 +97,11 @@ def test_k09_no_more_than_a_bucket_and_one_tensor_exist_at_a_time():
 
 def test_f08_a_reader_that_keeps_a_bucket_reads_nothing_plausible(monkeypatch):
     weights = [(f"w{index}", torch.ones(4)) for index in range(4)]
-    for poisoned in (False, True):
+    for variable, asked, poisoned in (("0", None, False), ("1", None, True), ("0", True, True), ("1", False, False)):
         kept = []
-        monkeypatch.setenv("LIGHTRFT_POISON_BUCKETS", str(int(poisoned)))
-        send(Holder(lambda buckets, kept=kept: [kept.extend(bucket) for bucket in buckets]), weights, bucket_bytes=32)
+        monkeypatch.setenv("LIGHTRFT_POISON_BUCKETS", variable)
+        holder = Holder(lambda buckets, kept=kept: [kept.extend(bucket) for bucket in buckets])
+        send(holder, weights, bucket_bytes=32, poison=asked)
         assert [bool(tensor.isnan().all()) for _, tensor in kept] == [poisoned] * 4
     assert all(tensor.eq(1).all() for _, tensor in weights)
 
