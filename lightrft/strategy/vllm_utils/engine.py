@@ -231,7 +231,7 @@ def _copies_at_once(llm: Any) -> bool:
 def _fitting(
     buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], coverage: Coverage, *, copied: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """What fits of ``buckets``; copied, as vLLM keeps tensors until it has all that it fuses, which may be after theirs."""
+    """What fits of ``buckets``; copied, as vLLM keeps tensors until it has all that it fuses, after they are gone."""
     for bucket in buckets:
         for name, tensor in bucket:
             if coverage.fits(name, tuple(tensor.shape)):
