@@ -125,25 +125,24 @@ class _QuietNames:
 
     Args:
         places: the places of these names, by number.
+
+    Attributes:
+        look: a triple: what gives the values of the names that are bound, of ``namespace``, and what it gave at first.
+        absent: pairs of a function, which says whether the namespace has a name, and a name that is not bound.
     """
 
     def __init__(self, places: dict[int, _Name]) -> None:
         self._places = places
-        self._namespace = vars(next(iter(places.values())).holder)
-        present = [place.name for place in places.values() if place.name in self._namespace]
-        self._absent = [place.name for place in places.values() if place.name not in self._namespace]
+        namespace = vars(next(iter(places.values())).holder)
+        present = [place.name for place in places.values() if place.name in namespace]
         # itemgetter gives a tuple only for two names or more
-        self._get = itemgetter("__doc__", "__doc__", *present)
-        self._last = self._get(self._namespace)
+        get = itemgetter("__doc__", *(present or ["__doc__"]))
+        self.look = (get, namespace, get(namespace))
+        self.absent = [(namespace.__contains__, place.name) for place in places.values() if place.name not in namespace]
         self._values = {number: place.read() for number, place in places.items()}
 
     def changed(self) -> list[int]:
         """The numbers of the places that have been written to."""
-        try:
-            if self._get(self._namespace) == self._last and not any(map(self._namespace.__contains__, self._absent)):
-                return []
-        except Exception:  # noqa: BLE001 - deleted, or objects that cannot be compared: look at each
-            pass
         return [number for number, place in self._places.items() if place.read() is not self._values[number]]
 
     def without(self, numbers: list[int]) -> list[_QuietNames]:
@@ -168,6 +167,8 @@ class LibraryState:
         self._states: list[dict[int, Any]] = []
         self._moving: list[int] = []
         self._quiet_names: list[_QuietNames] = []
+        self._looks: list[tuple[Any, Any, Any]] = []
+        self._absent: list[tuple[Any, str]] = []
         self._empty: dict[int, Any] = {}
         self._empty_containers: list[Any] = []
         self._quiet: dict[int, Any] = {}
@@ -193,19 +194,14 @@ class LibraryState:
 
     def save(self, state: dict[int, Any]) -> None:
         """Read what the running rank leaves behind."""
-        for names in self._quiet_names:
-            numbers = names.changed()
-            if numbers:
-                self._moving += numbers
-                self._quiet_names = [
-                    *(other for other in self._quiet_names if other is not names),
-                    *names.without(numbers),
-                ]
+        if not self._names_are_quiet():
+            self._move_names()
         if any(self._empty_containers):
             self._move([number for number, place in self._empty.items() if place.container])
-        changed = [number for number in self._quiet if self._has_changed(number)]
-        if changed:
-            self._move(changed)
+        if self._quiet:
+            changed = [number for number in self._quiet if self._has_changed(number)]
+            if changed:
+                self._move(changed)
         for number in self._moving:
             state[number] = self._places[number].read()
 
@@ -238,6 +234,32 @@ class LibraryState:
         self._find_places()
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _names_are_quiet(self) -> bool:
+        """Whether nobody has written to one of the quiet names; asked at every switch."""
+        try:
+            for get, namespace, last in self._looks:
+                if get(namespace) != last:
+                    return False
+        except Exception:  # noqa: BLE001 - deleted, or objects that cannot be compared
+            return False
+        for has, name in self._absent:  # noqa: SIM110 - a generator takes three times as long
+            if has(name):
+                return False
+        return True
+
+    def _move_names(self) -> None:
+        for names in self._quiet_names:
+            numbers = names.changed()
+            if numbers:
+                self._moving += numbers
+                others = [other for other in self._quiet_names if other is not names]
+                self._watch_names([*others, *names.without(numbers)])
+
+    def _watch_names(self, quiet: list[_QuietNames]) -> None:
+        self._quiet_names = quiet
+        self._looks = [names.look for names in quiet]
+        self._absent = [each for names in quiet for each in names.absent]
 
     def _has_changed(self, number: int) -> bool:
         place = self._places[number]
@@ -289,7 +311,7 @@ class LibraryState:
                 self._quiet[number] = self._pristine[number]
                 if isinstance(place, _Contents) and isinstance(place.container, (set, deque)):
                     self._quiet[number] = type(place.container)(self._pristine[number])
-        self._quiet_names += [_QuietNames(places) for places in holders.values()]
+        self._watch_names([*self._quiet_names, *map(_QuietNames, holders.values())])
         self._empty_containers = [place.container for place in self._empty.values()]
 
 
