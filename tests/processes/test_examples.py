@@ -35,11 +35,12 @@ def test_an_example_runs_on_eight_ranks(example):
 
 
 def rollouts(backend, *flags):
-    return output_of(simulated(8, ROLLOUT, *BACKENDS[backend], *flags)).splitlines()
+    told = output_of(simulated(8, ROLLOUT, *BACKENDS[backend], *flags)).splitlines()
+    return [line for line in told if line.startswith(("iteration", "log-probs"))]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_one_script_generates_the_same_with_every_engine_and_any_number_of_ranks_sharing_it(backend):
+@pytest.mark.parametrize(("backend", "vllm", "sglang"), [("FSDP2", "4", "2"), ("ZeRO-3", "2", "4")])
+def test_one_script_generates_the_same_with_either_engine_and_any_number_of_ranks_sharing_it(backend, vllm, sglang):
     expected = rollouts(backend)
     assert [line.split(",")[0] for line in expected] == [
         "iteration 0: weights 0",
@@ -47,6 +48,5 @@ def test_one_script_generates_the_same_with_every_engine_and_any_number_of_ranks
         "iteration 1: weights 1",
         "log-probs of engine and trainer agree",
     ]
-    for engine in ("vllm", "sglang"):
-        for size in ("2", "4"):
-            assert rollouts(backend, "--engine_type", engine, "--engine_tp_size", size) == expected
+    assert rollouts(backend, "--engine_type", "vllm", "--engine_tp_size", vllm) == expected
+    assert rollouts(backend, "--engine_type", "sglang", "--engine_tp_size", sglang) == expected
