@@ -82,7 +82,7 @@ class VLLMEngine(StatefulEngine):
         grouped = dist.is_available() and dist.is_initialized()
         rank = dist.get_rank() if grouped else None
         self._process = ProcessState(environment(settings, rank))
-        with self._process.entered():
+        with self._process.entered(starts=True):
             with naming_extras("engine_type vllm"):
                 self.vllm: Any = importlib.import_module("vllm")
             known = {each.name for each in dataclasses.fields(self.vllm.EngineArgs)}
