@@ -109,3 +109,57 @@ def settings(model, **others):
             **others,
         }
     )
+
+
+def pair(**more):
+    """Two models of one architecture, all of whose weights differ."""
+    models = qwen2(0, **more), qwen2(1, **more)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(2)
+        for model in models:
+            for parameter in model.parameters():
+                if parameter.dim() == 1:  # else norms are ones and biases zeros, whatever the seed
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return models
+
+
+def subject(name, start, models, **more):
+    """Engines of these models, for the contracts."""
+    from lightrft.sim.contracts.engine import LACKS, Subject
+
+    letters = tokenizer()
+    return Subject(
+        **{
+            "start": start,
+            "models": models,
+            "name": name,
+            "vocabulary": VOCABULARY,
+            "max_model_len": LENGTH,
+            "max_tokens": 8,
+            "end": EOS,
+            "first_token": len(SPECIAL),
+            "encode": letters.encode,
+            "decode": letters.decode,
+            "lacks": LACKS[name],
+            "library_calls": lambda engine: len(engine.library_calls),
+            **more,
+        }
+    )
+
+
+def counting(engine):
+    """The same engine, which writes down how its library is called for updates in ``library_calls``."""
+    engine.library_calls = []
+    owner, name = (
+        (engine._llm, "collective_rpc")
+        if hasattr(engine, "_llm")
+        else (engine._launched.engine, "update_weights_from_tensor")
+    )
+    original = getattr(owner, name)
+
+    def counted(*args, **kwargs):
+        engine.library_calls.append(name)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
+    return engine

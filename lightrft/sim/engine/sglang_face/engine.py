@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -305,6 +306,9 @@ class Engine:
             return False, "no update is in progress: begin_weight_update comes before"
         if "weights" in self._released:
             self._die(f"was sent weights while its own are released, since {self._released['weights']}")
+        if load_format in (self.server_args.custom_weight_loader or ()):
+            pkgutil.resolve_name(str(load_format))(self._core.model.module(), named_tensors)
+            return True, "loaded"
         if load_format not in (None, "flattened_bucket"):
             raise NotImplementedError(f"the fake engine has no load_format={load_format!r}")
         if load_format is None:

@@ -39,6 +39,7 @@ class ServerArgs:
     rl_on_policy_target: str | None = None
     custom_sigquit_handler: Callable[..., Any] | None = None
     weight_version: str = "default"
+    custom_weight_loader: list[str] | None = None
 
 
 ServerArgs.__module__ = "sglang.srt.server_args"
