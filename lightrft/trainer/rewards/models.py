@@ -44,7 +44,8 @@ class ModelReward(RewardSource):
         name: str = "reward_model",
     ) -> None:
         self.name = name
-        self._model = model.eval()
+        self._model = model
+        model.eval()  # of DeepSpeed it returns nothing
         self._strategy = strategy
         self._micro_batch_size = micro_batch_size
         self._offload = offload
