@@ -1,8 +1,6 @@
 """The settings of the trainer, and their flags."""
 
 import argparse
-import subprocess
-import sys
 
 import pytest
 
@@ -154,11 +152,3 @@ def test_settings_that_do_not_fit_the_strategy_are_told_at_once():
 def test_a_table_of_the_flags_can_be_made():
     table = flag_table(TrainerConfig)
     assert all(f"`{flag}`" in table for flag in FLAGS)
-
-
-def test_settings_load_no_torch():
-    script = (
-        "import sys; from lightrft.trainer import TrainerConfig; TrainerConfig(); "
-        "from lightrft.utils import add_trainer_arguments; assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
