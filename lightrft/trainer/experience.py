@@ -121,13 +121,13 @@ class Experience:
         return type(self)(**{each.name: one(each.name) for each in dataclasses.fields(self)})
 
     @classmethod
-    def placeholder(cls, device: torch.device | str = "cpu") -> Self:
-        """A sequence of two tokens, none of them generated: what a rank trains on that has nothing left."""
-        two = torch.zeros(1, 2, dtype=torch.int64, device=device)
-        one = torch.zeros(1, 1, device=device)
+    def placeholder(cls, device: torch.device | str = "cpu", rows: int = 1) -> Self:
+        """Sequences of two tokens, none of them generated: what a rank passes on that has nothing left."""
+        two = torch.zeros(rows, 2, dtype=torch.int64, device=device)
+        one = torch.zeros(rows, 1, device=device)
         given: dict[str, Any] = {each.name: one for each in dataclasses.fields(cls)}
-        given |= {"sequences": two, "attention_mask": two + 1, "action_mask": one.bool(), "rewards": one[0]}
-        return cls(**{**given, "images": ({},)})
+        given |= {"sequences": two, "attention_mask": two + 1, "action_mask": one.bool(), "rewards": one[:, 0]}
+        return cls(**{**given, "images": ({},) * rows})
 
     def to(self, device: torch.device | str) -> Self:
         """The same on ``device``."""

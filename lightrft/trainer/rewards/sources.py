@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightrft.errors import ConfigError
+from lightrft.errors import ConfigError, RewardError
+from lightrft.strategy.utils.agreement import Ranks
 from lightrft.trainer.rewards.functions import FunctionReward
 from lightrft.trainer.rewards.mixture import RewardMixture
 from lightrft.trainer.rewards.models import ModelReward
 from lightrft.trainer.rewards.remote import RemoteReward
-from lightrft.trainer.rewards.source import RewardSource
+from lightrft.trainer.rewards.source import Rewards, RewardSource, Scored
 
 if TYPE_CHECKING:
     from lightrft.strategy.strategy_base import StrategyBase
     from lightrft.trainer.settings import TrainerConfig
 
-__all__ = ["reward_source"]
+__all__ = ["Together", "reward_source"]
 
 
 def reward_source(given: Any, strategy: StrategyBase, config: TrainerConfig) -> RewardSource:
@@ -33,7 +34,7 @@ def reward_source(given: Any, strategy: StrategyBase, config: TrainerConfig) -> 
     """
     several = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     several += [config.reward_function, config.remote_reward_url]
-    sources = [_source(one, strategy, config) for one in several if one is not None]
+    sources = [_together(_source(one, strategy, config), strategy) for one in several if one is not None]
     if not sources:
         raise ConfigError(
             "there is nothing that gives rewards: pass reward_model (a model, a function, an address, or a list of "
@@ -43,6 +44,41 @@ def reward_source(given: Any, strategy: StrategyBase, config: TrainerConfig) -> 
     if len(sources) == 1 and weights is None:
         return sources[0]
     return RewardMixture(sources, weights)
+
+
+class Together(RewardSource):
+    """Asks a source that ranks ask by themselves, and makes them succeed or fail together.
+
+    Of the ranks of a sequence-parallel group, which have the same samples, the first one asks.
+
+    Args:
+        source: not collective.
+        strategy: whose ranks these are.
+    """
+
+    is_collective = True
+
+    def __init__(self, source: RewardSource, strategy: StrategyBase) -> None:
+        self.name = source.name
+        self.source = source
+        self._strategy = strategy
+
+    def __call__(self, samples: Scored) -> Rewards:
+        """See ``RewardSource``. *Collective*."""
+        groups = self._strategy.groups
+        found = None
+        with Ranks().together("there are no rewards", RewardError):
+            if self._strategy.get_rank() % groups.sp_size == 0:
+                found = self.source(samples)
+        shared: Rewards | None = found if groups.sp is None else Ranks(groups.sp).gather(found)[0]
+        assert shared is not None
+        return shared
+
+
+def _together(source: RewardSource, strategy: StrategyBase) -> RewardSource:
+    if isinstance(source, RewardMixture):
+        return RewardMixture([_together(one, strategy) for one in source.sources], source.weights)
+    return source if source.is_collective else Together(source, strategy)
 
 
 def _source(one: Any, strategy: StrategyBase, config: TrainerConfig) -> RewardSource:
