@@ -1,15 +1,21 @@
-"""Small models with which trainers are tested: the interface of actors and critics, around a tiny Qwen2."""
+"""What trainers are tested with: an actor and a critic around a tiny transformer, and an engine without a model."""
 
 import dataclasses
+import random
 from typing import NamedTuple
 
 import torch
-from fake_models import tiny_model
 from torch import nn
 
+from lightrft.sim.contracts.strategy import workload
+from lightrft.sim.contracts.strategy.recorder import Recorder
 from lightrft.strategy import get_strategy
+from lightrft.strategy.requests import Completion
+from lightrft.strategy.sampling import SamplingParams
+from lightrft.strategy.utils.fingerprints import fingerprint
+from lightrft.trainer.rewards import Rewards, RewardSource
 
-__all__ = ["Actor", "Critic", "Prompt", "made", "prompts"]
+__all__ = ["Actor", "Critic", "Draws", "EvenTokens", "Prompt", "parts", "prompts", "weights_of"]
 
 
 class Scores(NamedTuple):
@@ -18,26 +24,60 @@ class Scores(NamedTuple):
 
 
 class Actor(nn.Module):
-    def __init__(self, model):
+    def __init__(self, seed=0, dropout=0.0):
         super().__init__()
-        self.model = model
+        self.model = workload.transformer(seed)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, sequences, attention_mask, *, temperature=1.0, entropy=False):
-        logits = self.model(input_ids=sequences, attention_mask=attention_mask).logits[:, :-1].float() / temperature
-        every = logits.log_softmax(-1)
-        found = every.gather(2, sequences[:, 1:].unsqueeze(2)).squeeze(2)
+        every = (self.dropout(self.model(sequences))[:, :-1].float() / temperature).log_softmax(-1)
+        found = every.gather(2, sequences[:, 1:].unsqueeze(2)).squeeze(2).clone()  # FSDP2 wants no view
         return Scores(found, -(every.exp() * every).sum(2) if entropy else None)
 
 
 class Critic(nn.Module):
-    def __init__(self, model):
+    def __init__(self, seed=1):
         super().__init__()
-        self.model = model
-        self.head = nn.Linear(model.config.hidden_size, 1)
+        self.model = workload.transformer(seed)
 
     def forward(self, sequences, attention_mask):
-        hidden = self.model.model(input_ids=sequences, attention_mask=attention_mask).last_hidden_state
-        return self.head(hidden).squeeze(2)
+        return self.model(sequences)[..., 0].clone()
+
+
+class Draws(Recorder):
+    """An engine whose completions follow from the weights that it was sent, bit by bit, the prompt and the seed."""
+
+    def generate(self, requests, sampling_params):
+        self._must_be_awake("generate")
+        params = SamplingParams.of(sampling_params)
+        self.requests.append(list(requests))
+        digest = [fingerprint(tensor) for tensor in self.weights.values()]
+        return [self._drawn(one, params, digest, sample) for one in requests for sample in range(params.n)]
+
+    def _drawn(self, request, params, digest, sample):
+        chance = random.Random(repr((digest, request.prompt_token_ids, params.seed, sample)))
+        length = chance.randint(1, params.max_tokens)
+        return Completion(
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=tuple(chance.randrange(2, workload.VOCABULARY) for _ in range(length)),
+            log_probs=(-3.0,) * length,
+            finish_reason="length" if length == params.max_tokens else "stop",
+            weight_version=self.weight_version,
+            text=f"answer {sample} to {request.prompt_token_ids}",
+        )
+
+
+class EvenTokens(RewardSource):
+    """The share of even tokens in each response."""
+
+    name = "even"
+
+    def __call__(self, samples):
+        shares = torch.tensor(
+            [sum(token % 2 == 0 for token in one.output_token_ids) / len(one.output_token_ids) for one in samples],
+            dtype=torch.float32,
+        )
+        return Rewards(rewards=shares, metrics={"accuracy": shares.round()} if samples else {})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,47 +90,55 @@ class Prompt:
 
 
 def prompts(count, longest=4):
-    """Prompts of 1 to ``longest`` tokens; the label of each is its number."""
+    """Prompts of 1 to ``longest`` tokens, each another one."""
     return [
-        Prompt(
-            prompt=f"p{i}", token_ids=tuple(3 + (i + k) % 50 for k in range(1 + i % longest)), label=i, index=i
-        )
-        for i in range(count)
+        Prompt(prompt=f"p{i}", token_ids=(*[3] * (i % longest), 2 + i % 22), label=i, index=i) for i in range(count)
     ]
 
 
-def made(folder, *, critic=True, initial=True, ema=False, lr=1e-2, **settings):
-    """A strategy with an engine, and what a trainer is given beside it."""
-    import transformers
-
+def parts(*, critic=True, initial=True, ema=False, engine=None, lr=1e-2, dropout=0.0, **settings):
+    """A strategy with an engine, and what a trainer is given beside it; the fake strategy unless settings say more."""
     strategy = get_strategy(
-        {"pretrain": folder, "prompt_max_len": 16, "generate_max_len": 8, "max_norm": 1.0, **settings}
+        {
+            "strategy": None if {"fsdp", "zero_stage"} & set(settings) else "fake",
+            "train_batch_size": 8,
+            "rollout_batch_size": 8,
+            "micro_rollout_batch_size": 2,
+            "prompt_max_len": 8,
+            "generate_max_len": 6,
+            **settings,
+        }
     )
-
-    def model():
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-    with strategy.init_model_context():
-        actor, other = Actor(model()), Critic(model()) if critic else None
-        reference = Actor(model()).requires_grad_(False) if initial else None
-        average = Actor(model()).requires_grad_(False) if ema else None
     trained = []
-    for each in (actor, other):
+    for each in (Actor(dropout=dropout), Critic() if critic else None):
         optimizer = None if each is None else strategy.create_optimizer(each, lr=lr)
-        rate = None if each is None else torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+        rate = None if each is None else torch.optim.lr_scheduler.LambdaLR(optimizer, _falling)
         trained.append((each, optimizer, rate))
     (actor, optim, rate), (other, critic_optim, critic_rate) = strategy.prepare(*trained, is_rlhf=True)
-    reference = None if reference is None else strategy.prepare(reference)
-    average = None if average is None else strategy.prepare(average)
-    strategy.setup_inference_engine()
+    strategy.inference_engine = engine or Draws()
     return {
-        "strategy": strategy, "actor": actor, "critic": other, "initial_model": reference, "ema_model": average,
-        "actor_optim": optim, "critic_optim": critic_optim, "actor_scheduler": rate,
+        "strategy": strategy,
+        "actor": actor,
+        "critic": other,
+        "initial_model": strategy.prepare(Actor().requires_grad_(False)) if initial else None,
+        "ema_model": strategy.prepare(Actor().requires_grad_(False)) if ema else None,
+        "actor_optim": optim,
+        "critic_optim": critic_optim,
+        "actor_scheduler": rate,
         "critic_scheduler": critic_rate,
-    }  # fmt: skip
+    }
 
 
-def model_folder(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("model"))
-    tiny_model(path)
-    return path
+def _falling(step):
+    return 0.9**step
+
+
+def weights_of(trainer):
+    """All weights of the models of ``trainer``, whole. *Collective*."""
+    models = {"actor": trainer.actor, "critic": trainer.critic, "ema": trainer.ema_model}
+    return {
+        f"{name}.{key}": tensor.detach().clone()
+        for name, model in models.items()
+        if model is not None
+        for key, tensor in trainer.strategy.full_parameters(model)
+    }

@@ -50,7 +50,7 @@ class Generation:
 
         Args:
             prompts: with ``prompt``, ``token_ids``, ``label``, ``images`` and ``index``; any number, none included.
-            seed: of what is drawn, the same on all ranks.
+            seed: of what is drawn, the same on all ranks, for an engine that takes seeds.
 
         Raises:
             EngineStateError: generation failed, on some rank of the engine.
@@ -82,7 +82,7 @@ class Generation:
             temperature=self.temperature,
             top_p=self.top_p,
             max_tokens=self.strategy.config.generate_max_len,
-            seed=seed,
+            seed=seed if self.strategy.inference_engine.takes_seeds else None,
             logprobs=True,
         )
 
