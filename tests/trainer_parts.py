@@ -102,8 +102,9 @@ def parts(*, critic=True, initial=True, ema=False, engine=None, lr=1e-2, dropout
         {
             "strategy": None if {"fsdp", "zero_stage"} & set(settings) else "fake",
             "train_batch_size": 8,
+            "micro_train_batch_size": 2,
             "rollout_batch_size": 8,
-            "micro_rollout_batch_size": 2,
+            "micro_rollout_batch_size": 4,
             "prompt_max_len": 8,
             "generate_max_len": 6,
             **settings,

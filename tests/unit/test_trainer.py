@@ -422,7 +422,8 @@ def base_run():
 
 
 def weights_after(settings):
-    made = parts(ema=True, lr=3e-2)
+    sizes = {"train_batch_size": 16, "micro_train_batch_size": 16, "micro_rollout_batch_size": 32}
+    made = parts(ema=True, lr=3e-2, **sizes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("warnings.warn", lambda *args, **more: None)
         trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **made, **{**BASE, **settings})
