@@ -170,7 +170,7 @@ def test_gae_is_the_sum_of_its_equation(given_):
 @pytest.mark.parametrize("name", [name for name in ADVANTAGES if name != "gae"])
 @settings(deadline=None, max_examples=50)
 @given(given_=batches())
-def test_an_estimator_is_its_equation(name, given_):
+def test_k22_an_estimator_is_its_equation(name, given_):
     found = estimate(name, given_)
     expected = slow_returns(name, given_)
     torch.testing.assert_close(found.returns.double(), expected, atol=1e-4, rtol=1e-4)

@@ -231,7 +231,7 @@ def batches(draw):
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 @settings(deadline=None, max_examples=50)
 @given(batch=batches(), eps_low=st.sampled_from([0.0, 0.2]), eps_high=st.sampled_from([0.2, 0.5]))
-def test_a_policy_loss_is_its_equation(name, batch, eps_low, eps_high):
+def test_k22_a_policy_loss_is_its_equation(name, batch, eps_low, eps_high):
     log_probs, old, advantages, mask = batch
     given_ = PolicyInputs(
         log_probs=log_probs, old_log_probs=old, advantages=advantages, mask=mask, eps_low=eps_low, eps_high=eps_high

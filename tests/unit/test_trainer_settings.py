@@ -1,6 +1,7 @@
 """The settings of the trainer, and their flags."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -149,6 +150,7 @@ def test_settings_that_do_not_fit_the_strategy_are_told_at_once():
     TrainerConfig().check_strategy(StrategyConfig(rollout_batch_size=8), 4)
 
 
-def test_a_table_of_the_flags_can_be_made():
+def test_the_documentation_has_a_table_of_the_flags():
     table = flag_table(TrainerConfig)
     assert all(f"`{flag}`" in table for flag in FLAGS)
+    assert (Path(__file__).parents[2] / "docs/trainer.md").read_text().endswith(table)
