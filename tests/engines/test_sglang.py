@@ -14,16 +14,17 @@ import pytest
 import torch
 
 from lightrft.errors import ConfigError
+from lightrft.models import tiny
 from lightrft.strategy import engine as engines
 from lightrft.strategy.requests import Request
 from lightrft.strategy.sglang_utils import start
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes of the engine too
 
+import on_cpu
 import record_sglang
-import tiny
 from engine_checks import CHECKS, PROMPTS, Subject, greedy
-from tiny import LENGTH, settings
+from on_cpu import LENGTH, settings
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of SGLang, and what its processes leave open
 
@@ -49,8 +50,8 @@ def changed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory, changed):
-    models = tiny.qwen2(seed=0), tiny.qwen2(seed=1)
-    folder = tiny.save(models[0], tmp_path_factory.mktemp("model"), tiny.tokenizer())
+    models = tiny.text_model(seed=0), tiny.text_model(seed=1)
+    folder = on_cpu.save(models[0], tmp_path_factory.mktemp("model"), tiny.tokenizer())
     before = process_state()
     engine = engines.start("sglang", settings(folder))
     after = process_state()
