@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from fake_models import VOCABULARY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightrft.errors import EngineStateError, RankFailedError, StaleWeightsError, WeightSyncError
+from lightrft.models.tiny import VOCABULARY, tiny_text_model
 from lightrft.sim import SimWorld
 from lightrft.sim.engine.core import Core
 from lightrft.sim.engine.drawing import Drawer
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    return tiny_model(folder)
+    return tiny_text_model(folder)
 
 
 def make(kind, folder, **more):
@@ -177,7 +177,7 @@ def test_completions_end_where_they_should(kind, trained, folder):
 
 @pytest.mark.parametrize("kind", ["hash", "model"])
 def test_f05_a_prefix_cache_that_outlives_its_weights_is_seen(kind, trained, folder, tmp_path):
-    tiny_model(tmp_path, seed=1)
+    tiny_text_model(tmp_path, seed=1)
     asked = [sample([7, 8, 9, 10], seed=seed, max_tokens=20, ignore_eos=True) for seed in range(3)]
     model = make(kind, folder)
     old = model.draw(asked)
@@ -208,7 +208,7 @@ def test_f06_weights_that_do_not_fit_are_named(kind, trained, folder):
     for wrong, message in (
         ({**weights, "model.other": weights[name]}, "model.other is no weight of this model"),
         ({key: value for key, value in weights.items() if key != name}, f"1 weights are missing: {name}"),
-        ({**weights, name: weights[name][:5]}, rf"{name} has shape \(5,\), expected \(32,\)"),
+        ({**weights, name: weights[name][:5]}, rf"{name} has shape \(5,\), expected \(64,\)"),
     ):
         with pytest.raises(WeightSyncError, match=message):
             core.load(wrong.items())
@@ -221,7 +221,7 @@ def test_f06_weights_that_do_not_fit_are_named(kind, trained, folder):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_k18_tied_weights_may_come_once_or_twice(tied, tmp_path):
-    trained = tiny_model(tmp_path, tie_word_embeddings=tied)
+    trained = tiny_text_model(tmp_path, tie_word_embeddings=tied)
     model = make("model", str(tmp_path))
     assert model.optional() >= ({"lm_head.weight"} if tied else set())
     both = {name: tensor * 1.5 for name, tensor in trained.state_dict().items()}
@@ -253,7 +253,7 @@ def test_f01_a_deep_sleep_destroys_the_weights(kind, trained, folder):
 
 
 def test_f20_updates_in_turns_equal_fresh_loads(trained, folder, tmp_path):
-    tiny_model(tmp_path, seed=2)
+    tiny_text_model(tmp_path, seed=2)
     asked = [sample([3, 4], max_tokens=20, ignore_eos=True), sample([5, 6, 7], max_tokens=9, temperature=0)]
     core = Core(make("model", folder), "the fake", ALONE)
     for path in [folder, str(tmp_path)] * 2:
@@ -292,7 +292,7 @@ def test_f12_ranks_of_one_engine_that_differ_are_told(what, trained, folder):
         core = Core(make("hash", folder), "the fake", Ranks())
         odd = rank == 1
         if odd and what == "the weights":
-            core.model.put("model.norm.weight", torch.ones(32) * 3)
+            core.model.put("model.norm.weight", torch.ones(64) * 3)
         asked = [sample([3 + (odd and what == "the prompts")], seed=odd and what == "the seeds")]
         if odd and what == "the sampling parameters":
             asked = [sample([3], temperature=0.5)]
