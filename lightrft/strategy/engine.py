@@ -51,6 +51,11 @@ class RolloutEngine(ABC):
         """Whether every rank of the group calls ``generate`` with the same requests; else rank 0 of the group does."""
         return True
 
+    @property
+    def takes_seeds(self) -> bool:
+        """Whether sampling parameters may have a seed, so that completions can be repeated."""
+        return True
+
     @abstractmethod
     def generate(self, requests: Sequence[Any], sampling_params: Any) -> list[Any]:
         """Completions of ``requests``, in their order; those of one request follow each other.

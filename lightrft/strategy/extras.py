@@ -17,6 +17,7 @@ _EXTRAS = {
     "safetensors": "train",
     "sglang": "sglang",
     "tensorboard": "plots",
+    "tqdm": "train",
     "transformers": "train",
     "vllm": "vllm",
 }

@@ -82,6 +82,11 @@ class SGLangEngine(StatefulEngine):
         """``False``: the first rank of the group generates."""
         return False
 
+    @property
+    def takes_seeds(self) -> bool:
+        """Whether SGLang was started to draw by seeds; of a rank that does not generate, whatever."""
+        return self._launched is None or self._launched.seeds
+
     def _generate(self, requests: list[Request], params: SamplingParams) -> list[Completion]:
         if self._launched is None:
             raise EngineStateError("SGLang runs on the first rank of its group, which generates for all of them")
