@@ -139,7 +139,7 @@ class HashModel(LanguageModel):
         drawn = tokens[:limit].tolist()
         own = sorted(self.ends) if not params.ignore_eos else []
         stops = [*params.stop_token_ids, *own]
-        length, stop = limit, None
+        length, stop = limit, None  # type: int, int | str | None
         if stops:
             places = np.flatnonzero(ending[params.min_tokens : limit])
             end = int(places[0]) + params.min_tokens if len(places) else limit
@@ -149,6 +149,10 @@ class HashModel(LanguageModel):
                 if natural >= end:
                     drawn[length - 1] = stops[0]
                 stop = drawn[length - 1]
+        for end in range(params.min_tokens + 1, length + 1) if params.stop else ():
+            if (text := self.stop_in(drawn[:end], params.stop)) is not None:
+                length, stop = end, text
+                break
         found = tuple(log_probs[:length].tolist())
         return Drawn(
             tokens=tuple(drawn[:length]),
@@ -156,7 +160,7 @@ class HashModel(LanguageModel):
             processed=found,
             tempered=found,
             finish_reason="length" if stop is None else "stop",
-            stop=stop if stop in params.stop_token_ids else None,
+            stop=stop if isinstance(stop, str) or stop in params.stop_token_ids else None,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -24,10 +24,12 @@ class LanguageModel(ABC):
     Attributes:
         vocabulary: how many tokens there are.
         ends: tokens that end a completion.
+        decode: tokens to text, for texts that end a completion; ``None`` if there is no tokenizer.
     """
 
     vocabulary: int
     ends: frozenset[int]
+    decode: Callable[[Sequence[int]], str] | None = None
 
     @abstractmethod
     def shapes(self) -> Mapping[str, Size]:
@@ -60,6 +62,13 @@ class LanguageModel(ABC):
     @abstractmethod
     def draw(self, samples: Sequence[Sample]) -> list[Drawn]:
         """A completion of each of ``samples``, which depends on the weights and on that sample alone."""
+
+    def stop_in(self, drawn: Sequence[int], stops: Sequence[str]) -> str | None:
+        """The first of some texts that is in the text of a completion; ``None`` if there is none."""
+        if not stops or self.decode is None:
+            return None
+        text = self.decode(drawn)
+        return next((stop for stop in stops if stop in text), None)
 
     def module(self) -> nn.Module:
         """What computes, as far as it is a module."""

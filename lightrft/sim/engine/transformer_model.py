@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,6 @@ class TransformerModel(LanguageModel):
                 f"the fake engine cannot run {path}, whose layers have {', '.join(sorted(kinds))}: use its hash mode"
             )
         self._forward = Forward(model)
-        self.decode: Callable[[Sequence[int]], str] | None = None
         self.vocabulary = config.get_text_config().vocab_size
         self.ends = _ends(config, path)
 
@@ -160,11 +159,8 @@ class TransformerModel(LanguageModel):
         params = sample.params
         if drawn[-1] in ends and len(drawn) > params.min_tokens:
             return "stop", drawn[-1] if drawn[-1] in params.stop_token_ids else None
-        if params.stop and self.decode is not None and len(drawn) > params.min_tokens:
-            text = self.decode(drawn)
-            for stop in params.stop:
-                if stop in text:
-                    return "stop", stop
+        if len(drawn) > params.min_tokens and (found := self.stop_in(drawn, params.stop)) is not None:
+            return "stop", found
         return ("length", None) if len(drawn) >= (params.max_tokens or 1) else None
 
     def _of_prompts(self, samples: Sequence[Sample]) -> tuple[KeyValues, Tensor]:

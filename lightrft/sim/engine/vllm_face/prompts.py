@@ -6,10 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightrft.errors import ConfigError
+from lightrft.sim.engine.lacking import lacks
 from lightrft.sim.engine.media import expanded, media_digest
 from lightrft.sim.engine.vllm_face.exceptions import VLLMValidationError
 
-__all__ = ["Prompt", "Prompts"]
+__all__ = ["Prompt", "Prompts", "media_limits"]
+
+_KEYS = frozenset({"prompt", "prompt_token_ids", "multi_modal_data"})
+_MOST_MEDIA = 999
+"""Of one kind in a prompt, where ``limit_mm_per_prompt`` does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +35,21 @@ class Prompts:
         vocabulary: how many tokens there are.
         limit: most tokens of prompt and completion.
         config: of the model; its ``image_token_id`` and ``video_token_id`` stand for images and videos.
+        media_limits: most images and videos of a prompt.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int, limit: int, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocabulary: int,
+        limit: int,
+        config: Mapping[str, Any],
+        media_limits: Mapping[str, int] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._limit = limit
+        self._media_limits = media_limits or {}
         self._media_tokens = {
             kind: token for kind in ("image", "video") if (token := config.get(f"{kind}_token_id")) is not None
         }
@@ -53,6 +68,8 @@ class Prompts:
             given = {"prompt": given}
         elif not isinstance(given, Mapping):
             given = {"prompt_token_ids": given}
+        if lacking := sorted(key for key in given.keys() - _KEYS if given[key] is not None):
+            raise ConfigError(lacks("vLLM", f"{', '.join(lacking)} in a prompt"))
         text, tokens = given.get("prompt"), given.get("prompt_token_ids")
         if tokens is None:
             if self.tokenizer is None:
@@ -70,6 +87,9 @@ class Prompts:
                 raise VLLMValidationError(f"this model takes no {kind}: its configuration has no {kind}_token_id")
             several = entries if isinstance(entries, (list, tuple)) else [entries]
             token = self._media_tokens[kind]
+            most = self._media_limits.get(kind, _MOST_MEDIA)
+            if len(several) > most:
+                raise VLLMValidationError(f"{len(several)} {kind}s in a prompt: limit_mm_per_prompt allows {most}")
             if tokens.count(token) != len(several):
                 raise VLLMValidationError(
                     f"the prompt has {tokens.count(token)} {kind} tokens for {len(several)} {kind}s: expected one each"
@@ -97,3 +117,15 @@ class Prompts:
             end = text.index(stop) + (len(stop) if params.include_stop_str_in_output else 0)
             text = text[:end]
         return text
+
+
+def media_limits(given: Any) -> dict[str, int]:
+    """``limit_mm_per_prompt`` as numbers by kind.
+
+    Raises:
+        ConfigError: it says more than numbers.
+    """
+    limits = dict(given or {})
+    if not all(isinstance(most, int) and kind in ("image", "video") for kind, most in limits.items()):
+        raise ConfigError(lacks("vLLM", f"limit_mm_per_prompt={given!r} but numbers of images and videos"))
+    return limits
