@@ -13,6 +13,8 @@ from torch import Tensor
 from lightrft.sim.engine.numbers import mixed, uniform
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from lightrft.sim.engine.samples import Sample
     from lightrft.strategy.sampling import SamplingParams
 
@@ -59,12 +61,12 @@ class Drawer:
         """The same for some of the samples, in this order."""
         return Drawer([self._samples[row] for row in rows], [self._ends[row] for row in rows])
 
-    def draw(self, logits: Tensor, drawn: Sequence[Sequence[int]]) -> Step:
+    def draw(self, logits: Tensor, drawn: NDArray[np.int64]) -> Step:
         """One step.
 
         Args:
             logits: (B, V), float64.
-            drawn: tokens of each sample so far.
+            drawn: tokens of each sample so far, (B, T).
         """
         raw = logits.log_softmax(-1)
         changed = self._changed(logits, drawn)
@@ -75,22 +77,24 @@ class Drawer:
             processed = _cut(changed, self._params).log_softmax(-1)
         tokens = processed.argmax(-1)
         if not self._all_greedy:
-            steps = np.array([len(each) for each in drawn], dtype=np.uint64)
-            tokens = torch.where(self._greedy, tokens, _inverse(processed.exp(), mixed(self._seeds, steps)))
+            drawn_with = mixed(self._seeds, drawn.shape[1])
+            tokens = torch.where(self._greedy, tokens, _inverse(processed.exp(), drawn_with))
         chosen = tokens.unsqueeze(1)
-        found = [each.gather(1, chosen).squeeze(1) for each in (raw, processed, tempered)]
-        return Step(tokens, *found)
+        of_raw = raw.gather(1, chosen).squeeze(1)
+        of_processed = of_raw if processed is raw else processed.gather(1, chosen).squeeze(1)
+        of_tempered = of_processed if tempered is processed else tempered.gather(1, chosen).squeeze(1)
+        return Step(tokens, of_raw, of_processed, of_tempered)
 
-    def _changed(self, logits: Tensor, drawn: Sequence[Sequence[int]]) -> Tensor:
+    def _changed(self, logits: Tensor, drawn: NDArray[np.int64]) -> Tensor:
         if not self._special:
             return logits
         logits = logits.clone()
         for row in self._special:
             params = self._params[row]
-            _penalise(logits[row], params, self._samples[row].tokens, drawn[row])
+            _penalise(logits[row], params, self._samples[row].tokens, drawn[row].tolist())
             for token, bias in (params.logit_bias or {}).items():
                 logits[row, int(token)] += bias
-            if len(drawn[row]) < params.min_tokens:
+            if drawn.shape[1] < params.min_tokens:
                 logits[row, sorted(self._ends[row])] = _NEVER
         return logits
 

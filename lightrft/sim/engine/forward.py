@@ -1,15 +1,16 @@
-"""Forward passes of a model of transformers over a batch whose keys and values are kept in place."""
+"""Forward passes of a model of transformers over sequences whose keys and values are kept in place."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightrft.sim.engine.key_values import KeyValues, Pair, left_padded
+from lightrft.sim.engine.key_values import Pair
 
 __all__ = ["Forward"]
 
@@ -19,8 +20,8 @@ _ATTENTION = "lightrft_kept_in_place"
 class Forward:
     """Runs a causal language model of transformers whose layers all have full attention.
 
-    One step of a small model is mostly the work of the interpreter, so that steps are traced and run without it.
-    Weights with equal values are one in a trace: ``forget`` has to be called when they change.
+    A step of a small model is mostly the work of the interpreter, so that steps are traced and run without it. Weights
+    are arguments of a trace: it stays good when they change.
 
     Args:
         model: of transformers.
@@ -32,102 +33,91 @@ class Forward:
         AttentionInterface.register(_ATTENTION, _attention)
         model.set_attn_implementation(_ATTENTION)  # type: ignore[operator]
         self._model = model
-        self._layers = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
-        self._traced: Callable[..., Tensor] | None = None
+        self._weights = [
+            (module, name, weight)
+            for path, module in model.named_modules()
+            for name, weight in module._parameters.items()
+            if weight is not None and "visual" not in path.split(".")
+        ]
+        self._traced: dict[bool, Callable[..., Tensor]] = {}
 
-    def forget(self) -> None:
-        """The weights are others now."""
-        self._traced = None
-
-    def prompts(self, prompts: Sequence[tuple[int, ...]], room: int) -> tuple[KeyValues, Tensor]:
-        """Keys, values and the logits of the last token, (B, V), of new sequences.
+    def __call__(self, embedded: Tensor, positions: Tensor, seen: Tensor, layers: list[Pair]) -> Tensor:
+        """The logits (B, V) of the last of Q tokens of each of B sequences.
 
         Args:
-            prompts: B of them.
-            room: tokens that each sequence may have in the end, padding included.
+            embedded: the tokens, (B, Q, H).
+            positions: of the tokens, as the model wants them.
+            seen: (B, 1, Q, K), 0 where a token sees another and -inf where not.
+            layers: keys and values of each layer, (B, heads, K, size); the last Q of K are written here.
         """
-        lengths = [len(tokens) for tokens in prompts]
-        width = max(lengths)
-        mask = left_padded(lengths, width, room)
-        ids = torch.tensor([[0] * (width - len(tokens)) + list(tokens) for tokens in prompts])
-        causal = torch.ones(width, width, dtype=torch.bool).tril()
-        shown = mask[:, None, None, :width] & causal
-        shown |= torch.eye(width, dtype=torch.bool)  # padding sees itself, so that nothing is NaN
-        slots = [_Slot(room=room) for _ in range(self._layers)]
-        positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
-        logits = self._run(ids, positions, shown, slots)
-        return KeyValues([(slot.keys, slot.values) for slot in slots], mask, width), logits
+        parts = [part for pair in layers for part in pair]
+        arguments = (embedded, positions, seen, *parts, *(weight for *_, weight in self._weights))
+        single = embedded.shape[1] == 1
+        if single not in self._traced:
+            self._traced[single] = self._trace(arguments)
+        return self._traced[single](*arguments)
 
-    def step(self, held: KeyValues, tokens: Tensor) -> Tensor:
-        """The logits (B, V) after one token more of each sequence, (B,), which is added to ``held``."""
-        held.mask[:, held.length] = True
-        held.length += 1
-        mask = held.mask[:, : held.length]
-        arguments = (
-            tokens.unsqueeze(1),
-            mask.sum(1, keepdim=True) - 1,
-            mask[:, None, None, :],
-            *(part for pair in held.layers for part in pair),
+    def shapes(self, embedded: Tensor, positions: Tensor) -> list[tuple[int, int, int]]:
+        """For each layer: heads of keys and values, sizes of a key and of a value; of one token, (1, 1, H)."""
+        from transformers import DynamicCache
+
+        layers = self._model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
+        cache, slots = DynamicCache(), [_Probe() for _ in range(layers)]
+        cache.layers = slots
+        seen = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        self._model(
+            inputs_embeds=embedded, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        if self._traced is None:
-            self._traced = self._trace(arguments)
-        return self._traced(*arguments)
+        return [slot.shape for slot in slots]
 
     def _trace(self, arguments: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of shapes that are the same in every call
-            traced: Callable[..., Tensor] = torch.jit.trace(self._step, arguments, check_trace=False)
+            traced: Callable[..., Tensor] = torch.jit.trace(self._run, arguments, check_trace=False)
         return traced
 
-    def _step(self, ids: Tensor, positions: Tensor, shown: Tensor, *parts: Tensor) -> Tensor:
-        pairs = list(zip(parts[::2], parts[1::2], strict=True))
-        return self._run(ids, positions, shown, [_Slot(pair, shown.shape[-1]) for pair in pairs])
-
-    def _run(self, ids: Tensor, positions: Tensor, shown: Tensor, slots: list[Any]) -> Tensor:
+    def _run(self, embedded: Tensor, positions: Tensor, seen: Tensor, *rest: Tensor) -> Tensor:
         from transformers import DynamicCache
 
+        count = len(rest) - len(self._weights)
         cache = DynamicCache()
-        cache.layers = slots
-        output = self._model(
-            input_ids=ids,
-            attention_mask=shown,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        cache.layers = [_Slot(*pair) for pair in zip(rest[:count:2], rest[1:count:2], strict=True)]
+        with self._with_weights(rest[count:]):
+            output = self._model(
+                inputs_embeds=embedded,
+                attention_mask=seen,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         logits: Tensor = output.logits[:, -1]
         return logits
 
+    @contextmanager
+    def _with_weights(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """The model has ``weights`` in the place of its own, which a trace would take for constants."""
+        try:
+            for (module, name, _), weight in zip(self._weights, weights, strict=True):
+                module._parameters[name] = weight  # type: ignore[assignment] # any tensor does for computing
+            yield
+        finally:
+            for module, name, own in self._weights:
+                module._parameters[name] = own
 
-class _Slot:
-    """The cache of one layer, as transformers uses it, in memory that is there already.
 
-    Args:
-        pair: keys and values with room for more; made at first if ``None``.
-        length: tokens that there are after the update.
-        room: of memory that is made.
-    """
+class _Probe:
+    """The cache of one layer that takes note of what it is given."""
 
     is_sliding = False
     is_compileable = False
     is_initialized = True
-
-    def __init__(self, pair: Pair | None = None, length: int = 0, room: int = 0) -> None:
-        self._length, self._room = length, room
-        if pair is not None:
-            self.keys, self.values = pair
+    shape = (0, 0, 0)
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Pair:
-        """Write the keys and values of new tokens behind those that are there; all of them."""
-        if self._room:
-            batch, heads, self._length, size = keys.shape
-            self.keys = keys.new_zeros(batch, heads, self._room, size)
-            self.values = values.new_zeros(batch, heads, self._room, values.shape[-1])
-        first = self._length - keys.shape[-2]
-        self.keys[:, :, first : self._length] = keys
-        self.values[:, :, first : self._length] = values
-        return self.keys[:, :, : self._length], self.values[:, :, : self._length]
+        """Note shapes."""
+        self.shape = (keys.shape[1], keys.shape[3], values.shape[3])
+        return keys, values
 
     def get_seq_length(self) -> int:
         """Tokens before the update; their positions are given, so that nothing depends on it."""
@@ -136,6 +126,26 @@ class _Slot:
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As ``get_seq_length``: the mask is given."""
         return query_length, 0
+
+
+class _Slot(_Probe):
+    """The cache of one layer, as transformers uses it, in memory that is there already."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Pair:
+        """Write the keys and values of new tokens at the end of those that are there; all of them."""
+        _last(self.keys, keys).copy_(keys)
+        _last(self.values, values).copy_(values)
+        return self.keys, self.values
+
+
+def _last(held: Tensor, new: Tensor) -> Tensor:
+    """The place of ``new`` in ``held``."""
+    if new.shape[2] == 1:
+        return held.narrow(2, -1, 1)
+    return held.narrow(2, held.shape[2] - new.shape[2], new.shape[2])
 
 
 def _attention(
@@ -150,13 +160,16 @@ def _attention(
     """Attention to keys and values that heads share, which are read once and copied never.
 
     ``query`` is (B, heads, Q, size of a head); ``key`` and ``value`` have fewer heads, and K tokens; the mask is
-    (B, 1, Q, K), true where a query sees a key.
+    (B, 1, Q, K), and is added.
     """
     batch, heads, count, size = query.shape
     shared = key.shape[1]
-    grouped = query.reshape(batch, shared, heads // shared, count, size)
-    scores = (grouped * scaling).reshape(batch, shared, -1, size) @ key.transpose(2, 3)
-    scores = scores.view(batch, shared, heads // shared, count, -1).masked_fill(~attention_mask[:, None], float("-inf"))
-    weights = scores.softmax(-1).view(batch, shared, -1, key.shape[2])
+    grouped = (query * scaling).reshape(batch, shared, -1, size)
+    scores = grouped @ key.transpose(2, 3)
+    if count == 1:
+        weights = (scores + attention_mask).softmax(-1)
+    else:
+        apart = scores.view(batch, shared, heads // shared, count, -1)
+        weights = (apart + attention_mask[:, None]).softmax(-1).view(scores.shape)
     found = (weights @ value).reshape(batch, heads, count, size)
     return found.transpose(1, 2), None

@@ -66,10 +66,11 @@ class Surface:
 
     def _lacking(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[str]:
         for name, value in given.items():
-            if name in self.idle or (name in defaults and _same(value, defaults[name])):
+            if name in self.idle or (name in self.honoured and name not in self.values):
                 continue
-            if name not in self.honoured or (name in self.values and value not in self.values[name]):
-                yield f"{name}={value!r:.80}"
+            if (name in defaults and _same(value, defaults[name])) or value in self.values.get(name, ()):
+                continue
+            yield f"{name}={value!r:.80}"
 
 
 def _same(value: Any, default: Any) -> bool:
