@@ -29,6 +29,7 @@ class Decoding:
         tokens: that were drawn, (B, most tokens of any).
         limits: most tokens of each, (B,).
         most: of any.
+        count: tokens of those that go on.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Decoding:
         self._log_probs = np.zeros((3, len(samples), self.most))
         self._lengths = np.zeros(len(samples), dtype=np.int64)
         self._open = np.ones(len(samples), dtype=np.bool_)
-        self._count = 0
+        self.count = 0
         self._least = np.array([sample.params.min_tokens for sample in samples])
         self._stopped: dict[int, int | str | None] = {}
         self._ends = [
@@ -65,17 +66,21 @@ class Decoding:
         """
         going, tokens = self._open[rows], step.tokens.numpy()
         mine = rows[going]
-        self.tokens[mine, self._count] = tokens[going]
+        self.tokens[mine, self.count] = tokens[going]
         for kind, found in zip(self._log_probs, (step.raw, step.processed, step.tempered), strict=True):
-            kind[mine, self._count] = found.numpy()[going]
-        self._count += 1
-        self._lengths[mine] = self._count
+            kind[mine, self.count] = found.numpy()[going]
+        self.count += 1
+        self._lengths[mine] = self.count
         ended = self._ended(rows, tokens) & going
         for row in rows[ended].tolist():
             self._stopped[row] = self._stop_of(row)
-        self._open[rows] = going & ~ended & (self._count < self.limits[rows])
+        self._open[rows] = going & ~ended & (self.count < self.limits[rows])
         found_open: NDArray[np.bool_] = self._open[rows]
         return found_open
+
+    def is_open(self, row: int) -> bool:
+        """Whether a sample is not complete."""
+        return bool(self._open[row])
 
     def _ended(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
         found = np.zeros(len(rows), dtype=np.bool_)
@@ -83,14 +88,14 @@ class Decoding:
             found |= np.isin(tokens, ends) & whose[rows]
         if self._texts:
             found |= np.array([row in self._texts and self._text(row) is not None for row in rows.tolist()])
-        return found & (self._count > self._least[rows])
+        return found & (self.count > self._least[rows])
 
     def _text(self, row: int) -> str | None:
-        return self._stop_in(self.tokens[row, : self._count].tolist(), self._samples[row].params.stop)
+        return self._stop_in(self.tokens[row, : self.count].tolist(), self._samples[row].params.stop)
 
     def _stop_of(self, row: int) -> int | str | None:
         """The token or text of the parameters that ended a completion, if it was one of them."""
-        last = int(self.tokens[row, self._count - 1])
+        last = int(self.tokens[row, self.count - 1])
         if last in self._samples[row].params.stop_token_ids:
             return last
         is_end = any(whose[row] and last in ends for ends, whose in self._ends)

@@ -64,7 +64,7 @@ class Forward:
         layers = self._model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
         cache, slots = DynamicCache(), [_Probe() for _ in range(layers)]
         cache.layers = slots
-        seen = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+        seen = torch.zeros(1, 1, 1, 1, dtype=embedded.dtype)
         self._model(
             inputs_embeds=embedded, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True
         )

@@ -32,19 +32,23 @@ class KeyValues:
     shift: Tensor
 
     @classmethod
-    def empty(cls, shapes: Sequence[tuple[int, int, int]], lengths: Sequence[int], room: int) -> KeyValues:
+    def empty(
+        cls, shapes: Sequence[tuple[int, int, int]], lengths: Sequence[int], room: int, dtype: torch.dtype
+    ) -> KeyValues:
         """Room for sequences, of which nothing has been computed; they will end together at the longest.
 
         Args:
             shapes: for each layer: heads, and sizes of a key and of a value.
             lengths: of the sequences.
             room: tokens that each sequence may have in the end, padding included.
+            dtype: of keys, values and mask.
         """
         count, width = len(lengths), max(lengths)
         padding = width - torch.tensor(lengths).unsqueeze(1)
-        mask = torch.zeros(count, room, dtype=torch.float64).masked_fill_(torch.arange(room) < padding, float("-inf"))
+        mask = torch.zeros(count, room, dtype=dtype).masked_fill_(torch.arange(room) < padding, float("-inf"))
         layers = [
-            (_zeros(count, heads, room, key), _zeros(count, heads, room, value)) for heads, key, value in shapes
+            (torch.zeros(count, heads, room, key, dtype=dtype), torch.zeros(count, heads, room, value, dtype=dtype))
+            for heads, key, value in shapes
         ]
         return cls(layers, mask[:, None, None], width, -padding)
 
@@ -69,13 +73,9 @@ class KeyValues:
         return KeyValues(layers, mask.contiguous(), count, shift + first)
 
 
-def _zeros(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64)
-
-
 def _moved(part: Tensor, rows: Tensor, first: int, count: int, room: int) -> Tensor:
     _, heads, _, size = part.shape
-    made = _zeros(len(rows), heads, count + room, size)
+    made = part.new_empty(len(rows), heads, count + room, size)  # what comes after the present end is written first
     made[:, :, :count] = part.narrow(2, first, count)[rows]
     return made
 

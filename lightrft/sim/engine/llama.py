@@ -47,7 +47,7 @@ class Llama:
         self._eps = config.rms_norm_eps
         self._activation = module.model.layers[0].mlp.act_fn
         self._layers = [_fused(layer) for layer in module.model.layers]
-        self._waves = torch.empty(0, 2, self._size, dtype=torch.float64)
+        self._waves = torch.empty(0, 2, self._size, dtype=module.dtype)
 
     @staticmethod
     def fits(module: Any) -> bool:

@@ -19,7 +19,7 @@ __all__ = ["Network"]
 
 
 class Network:
-    """Forward passes of a causal language model of transformers, in double precision.
+    """Forward passes of a causal language model of transformers.
 
     Args:
         module: the model.
@@ -57,7 +57,7 @@ class Network:
             embedded = self.embedded(torch.zeros(1, 1, dtype=torch.int64))
             positions = torch.zeros((self._axes, 1, 1) if self._axes else (1, 1), dtype=torch.int64)
             self._shapes = self._forward.shapes(embedded, positions)
-        return KeyValues.empty(self._shapes, lengths, max(lengths) + more)
+        return KeyValues.empty(self._shapes, lengths, max(lengths) + more, self._module.dtype)
 
     def seeing(self, tokens: tuple[int, ...], media: tuple[Medium, ...]) -> tuple[Tensor, Tensor, int]:
         """A prompt with images: its tokens as vectors, (1, Q, H), their positions, and what shifts later ones."""

@@ -85,7 +85,7 @@ class Prompts:
             ids = torch.tensor([[0] * (group.longest - len(one)) + list(one) for one, _ in group.prompts])
             embedded = self._network.embedded(ids)
             positions = (torch.arange(first, held.length) + held.shift[rows]).clamp_(min=0)
-        seen = held.mask[rows, ..., first : held.length] + _causal(group.longest)
+        seen = held.mask[rows, ..., first : held.length] + _causal(group.longest, held.mask.dtype)
         seen.diagonal(dim1=-2, dim2=-1).zero_()  # padding sees itself, so that nothing is NaN
         logits = self._network(embedded, positions, seen, held.part(rows, first))
         self._remember(held, group, shift)
@@ -136,6 +136,6 @@ def _groups(prompts: Sequence[Prompt], first: int) -> Iterator[_Group]:
         yield _Group(len(prompts) - len(group), group)
 
 
-def _causal(width: int) -> Tensor:
+def _causal(width: int, dtype: torch.dtype) -> Tensor:
     """(width, width), -inf where a token would see a later one."""
-    return torch.full((width, width), float("-inf"), dtype=torch.float64).triu_(1)
+    return torch.full((width, width), float("-inf"), dtype=dtype).triu_(1)

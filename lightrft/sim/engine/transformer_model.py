@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Size, Tensor
 
 from lightrft.errors import ConfigError
 from lightrft.sim.engine.decoding import Decoding
-from lightrft.sim.engine.drawing import Drawer
+from lightrft.sim.engine.drawing import Drawer, Step
 from lightrft.sim.engine.key_values import PrefixCache
 from lightrft.sim.engine.language_model import LanguageModel
 from lightrft.sim.engine.network import Network
@@ -22,6 +23,9 @@ from lightrft.sim.engine.prompts import Prompts
 from lightrft.sim.engine.samples import Drawn, Sample
 from lightrft.sim.engine.weights import Weights
 from lightrft.strategy.utils.fingerprints import fingerprint
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["TransformerModel", "checkpoint_tensors"]
 
@@ -33,11 +37,11 @@ _CROWDED = 0.75
 
 
 class TransformerModel(LanguageModel):
-    """A causal language model of transformers, computed in double precision.
+    """A causal language model of transformers, computed in single precision.
 
-    The order in which numbers are added depends on what else is in a batch. In double precision that shows far behind
-    what decides about a token: so a completion is the same in every batch, and greedy ones are those of
-    ``model.generate`` in single precision.
+    The order in which numbers are added depends on what else is in a batch, and so does rounding. Where it might decide
+    about a token, the logits are computed again, of that sequence alone and in double precision: so the tokens of a
+    completion are the same in every batch.
 
     Args:
         path: folder of the model: its configuration, and its weights if it has any.
@@ -54,7 +58,7 @@ class TransformerModel(LanguageModel):
         try:
             config = AutoConfig.from_pretrained(path)
             with torch.random.fork_rng(devices=[]):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)  # type: ignore[no-untyped-call, unused-ignore]
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call, unused-ignore]
         except (OSError, ValueError) as error:
             raise ConfigError(f"the fake engine cannot build the model in {path}: {error}") from error
         kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
@@ -68,6 +72,7 @@ class TransformerModel(LanguageModel):
         self._network = Network(model)
         self._weights = Weights(model, dtype)
         self._prompts = Prompts(self._network, self._prefixes)
+        self._exactly: Prompts | None = None
         self.vocabulary = config.get_text_config().vocab_size
         self.ends = _ends(config, path)
 
@@ -126,6 +131,8 @@ class TransformerModel(LanguageModel):
         rows = np.arange(len(samples))
         for count in range(decoding.most):
             step = drawer.draw(logits, decoding.tokens[rows, :count])
+            if bool(step.close.any()):
+                self._draw_again(samples, rows, decoding, drawer, step)
             going, tokens = decoding.add(rows, step), step.tokens
             if not going.any():
                 break
@@ -135,6 +142,21 @@ class TransformerModel(LanguageModel):
                 held = held.select(torch.from_numpy(kept), int(decoding.limits[rows].max()) - count)
             logits = self._network.step(held, tokens)
         return decoding.drawn()
+
+    def _draw_again(
+        self, samples: Sequence[Sample], rows: NDArray[np.int64], decoding: Decoding, drawer: Drawer, step: Step
+    ) -> None:
+        """Replace the tokens about which rounding might have decided, by what double precision gives."""
+        exact = self._weights.exact()
+        if self._exactly is None:
+            self._exactly = Prompts(Network(exact), None)
+        for place in step.close.nonzero().flatten().tolist():
+            row = int(rows[place])
+            if decoding.is_open(row):
+                drawn = decoding.tokens[row : row + 1, : decoding.count]
+                sequence = replace(samples[row], tokens=(*samples[row].tokens, *drawn[0].tolist()))
+                _, logits = self._exactly.computed([sequence], 1)
+                step.replaced(place, drawer.keep([place]).draw(logits, drawn))
 
     def _ends_of(self, sample: Sample) -> frozenset[int]:
         own = frozenset() if sample.params.ignore_eos else self.ends
