@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,10 +39,13 @@ class Step:
     tempered: Tensor
     close: Tensor
 
-    def replaced(self, row: int, other: Step) -> None:
-        """Take the only row of ``other`` in the place of ``row``."""
-        for name in ("tokens", "raw", "processed", "tempered"):
-            getattr(self, name)[row] = getattr(other, name)[0]
+    def replaced(self, others: Mapping[int, Step]) -> Step:
+        """The same with the only row of each of ``others`` in the place of a row."""
+        made = [getattr(self, one.name).clone() for one in fields(self)]
+        for row, other in others.items():
+            for mine, one in zip(made, fields(self), strict=True):
+                mine[row] = getattr(other, one.name)[0]
+        return Step(*made)
 
 
 class Drawer:
@@ -97,12 +100,16 @@ class Drawer:
         of_raw = raw.gather(1, chosen).squeeze(1)
         of_processed = of_raw if processed is raw else processed.gather(1, chosen).squeeze(1)
         of_tempered = of_processed if tempered is processed else tempered.gather(1, chosen).squeeze(1)
-        return Step(tokens, of_raw, of_processed.clone(), of_tempered.clone(), close | near)
+        return Step(tokens, of_raw, of_processed, of_tempered, close | near)
 
     def _chosen(self, processed: Tensor, doubt: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The token of each sample, and whether rounding might have decided about it."""
-        best, second = processed.topk(2).values.unbind(1) if self._any_greedy else (doubt, doubt)
-        greedy, close = processed.argmax(-1), best - second <= doubt
+        greedy, close = self._never, self._never
+        if self._any_greedy:
+            likeliest, which = processed.topk(2)
+            greedy, close = which[:, 0], likeliest[:, 0] - likeliest[:, 1] <= doubt
+            if bool(close.any()):
+                greedy = processed.argmax(-1)  # the first of several
         if self._all_greedy:
             return greedy, close
         drawn, near = _inverse(processed.exp(), mixed(self._seeds, count), doubt)

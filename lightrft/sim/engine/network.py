@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightrft.sim.engine.forward import Forward
+from lightrft.sim.engine.forward import Forward, General
 from lightrft.sim.engine.key_values import KeyValues, Pair
 from lightrft.sim.engine.llama import Llama
 
@@ -27,8 +27,8 @@ class Network:
 
     def __init__(self, module: Any) -> None:
         self._module = module
-        self._forward = Forward(module)
-        self._llama = Llama(module) if Llama.fits(module) else None
+        self._general = General(module)
+        self._forward: Forward = Llama(module) if Llama.fits(module) else self._general
         self._axes = 3 if hasattr(getattr(module, "model", None), "get_rope_index") else 0
         self._shapes: list[tuple[int, int, int]] = []
 
@@ -39,8 +39,6 @@ class Network:
 
     def __call__(self, embedded: Tensor, positions: Tensor, seen: Tensor, layers: list[Pair]) -> Tensor:
         """See ``Forward``; positions are (B, Q), or (axes, B, Q) for a model that has several axes."""
-        if self._llama is not None:
-            return self._llama(embedded, self._llama.waves(positions), seen, layers)
         if self._axes and positions.dim() == 2:
             positions = positions.expand(self._axes, -1, -1)
         return self._forward(embedded, positions, seen, layers)
@@ -56,7 +54,7 @@ class Network:
         if not self._shapes:
             embedded = self.embedded(torch.zeros(1, 1, dtype=torch.int64))
             positions = torch.zeros((self._axes, 1, 1) if self._axes else (1, 1), dtype=torch.int64)
-            self._shapes = self._forward.shapes(embedded, positions)
+            self._shapes = self._general.shapes(embedded, positions)
         return KeyValues.empty(self._shapes, lengths, max(lengths) + more, self._module.dtype)
 
     def seeing(self, tokens: tuple[int, ...], media: tuple[Medium, ...]) -> tuple[Tensor, Tensor, int]:

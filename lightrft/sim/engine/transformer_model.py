@@ -132,7 +132,7 @@ class TransformerModel(LanguageModel):
         for count in range(decoding.most):
             step = drawer.draw(logits, decoding.tokens[rows, :count])
             if bool(step.close.any()):
-                self._draw_again(samples, rows, decoding, drawer, step)
+                step = self._drawn_again(samples, rows, decoding, drawer, step)
             going, tokens = decoding.add(rows, step), step.tokens
             if not going.any():
                 break
@@ -143,20 +143,22 @@ class TransformerModel(LanguageModel):
             logits = self._network.step(held, tokens)
         return decoding.drawn()
 
-    def _draw_again(
+    def _drawn_again(
         self, samples: Sequence[Sample], rows: NDArray[np.int64], decoding: Decoding, drawer: Drawer, step: Step
-    ) -> None:
+    ) -> Step:
         """Replace the tokens about which rounding might have decided, by what double precision gives."""
         exact = self._weights.exact()
         if self._exactly is None:
             self._exactly = Prompts(Network(exact), None)
+        certain = {}
         for place in step.close.nonzero().flatten().tolist():
             row = int(rows[place])
             if decoding.is_open(row):
                 drawn = decoding.tokens[row : row + 1, : decoding.count]
                 sequence = replace(samples[row], tokens=(*samples[row].tokens, *drawn[0].tolist()))
                 _, logits = self._exactly.computed([sequence], 1)
-                step.replaced(place, drawer.keep([place]).draw(logits, drawn))
+                certain[place] = drawer.keep([place]).draw(logits, drawn)
+        return step.replaced(certain)
 
     def _ends_of(self, sample: Sample) -> frozenset[int]:
         own = frozenset() if sample.params.ignore_eos else self.ends
