@@ -206,7 +206,11 @@ def test_f08_a_payload_holds_what_its_memory_holds_when_it_is_read(sglang, folde
     made.begin_weight_update()
     made.update_weights_from_tensor([handle], load_format="flattened_bucket")
     held = made._core.model
-    found = held._weights["model.norm.weight"] if isinstance(held._weights, dict) else held._weights.held["model.norm.weight"]
+    found = (
+        held._weights["model.norm.weight"]
+        if isinstance(held._weights, dict)
+        else held._weights.held["model.norm.weight"]
+    )
     assert torch.equal(found.float(), torch.ones(32))
 
 

@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightrft.sim.engine.key_values import Pair
+if TYPE_CHECKING:
+    from lightrft.sim.engine.key_values import Pair
 
 __all__ = ["Forward", "General", "attended", "place"]
 
@@ -96,7 +97,8 @@ class General(Forward):
         from transformers import DynamicCache
 
         layers = self._model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
-        cache, slots = DynamicCache(), [_Probe() for _ in range(layers)]
+        slots = [_Probe() for _ in range(layers)]
+        cache: Any = DynamicCache()
         cache.layers = slots
         seen = torch.zeros(1, 1, 1, 1, dtype=embedded.dtype)
         self._model(
@@ -111,7 +113,7 @@ class General(Forward):
         from transformers import DynamicCache
 
         count = len(rest) - len(self._places_of_weights)
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         cache.layers = [_Slot(*pair) for pair in zip(rest[:count:2], rest[1:count:2], strict=True)]
         with self._with_weights(rest[count:]):
             output = self._model(
@@ -130,7 +132,7 @@ class General(Forward):
         """The model has ``weights`` in the place of its own, which a trace would take for constants."""
         try:
             for (module, name, _), weight in zip(self._places_of_weights, weights, strict=True):
-                module._parameters[name] = weight  # type: ignore[assignment] # any tensor does for computing
+                module._parameters[name] = weight  # any tensor does for computing
             yield
         finally:
             for module, name, own in self._places_of_weights:
@@ -198,10 +200,11 @@ def attended(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling:
         scores += seen
     else:
         scores.unflatten(2, (-1, count)).add_(seen.unsqueeze(2))
-    found = scores.softmax(-1) @ values
+    found: Tensor = scores.softmax(-1) @ values
     if count == 1:
         return found.flatten(1, 2).unsqueeze(1)
-    return found.unflatten(2, (-1, count)).flatten(1, 2).transpose(1, 2)
+    apart: Tensor = found.unflatten(2, (-1, count))
+    return apart.flatten(1, 2).transpose(1, 2)
 
 
 def _attention(

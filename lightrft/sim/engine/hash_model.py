@@ -124,7 +124,7 @@ class HashModel(LanguageModel):
             if params is None:
                 params = parameters[id(sample.params)] = digest(_shape_of(sample))
             if sample.media:
-                prompt ^= digest(self._media.setdefault(one, weights) ^ one for one in sample.media)
+                prompt ^= digest(self._media.setdefault(one.digest, weights) ^ one.digest for one in sample.media)
             source = self._prefixes.setdefault(prompt, weights) if self._prefix_caching else weights
             greedy = sample.params.temperature == 0
             keys[row] = (prompt, source, params, 0 if greedy else sample.seed)

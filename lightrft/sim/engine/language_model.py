@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lightrft.errors import WeightSyncError
+from lightrft.sim.engine.media import media_digest
+from lightrft.sim.engine.samples import Medium
 
 if TYPE_CHECKING:
     from torch import Size, Tensor
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from lightrft.sim.engine.samples import Drawn, Sample
 
 __all__ = ["LanguageModel"]
+
+_TOKENS = 4
+"""That an image or a video takes in a model that does not see them."""
 
 
 class LanguageModel(ABC):
@@ -69,6 +74,15 @@ class LanguageModel(ABC):
             return None
         text = self.decode(drawn)
         return next((stop for stop in stops if stop in text), None)
+
+    def medium(self, kind: str, given: Any) -> Medium:
+        """An image or a video as the model takes it.
+
+        Args:
+            kind: ``"image"`` or ``"video"``.
+            given: of whatever type.
+        """
+        return Medium(kind, media_digest(given), _TOKENS)
 
     def module(self) -> nn.Module:
         """What computes, as far as it is a module."""

@@ -1,16 +1,18 @@
-"""The forward pass of Llama and the models of its build, with few calls: most of a small model's time is their number."""
+"""The forward pass of Llama and the models of its build, in few calls: their number is what a small model costs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lightrft.sim.engine.forward import Forward, attended, place
-from lightrft.sim.engine.key_values import Pair
+
+if TYPE_CHECKING:
+    from lightrft.sim.engine.key_values import Pair
 
 __all__ = ["Llama"]
 
@@ -46,7 +48,7 @@ class Llama(Forward):
         return module.config.rope_parameters["rope_type"] in _ROPES
 
     def _places(self, positions: Tensor) -> Tensor:
-        """Cosines and sines of rotary embeddings (Su et al., 2021), (B, Q, 2, size); the sines with the signs of halves."""
+        """Cosines and sines of rotary embeddings (Su et al., 2021), (B, Q, 2, size); sines have the signs of halves."""
         longest = int(positions.max()) + 1
         if len(self._waves) < longest:
             every = torch.arange(max(longest, 2 * len(self._waves))).unsqueeze(0)
@@ -70,7 +72,9 @@ class Llama(Forward):
         width = (x.shape[-1],)
         y = functional.rms_norm(x, width, has["before"], self._eps)
         y = functional.linear(y, has["inner"], has.get("inner_bias")).unflatten(-1, (-1, self._size))
-        found = self._attended(*self._turned(y, waves, has), y.narrow(2, self._heads + self._shared, self._shared), seen, pair)
+        found = self._attended(
+            *self._turned(y, waves, has), y.narrow(2, self._heads + self._shared, self._shared), seen, pair
+        )
         x = x + functional.linear(found, has["outer"], has.get("outer_bias"))
         y = functional.rms_norm(x, width, has["after"], self._eps)
         gate, up = functional.linear(y, has["wide"], has.get("wide_bias")).chunk(2, -1)

@@ -20,12 +20,13 @@ from lightrft.sim.engine.language_model import LanguageModel
 from lightrft.sim.engine.network import Network
 from lightrft.sim.engine.numbers import digest
 from lightrft.sim.engine.prompts import Prompts
-from lightrft.sim.engine.samples import Drawn, Sample
 from lightrft.sim.engine.weights import Weights
 from lightrft.strategy.utils.fingerprints import fingerprint
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from lightrft.sim.engine.samples import Drawn, Sample
 
 __all__ = ["TransformerModel", "checkpoint_tensors"]
 

@@ -12,9 +12,9 @@ from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
 from lightrft.sim.engine.building import build, model_config, tokenizer_of
 from lightrft.sim.engine.core import Core
 from lightrft.sim.engine.lacking import Surface, lacks, lacks_text
-from lightrft.sim.engine.media import expanded, media_digest
+from lightrft.sim.engine.media import expanded
 from lightrft.sim.engine.numbers import digest
-from lightrft.sim.engine.samples import Drawn, Sample
+from lightrft.sim.engine.samples import Drawn, Medium, Sample
 from lightrft.sim.engine.sglang_face.buckets import FlattenedTensorBucket, MultiprocessingSerializer
 from lightrft.sim.engine.sglang_face.sampling_params import SamplingParams
 from lightrft.sim.engine.sglang_face.server_args import ServerArgs
@@ -104,7 +104,7 @@ class Asked(NamedTuple):
     tokens: tuple[int, ...]
     seen: tuple[int, ...]
     params: SamplingParams
-    media: tuple[int, ...]
+    media: tuple[Medium, ...]
 
 
 class Engine:
@@ -125,7 +125,7 @@ class Engine:
             dummy=given.load_format == "dummy",
         )
         self._core = Core(network, "the fake SGLang engine", Ranks(rank=0, world_size=1))
-        self._tokenizer = None
+        self._tokenizer: Any = None
         if not given.skip_tokenizer_init:
             self._tokenizer = tokenizer_of(given.tokenizer_path or given.model_path)
             if self._tokenizer is None:
@@ -198,8 +198,8 @@ class Engine:
             found.append(Asked(tuple(tokens), seen, made, digests))
         return found
 
-    def _media(self, tokens: tuple[int, ...], images: Any, videos: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        found: list[int] = []
+    def _media(self, tokens: tuple[int, ...], images: Any, videos: Any) -> tuple[tuple[Medium, ...], tuple[int, ...]]:
+        found: list[Medium] = []
         for kind, given in (("image", images), ("video", videos)):
             several = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
             token = self._media_tokens[kind]
@@ -209,8 +209,9 @@ class Engine:
                 self._die(
                     f"was given {tokens.count(token)} {kind} tokens for {len(several)} {kind}s, and waits for ever"
                 )
-            found.extend(media_digest(one) for one in several)
-            tokens = tokens if token is None else expanded(tokens, token)
+            media = [self._core.model.medium(kind, one) for one in several]
+            tokens = tokens if token is None else expanded(tokens, token, [one.tokens for one in media])
+            found += media
         return tuple(found), tokens
 
     def _check(self, tokens: Sequence[int]) -> None:

@@ -74,4 +74,5 @@ class ServerArgs:
         defaults = {one.name: one.default for one in fields(self)}
         ARGUMENTS.check({name: getattr(self, name) for name in defaults}, defaults)
 
+
 ServerArgs.__module__ = "sglang.srt.server_args"

@@ -158,7 +158,7 @@ skip_mm_profiling sleep_mode_offload_cudagraph sleep_preserve_parameter_names sp
 specialize_active_lora speculative_config stream_interval swa_bounded_replay tokens_only ubatch_size use_fp64_gumbel
 use_replayssm use_tqdm_on_load video_pruning_method video_pruning_rate watermark watermark_config
 weight_transfer_config worker_cls
-""".split()
+"""
 """The other arguments of ``EngineArgs``, none of which there is."""
 
 EngineArgs = dataclasses.make_dataclass(
@@ -178,10 +178,10 @@ def read(given: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: one is lacking, or has a value that is.
         TypeError: vLLM has no such argument either.
     """
-    unknown = sorted(set(given) - set(_DEFAULTS) - set(_LACKING))
+    unknown = sorted(set(given) - set(_DEFAULTS) - set(_LACKING.split()))
     if unknown:
         raise TypeError(f"LLM got an unexpected keyword argument {unknown[0]!r}, which vLLM does not know")
-    if lacking := sorted(set(given) & set(_LACKING)):
+    if lacking := sorted(set(given) & set(_LACKING.split())):
         raise ConfigError(lacks("vLLM", ", ".join(lacking)))
     ARGUMENTS.check(given, _DEFAULTS)
     return {**_DEFAULTS, **given}

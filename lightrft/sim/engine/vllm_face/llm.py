@@ -32,6 +32,7 @@ __all__ = ["LLM", "EngineArgs"]
 _GENERATE = Surface(engine="vLLM", honoured=frozenset(), idle={})
 """Arguments of ``generate`` that there are not."""
 
+
 class LLM:
     """The engine in this process.
 
@@ -48,9 +49,8 @@ class LLM:
         network = build(model, given["dtype"], prefix_caching=caching, dummy=given["load_format"] == "dummy")
         self._core = Core(network, "the fake vLLM engine", _ranks(given))
         tokenizer = None if given["skip_tokenizer_init"] else tokenizer_of(given["tokenizer"] or model)
-        self._prompts = Prompts(
-            tokenizer, network.vocabulary, self._limit, config, media_limits(given["limit_mm_per_prompt"])
-        )
+        limits = media_limits(given["limit_mm_per_prompt"])
+        self._prompts = Prompts(tokenizer, network.vocabulary, self._limit, config, limits, network.medium)
         network.decode = None if tokenizer is None else tokenizer.decode
         self._defaults = sampling_defaults(model) if given["generation_config"] == "auto" else {}
         self._requests = 0

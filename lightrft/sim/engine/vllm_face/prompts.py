@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import ConfigError
 from lightrft.sim.engine.lacking import lacks
-from lightrft.sim.engine.media import expanded, media_digest
+from lightrft.sim.engine.media import expanded
 from lightrft.sim.engine.vllm_face.exceptions import VLLMValidationError
+
+if TYPE_CHECKING:
+    from lightrft.sim.engine.samples import Medium
 
 __all__ = ["Prompt", "Prompts", "media_limits"]
 
@@ -20,11 +23,11 @@ _MOST_MEDIA = 999
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt, image tokens expanded; ``media`` are digests."""
+    """One prompt, image tokens expanded."""
 
     tokens: tuple[int, ...]
     text: str | None
-    media: tuple[int, ...]
+    media: tuple[Medium, ...]
 
 
 class Prompts:
@@ -36,6 +39,7 @@ class Prompts:
         limit: most tokens of prompt and completion.
         config: of the model; its ``image_token_id`` and ``video_token_id`` stand for images and videos.
         media_limits: most images and videos of a prompt.
+        medium: see ``LanguageModel``.
     """
 
     def __init__(
@@ -44,12 +48,14 @@ class Prompts:
         vocabulary: int,
         limit: int,
         config: Mapping[str, Any],
-        media_limits: Mapping[str, int] | None = None,
+        media_limits: Mapping[str, int],
+        medium: Callable[[str, Any], Medium],
     ) -> None:
         self.tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._limit = limit
-        self._media_limits = media_limits or {}
+        self._media_limits = media_limits
+        self._medium = medium
         self._media_tokens = {
             kind: token for kind in ("image", "video") if (token := config.get(f"{kind}_token_id")) is not None
         }
@@ -79,9 +85,9 @@ class Prompts:
         self._check(seen)
         return Prompt(seen, text, media)
 
-    def _media(self, given: Mapping[str, Any], tokens: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Digests of images and videos, and the tokens with one expanded for each."""
-        found: list[int] = []
+    def _media(self, given: Mapping[str, Any], tokens: tuple[int, ...]) -> tuple[tuple[Medium, ...], tuple[int, ...]]:
+        """Images and videos, and the tokens with one expanded for each."""
+        found: list[Medium] = []
         for kind, entries in given.items():
             if kind not in self._media_tokens:
                 raise VLLMValidationError(f"this model takes no {kind}: its configuration has no {kind}_token_id")
@@ -94,8 +100,9 @@ class Prompts:
                 raise VLLMValidationError(
                     f"the prompt has {tokens.count(token)} {kind} tokens for {len(several)} {kind}s: expected one each"
                 )
-            found.extend(media_digest(one) for one in several)
-            tokens = expanded(tokens, token)
+            media = [self._medium(kind, one) for one in several]
+            tokens = expanded(tokens, token, [one.tokens for one in media])
+            found += media
         return tuple(found), tokens
 
     def _check(self, tokens: tuple[int, ...]) -> None:
