@@ -128,9 +128,9 @@ class Engine:
         self._tokenizer: Any = None
         if not given.skip_tokenizer_init:
             self._tokenizer = tokenizer_of(given.tokenizer_path or given.model_path)
-            if self._tokenizer is None:
+            if self._tokenizer is None and config:  # in hash mode there need not be a model at all
                 raise ConfigError(f"there is no tokenizer in {given.model_path}: set skip_tokenizer_init")
-            network.decode = self._tokenizer.decode
+            network.decode = getattr(self._tokenizer, "decode", None)
         self._media_tokens = {kind: config.get(f"{kind}_token_id") for kind in ("image", "video")}
         self._deterministic = given.enable_deterministic_inference or given.rl_on_policy_target is not None
         self._released: dict[str, str] = {}
