@@ -115,7 +115,7 @@ def draws(logits, count=4000, **params):
     """How often each token is drawn."""
     row = torch.tensor(logits, dtype=torch.float64)
     drawer = Drawer([sample([2], seed, **params) for seed in range(count)], [frozenset()] * count)
-    step = drawer.draw(row.expand(count, -1).contiguous(), [[]] * count)
+    step = drawer.draw(row.expand(count, -1).contiguous(), np.zeros((count, 0), dtype=np.int64))
     return torch.bincount(step.tokens, minlength=len(logits)) / count
 
 
@@ -146,9 +146,9 @@ def test_penalties_and_least_lengths_change_logits():
     logits = torch.tensor([[2.0, -1.0, 0.5, 0.0]], dtype=torch.float64)
     one = sample([0, 1], temperature=0, repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5)
     drawer = Drawer([one], [frozenset()])
-    assert drawer._changed(logits, [[2, 2, 3]]).tolist() == [[1.0, -2.0, 0.25 - 0.25 - 1.0, 0.0 - 0.25 - 0.5]]
+    assert drawer._changed(logits, np.array([[2, 2, 3]])).tolist() == [[1.0, -2.0, 0.25 - 0.25 - 1.0, 0.0 - 0.25 - 0.5]]
     ends = Drawer([sample([1], temperature=0, min_tokens=2)], [frozenset({0})])
-    assert [ends.draw(logits, [drawn]).tokens.item() for drawn in ([], [2], [2, 2])] == [2, 2, 0]
+    assert [ends.draw(logits, np.full((1, count), 2)).tokens.item() for count in range(3)] == [2, 2, 0]
 
 
 @pytest.mark.parametrize("kind", ["hash", "model"])
