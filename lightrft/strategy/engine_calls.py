@@ -80,11 +80,14 @@ class EngineCalls(ABC):
         config = self.config if args is None else StrategyConfig.from_args(args)
         chosen = engines.check_engine_type(engine_type or config.engine_type)
         settings = EngineSettings.of(config, device=self.device, group=self.engine_mp_group)
-        self.inference_engine = engines.start(chosen, settings)
+        self.inference_engine = self._start_engine(chosen, settings)
         self.inference_engine_type = chosen
         if actor is not None:
             self.update_engine_weights(actor)
         return self.inference_engine
+
+    def _start_engine(self, engine_type: str, settings: EngineSettings) -> engines.RolloutEngine:
+        return engines.start(engine_type, settings)
 
     def _engine(self, purpose: str) -> Any:
         if self.inference_engine_status in _GONE:

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from fake_models import VOCABULARY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightrft.errors import EngineStateError, RankFailedError, StaleWeightsError, WeightSyncError
+from lightrft.models.tiny import VOCABULARY, tiny_text_model
 from lightrft.sim import SimWorld
 from lightrft.sim.engine.core import Core
 from lightrft.sim.engine.drawing import Drawer
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    return tiny_model(folder)
+    return tiny_text_model(folder)
 
 
 def make(kind, folder, **more):
@@ -115,7 +115,7 @@ def draws(logits, count=4000, **params):
     """How often each token is drawn."""
     row = torch.tensor(logits, dtype=torch.float64)
     drawer = Drawer([sample([2], seed, **params) for seed in range(count)], [frozenset()] * count)
-    step = drawer.draw(row.expand(count, -1).contiguous(), [[]] * count)
+    step = drawer.draw(row.expand(count, -1).contiguous(), np.zeros((count, 0), dtype=np.int64))
     return torch.bincount(step.tokens, minlength=len(logits)) / count
 
 
@@ -146,9 +146,9 @@ def test_penalties_and_least_lengths_change_logits():
     logits = torch.tensor([[2.0, -1.0, 0.5, 0.0]], dtype=torch.float64)
     one = sample([0, 1], temperature=0, repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5)
     drawer = Drawer([one], [frozenset()])
-    assert drawer._changed(logits, [[2, 2, 3]]).tolist() == [[1.0, -2.0, 0.25 - 0.25 - 1.0, 0.0 - 0.25 - 0.5]]
+    assert drawer._changed(logits, np.array([[2, 2, 3]])).tolist() == [[1.0, -2.0, 0.25 - 0.25 - 1.0, 0.0 - 0.25 - 0.5]]
     ends = Drawer([sample([1], temperature=0, min_tokens=2)], [frozenset({0})])
-    assert [ends.draw(logits, [drawn]).tokens.item() for drawn in ([], [2], [2, 2])] == [2, 2, 0]
+    assert [ends.draw(logits, np.full((1, count), 2)).tokens.item() for count in range(3)] == [2, 2, 0]
 
 
 @pytest.mark.parametrize("kind", ["hash", "model"])
@@ -177,7 +177,7 @@ def test_completions_end_where_they_should(kind, trained, folder):
 
 @pytest.mark.parametrize("kind", ["hash", "model"])
 def test_f05_a_prefix_cache_that_outlives_its_weights_is_seen(kind, trained, folder, tmp_path):
-    tiny_model(tmp_path, seed=1)
+    tiny_text_model(tmp_path, seed=1)
     asked = [sample([7, 8, 9, 10], seed=seed, max_tokens=20, ignore_eos=True) for seed in range(3)]
     model = make(kind, folder)
     old = model.draw(asked)
@@ -208,7 +208,7 @@ def test_f06_weights_that_do_not_fit_are_named(kind, trained, folder):
     for wrong, message in (
         ({**weights, "model.other": weights[name]}, "model.other is no weight of this model"),
         ({key: value for key, value in weights.items() if key != name}, f"1 weights are missing: {name}"),
-        ({**weights, name: weights[name][:5]}, rf"{name} has shape \(5,\), expected \(32,\)"),
+        ({**weights, name: weights[name][:5]}, rf"{name} has shape \(5,\), expected \(64,\)"),
     ):
         with pytest.raises(WeightSyncError, match=message):
             core.load(wrong.items())
@@ -221,7 +221,7 @@ def test_f06_weights_that_do_not_fit_are_named(kind, trained, folder):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_k18_tied_weights_may_come_once_or_twice(tied, tmp_path):
-    trained = tiny_model(tmp_path, tie_word_embeddings=tied)
+    trained = tiny_text_model(tmp_path, tie_word_embeddings=tied)
     model = make("model", str(tmp_path))
     assert model.optional() >= ({"lm_head.weight"} if tied else set())
     both = {name: tensor * 1.5 for name, tensor in trained.state_dict().items()}
@@ -253,7 +253,7 @@ def test_f01_a_deep_sleep_destroys_the_weights(kind, trained, folder):
 
 
 def test_f20_updates_in_turns_equal_fresh_loads(trained, folder, tmp_path):
-    tiny_model(tmp_path, seed=2)
+    tiny_text_model(tmp_path, seed=2)
     asked = [sample([3, 4], max_tokens=20, ignore_eos=True), sample([5, 6, 7], max_tokens=9, temperature=0)]
     core = Core(make("model", folder), "the fake", ALONE)
     for path in [folder, str(tmp_path)] * 2:
@@ -292,7 +292,7 @@ def test_f12_ranks_of_one_engine_that_differ_are_told(what, trained, folder):
         core = Core(make("hash", folder), "the fake", Ranks())
         odd = rank == 1
         if odd and what == "the weights":
-            core.model.put("model.norm.weight", torch.ones(32) * 3)
+            core.model.put("model.norm.weight", torch.ones(64) * 3)
         asked = [sample([3 + (odd and what == "the prompts")], seed=odd and what == "the seeds")]
         if odd and what == "the sampling parameters":
             asked = [sample([3], temperature=0.5)]

@@ -117,6 +117,8 @@ class SGLangEngine(StatefulEngine):
         self._used = True
         try:
             outputs = self._ask("generate", sampling_params=given, **arguments)
+        except ConfigError:
+            raise
         except (TypeError, ValueError) as error:
             raise ConfigError(f"SGLang refuses a request: {error}") from error
         except EngineStateError:

@@ -96,7 +96,7 @@ def _started(sglang: Any, given: dict[str, Any]) -> tuple[Any, list[BaseProcess]
     except BaseException as error:
         end_processes(children)
         bury(error)  # its traceback holds the half of an engine
-        if isinstance(error, (TypeError, ValueError)):
+        if isinstance(error, (TypeError, ValueError)) and not isinstance(error, ConfigError):
             raise ConfigError(f"SGLang refuses its settings: {error}") from error
         raise
     _let_signals_go(engine)

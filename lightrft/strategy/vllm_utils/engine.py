@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
+from lightrft.errors import ConfigError, EngineStateError, LightRFTError, WeightSyncError
 from lightrft.strategy.coverage import Coverage
 from lightrft.strategy.engine import StatefulEngine
 from lightrft.strategy.extras import naming_extras
@@ -265,9 +265,11 @@ def _copied(bucket: Sequence[tuple[str, torch.Tensor]], coverage: Coverage) -> I
 
 @contextmanager
 def _refusals(what: str) -> Iterator[None]:
-    """Turn what vLLM raises of a wrong input into a ``ConfigError`` with its message."""
+    """Turn what vLLM raises of a wrong input into a ``ConfigError`` with its message; errors of our own pass."""
     try:
         yield
+    except LightRFTError:
+        raise
     except Exception as error:
         own = {each.__name__ for each in type(error).__mro__}
         if isinstance(error, (TypeError, ValueError, OSError)) or "VLLMClientError" in own:

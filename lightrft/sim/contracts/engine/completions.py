@@ -25,7 +25,8 @@ def check_greedy_tokens_are_those_of_the_model(subject: Subject) -> None:
     subject.fresh()
     for prompt, one in zip(subject.prompts, subject.generate(ignore_eos=True), strict=True):
         best = subject.best(0, prompt)
-        if list(one.output_token_ids) != best and not reference.is_tied(subject.models[0], prompt, best):
+        alike = list(one.output_token_ids) == best
+        if not alike and not reference.is_tied(subject.models[0], prompt, best, subject.within):
             raise AssertionError(f"{prompt} was completed by {one.output_token_ids}, and the model says {best}")
         expect(one.prompt_token_ids == prompt, f"the prompt {prompt} came back as {one.prompt_token_ids}")
 

@@ -12,9 +12,6 @@ if TYPE_CHECKING:
 
 __all__ = ["entropy_of", "greedy", "is_tied", "log_probs", "next_token"]
 
-_TIE = 1e-3
-"""Logits that are nearer to each other than this may be in either order."""
-
 
 @torch.no_grad()
 def next_token(model: nn.Module, prompt: Sequence[int], temperature: float = 1.0) -> Tensor:
@@ -39,10 +36,10 @@ def greedy(model: nn.Module, prompt: Sequence[int], count: int, end: int | None 
     return found
 
 
-def is_tied(model: nn.Module, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
-    """Whether at some place of ``tokens`` two are as likely as each other, so that rounding decides."""
+def is_tied(model: nn.Module, prompt: Sequence[int], tokens: Sequence[int], within: float) -> bool:
+    """Whether at some place of ``tokens`` another one is as likely, so that rounding of ``within`` decides."""
     best = [next_token(model, [*prompt, *tokens[:place]]).topk(2).values for place in range(len(tokens))]
-    return any(float(first - second) < _TIE for first, second in best)
+    return any(float(first - second) < 10 * within for first, second in best)
 
 
 def entropy_of(distribution: Tensor) -> tuple[float, float]:

@@ -180,7 +180,7 @@ class Subject:
                 )
             best = self.best(what, prompt)
             expect(
-                list(one.output_token_ids) == best or reference.is_tied(model, prompt, best),
+                list(one.output_token_ids) == best or reference.is_tied(model, prompt, best, self.within),
                 f"{self.name}{where} completes {prompt} by {one.output_token_ids}, expected {best}",
             )
 
