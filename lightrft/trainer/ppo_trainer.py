@@ -153,6 +153,7 @@ class SPMDPPOTrainer:
         rollout = self._maker.collect(stream, self.state.step, means)  # prompts, gather_and_generate, rewards
         experience = self._maker.experiences(rollout, means)  # log-probs, values, advantages
         self.replay_buffer.extend([experience])
+        self.replay_buffer.filler = self._maker.filler(rollout.samples)
         with self._watch.phase("train"):
             status = self.ppo_train(self.state.step)  # backward, optimizer_step on micro-batches
         with self._watch.phase("sync"):
