@@ -223,8 +223,7 @@ class SPMDPPOTrainer:
 
     def _iterations(self, length: int) -> int:
         """The most iterations that the run has."""
-        possible = self._prompts(length) // self.strategy.config.rollout_batch_size
-        return min(possible, self.config.max_steps or possible)
+        return self.config.iterations(length, self.strategy.config)
 
     def _is_due(self, every: int) -> bool:
         return bool(every) and self.state.step % every == 0
