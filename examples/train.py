@@ -3,9 +3,9 @@
     lightrft sim -n 8 examples/train.py --fsdp --engine_tp_size 4
     torchrun --nproc-per-node 8 examples/train.py --config run.yaml --zero_stage 3 --engine_type vllm --engine_tp_size 4
 
-A run of your own has --pretrain, --prompt_data and --reward_function; `run.yaml` may hold any flag. Without --pretrain the
-script makes a tiny random model, and without --prompt_data that model meets sums of one-digit numbers: what is seen then is
-that everything works. `nox -s demo` trains one that has learned a little before.
+A run of your own has --pretrain, --prompt_data and --reward_function; `run.yaml` may hold any flag. Without --pretrain
+the script makes a tiny random model, and without --prompt_data that model meets sums of one-digit numbers: what is seen
+then is that everything works. `nox -s demo` trains one that has learned a little before.
 """
 
 import importlib.util

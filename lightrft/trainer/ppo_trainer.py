@@ -113,7 +113,7 @@ class SPMDPPOTrainer:
 
         Args:
             prompts: a data set of prompts, as in ``lightrft.datasets``; the same on every rank.
-            eval_prompts: prompts that are evaluated every ``eval_steps`` iterations.
+            eval_prompts: prompts that are evaluated at the beginning and every ``eval_steps`` iterations.
 
         Returns:
             The metrics of the last iteration, the same on every rank but for times.
@@ -125,6 +125,8 @@ class SPMDPPOTrainer:
         metrics: dict[str, float] = {}
         with self._stop, self._log(total) as log:
             self.strategy.print(f"resumed after iteration {self.state.step}" if resumed else "training begins")
+            if eval_prompts is not None and self.config.eval_steps and not self.state.step:
+                log(0, self.evaluate(eval_prompts) | self._watch.taken())
             while self.state.step < total and stream.consumed + stream.batch_size <= self._prompts(len(prompts)):
                 metrics = self.iteration(stream)
                 self.state.step += 1
