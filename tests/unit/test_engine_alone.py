@@ -6,13 +6,14 @@ import types
 
 import pytest
 import torch
-from engines import tiny
-from fake_models import tiny_model
+from engines import on_cpu
 
 from lightrft.errors import ConfigError, StaleWeightsError
+from lightrft.models.tiny import tiny_text_model
 from lightrft.sim import SimWorld
+from lightrft.sim.engine import alone
 from lightrft.strategy import FakeStrategy, get_strategy, is_engine
-from lightrft.strategy.engine import ENGINE_TYPES
+from lightrft.strategy.engine import ENGINE_TYPES, RolloutEngine
 from lightrft.strategy.engine_calls import EngineCalls
 from lightrft.strategy.fsdp.fsdpv2 import FSDPV2Strategy
 
@@ -26,7 +27,7 @@ PROMPTS = [[3, 4, 5], [6]]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("model"))
-    tiny_model(path)
+    tiny_text_model(path)
     return path
 
 
@@ -91,6 +92,11 @@ def test_an_iteration_without_a_world_is_that_of_one_in_it(engine_type, folder):
     assert SimWorld(1).run(program) == [(before, after)]
 
 
+def test_nothing_of_the_contract_of_engines_is_left_to_its_defaults():
+    public = {name for name in vars(RolloutEngine) if not name.startswith("_")}
+    assert public <= vars(alone._Alone).keys()
+
+
 @BOTH
 def test_an_installed_package_is_shadowed_during_the_calls_alone(engine_type, folder, monkeypatch):
     installed = types.ModuleType(engine_type)
@@ -129,4 +135,4 @@ def test_the_installed_package_is_started_where_it_is_asked_for(folder):
 def test_other_strategies_start_the_installed_package(folder):
     assert FSDPV2Strategy._start_engine is EngineCalls._start_engine is not FakeStrategy._start_engine
     with pytest.raises(ConfigError, match="needs the package vllm, which is not installed"):
-        EngineCalls._start_engine(None, "vllm", tiny.settings(folder))
+        EngineCalls._start_engine(None, "vllm", on_cpu.settings(folder))

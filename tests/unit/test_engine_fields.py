@@ -1,5 +1,6 @@
 """Every argument and field of both engines' records is honoured by the fake engine, idle by its nature, or refused."""
 
+import collections
 import importlib
 import json
 from dataclasses import replace
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import tiny
+from engines import on_cpu
 
 from lightrft.errors import ConfigError
+from lightrft.models import tiny
 from lightrft.sim.engine.faces import faces
 from lightrft.sim.engine.sglang_face import engine as sglang_engine
 from lightrft.sim.engine.sglang_face import sampling_params as sglang_params
@@ -31,7 +33,7 @@ def names(entries):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.save(tiny.qwen2(), tmp_path_factory.mktemp("model"), tiny.tokenizer())
+    return on_cpu.save(tiny.text_model(), tmp_path_factory.mktemp("model"), tiny.tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,7 @@ def stale(llm, vllm):
     """Log-probs with what the prefix cache has of former weights."""
     params = vllm.SamplingParams(**GREEDY, max_tokens=4, logprobs=0)
     llm.generate([PROMPT], params)
-    other = [(name, tensor * 1.5) for name, tensor in tiny.qwen2(1).state_dict().items()]
+    other = [(name, tensor * 1.5) for name, tensor in tiny.text_model(1).state_dict().items()]
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(other)})
     return llm.generate([PROMPT], params)[0].outputs[0].logprobs
 
@@ -154,9 +156,9 @@ def stale(llm, vllm):
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """Another model, which draws by another temperature where nobody says how."""
-    model = tiny.qwen2(1)
+    model = tiny.text_model(1)
     model.generation_config.update(do_sample=True, temperature=0.2)
-    return tiny.save(model, tmp_path_factory.mktemp("other"))
+    return on_cpu.save(model, tmp_path_factory.mktemp("other"))
 
 
 VLLM_ARGUMENTS = {
@@ -349,7 +351,7 @@ def old_prefix(engine):
     drawn(engine, **GREEDY)
     engine.begin_weight_update()
     engine.update_weights_from_tensor(
-        [(name, tensor * 1.5) for name, tensor in tiny.qwen2(1).state_dict().items()], flush_cache=False
+        [(name, tensor * 1.5) for name, tensor in tiny.text_model(1).state_dict().items()], flush_cache=False
     )
     engine.end_weight_update()
     return drawn(engine, **GREEDY)
@@ -378,7 +380,20 @@ SGLANG_ARGUMENTS = {
     "weight_version": lambda make, other: (
         make(weight_version="7").generate(input_ids=PROMPT)["meta_info"]["weight_version"] == "7"
     ),
+    "custom_weight_loader": lambda make, other: loaded_by(make(custom_weight_loader=[LOADER])) == ["given"],
 }
+
+LOADER = "collections.Counter"
+
+
+def loaded_by(engine):
+    """What a loader is given beside the model; without being named at the start it is none."""
+    engine.begin_weight_update()
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collections, "Counter", lambda model, weights: seen.extend(name for name, _ in weights))
+        assert engine.update_weights_from_tensor([("given", torch.ones(1))], load_format=LOADER)[0]
+    return seen
 
 
 def payloads(engine):
@@ -447,8 +462,8 @@ def test_an_adapter_passes_on_what_the_fake_engine_lacks(kind, installed, folder
     name = {"vllm": "vLLM", "sglang": "SGLang"}[kind]
     lacking = {"vllm": "quantization", "sglang": "load_format"}[kind]
     with pytest.raises(ConfigError, match=rf"not started: the fake {name} engine has no {lacking}='fp8'.*{WHAT_TO_DO}"):
-        adapter.start(tiny.settings(folder, options={lacking: "fp8"}))
-    made = adapter.start(tiny.settings(folder))
+        adapter.start(on_cpu.settings(folder, options={lacking: "fp8"}))
+    made = adapter.start(on_cpu.settings(folder))
     field = {"vllm": "allowed_token_ids", "sglang": "regex"}[kind]
     with pytest.raises(ConfigError, match=rf"^the fake {name} engine has no {field}=.*{WHAT_TO_DO}"):
         made.generate([{"prompt_token_ids": PROMPT}], {field: "a"})

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from engines import tiny
+from engines import on_cpu
 from PIL import Image
 
 from lightrft.errors import ConfigError
+from lightrft.models import tiny
 from lightrft.sim import SimWorld
 from lightrft.sim.engine.transformer_model import TransformerModel, checkpoint_tensors
 from lightrft.sim.engine.vision import Patches
@@ -21,23 +22,16 @@ pytest.importorskip("transformers")
 ONE_IMAGE = (tiny.VISION_START, tiny.IMAGE, tiny.VISION_END)
 ONE_VIDEO = (tiny.VISION_START, tiny.VIDEO, tiny.VISION_END)
 GREEDY = {"temperature": 0, "max_tokens": 8, "ignore_eos": True, "logprobs": 0}
-SIZE = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 16}
-
-
-def processor():
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    return Qwen2VLImageProcessorPil(size=SIZE)
 
 
 @pytest.fixture(scope="module")
 def models():
-    return [tiny.qwen2_vl(seed) for seed in (0, 1)]
+    return [tiny.vision_model(seed) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def folders(models, tmp_path_factory):
-    return [tiny.save(model, tmp_path_factory.mktemp("model"), processor()) for model in models]
+    return [on_cpu.save(model, tmp_path_factory.mktemp("model"), tiny.image_processor()) for model in models]
 
 
 def picture(width, height, seed):
@@ -54,7 +48,7 @@ def cut(videos):
     patches, grids = [], []
     for frames in videos:
         even = np.concatenate([frames, frames[-1:]]) if len(frames) % 2 else frames
-        ready = processor()(images=list(even), return_tensors="np", patch_size=14, temporal_patch_size=1)
+        ready = tiny.image_processor()(images=list(even), return_tensors="np", patch_size=14, temporal_patch_size=1)
         _, height, width = ready["image_grid_thw"][0]
         pixels = ready["pixel_values"].reshape(len(even) // 2, 2, height * width, 3, 14, 14)
         patches.append(pixels.transpose(0, 2, 3, 1, 4, 5).reshape(-1, 3 * 2 * 14 * 14))
@@ -74,7 +68,7 @@ def expanded(prompt, inputs):
 @torch.no_grad()
 def expected(model, prompt, images=(), videos=()):
     """The prompt expanded, the greedy tokens of transformers, and their log-probs."""
-    inputs = dict(processor()(images=list(images), return_tensors="pt")) if images else {}
+    inputs = dict(tiny.image_processor()(images=list(images), return_tensors="pt")) if images else {}
     inputs |= cut(videos) if videos else {}
     tokens = expanded(prompt, inputs)
     ids = torch.tensor([tokens])
@@ -186,7 +180,7 @@ def test_a_prompt_that_is_seen_again_is_completed_the_same(folders):
 
 
 def test_what_it_cannot_see_is_refused(vllm, tmp_path, models, folders):
-    bare = vllm.LLM(tiny.save(models[0], tmp_path / "bare"))
+    bare = vllm.LLM(on_cpu.save(models[0], tmp_path / "bare"))
     asked = {"prompt_token_ids": PROMPTS[0][0], "multi_modal_data": {"image": SMALL}}
     with pytest.raises(ConfigError, match="no image processor for the images of a prompt: there is none in"):
         bare.generate([asked])

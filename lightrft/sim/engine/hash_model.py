@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import nn
 
 from lightrft.errors import StaleWeightsError
 from lightrft.sim.engine.language_model import LanguageModel
@@ -90,6 +91,19 @@ class HashModel(LanguageModel):
             held = sorted((name, fingerprint(tensor)) for name, tensor in self._weights.items())
             self._fingerprint = f"{digest(held):016x}"
         return self._fingerprint
+
+    def module(self) -> nn.Module:
+        """Its weights, in modules of their names."""
+        root = nn.Module()
+        for name, tensor in self._weights.items():
+            *path, last = name.split(".")
+            owner = root
+            for part in path:
+                if part not in dict(owner.named_children()):
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+        return root
 
     def forget(self) -> None:
         """See ``LanguageModel``."""

@@ -101,6 +101,8 @@ class LanguageModel(ABC):
         known = self.shapes()
         seen = set()
         for name, tensor in weights:
+            if known and name not in known and name in self.optional():
+                continue  # what it is tied to comes too
             if known and name not in known:
                 raise WeightSyncError(f"{name} is no weight of this model, which has {_some(known)}")
             if known and tensor.shape != known[name]:

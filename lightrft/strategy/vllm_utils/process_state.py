@@ -37,15 +37,18 @@ class ProcessState:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = dict(environ)
-        self._frozen = False
         self._set_num_threads: Any = None
         self._group: dist.ProcessGroup | None = None
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Be in the engine's process for a while."""
-        outside = _Outside(frozen=self._frozen or gc.get_freeze_count() > 0)
-        self._frozen = outside.frozen  # what is frozen by the trainer stays so, and counting it takes long
+    def entered(self, *, starts: bool = False) -> Iterator[None]:
+        """Be in the engine's process for a while.
+
+        Args:
+            starts: whether the engine is started inside, which is when it freezes the garbage collector. To see that
+                takes as long as there are frozen objects.
+        """
+        outside = _Outside(frozen=gc.get_freeze_count() if starts else None)
         os.environ.update(self._environ)
         if self._set_num_threads is not None:
             torch.set_num_threads = self._set_num_threads
@@ -72,7 +75,6 @@ def _set_default_group(group: dist.ProcessGroup | None) -> None:
 class _Outside:
     """The state of the trainer's process."""
 
-    frozen: bool
     environ: dict[str, str] = field(default_factory=lambda: dict(os.environ))
     random_state: dict[str, Any] = field(default_factory=capture_random_state)
     set_num_threads: Any = field(default_factory=lambda: torch.set_num_threads)
@@ -80,6 +82,7 @@ class _Outside:
     group: dist.ProcessGroup | None = field(default_factory=_default_group)
     start_method: str | None = field(default_factory=lambda: multiprocessing.get_start_method(allow_none=True))
     excepthook: Any = field(default_factory=lambda: sys.excepthook)
+    frozen: int | None = None
 
     def changed_environ(self) -> dict[str, str]:
         return {name: value for name, value in os.environ.items() if self.environ.get(name) != value}
@@ -103,7 +106,7 @@ class _Outside:
             multiprocessing.set_start_method(self.start_method, force=True)
         if sys.excepthook is not self.excepthook:
             sys.excepthook = self.excepthook
-        if not self.frozen and gc.get_freeze_count():
+        if self.frozen == 0 and gc.get_freeze_count():
             gc.unfreeze()  # or garbage of the trainer that was frozen is never collected
 
 

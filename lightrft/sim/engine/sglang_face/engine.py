@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -328,6 +329,9 @@ class Engine:
             return False, "no update is in progress: begin_weight_update comes before"
         if "weights" in self._released:
             self._die(f"was sent weights while its own are released, since {self._released['weights']}")
+        if load_format in (self.server_args.custom_weight_loader or ()):
+            pkgutil.resolve_name(str(load_format))(self._core.model.module(), named_tensors)
+            return True, "loaded"
         if load_format not in (None, "flattened_bucket"):
             raise ConfigError(lacks("SGLang", f"load_format={load_format!r} in update_weights_from_tensor"))
         if load_format is None:

@@ -19,7 +19,7 @@ ARGUMENTS = Surface(
         {
             "model_path", "tokenizer_path", "skip_tokenizer_init", "load_format", "context_length", "dtype", "tp_size",
             "random_seed", "disable_radix_cache", "enable_memory_saver", "enable_weights_cpu_backup",
-            "enable_deterministic_inference", "rl_on_policy_target", "weight_version",
+            "enable_deterministic_inference", "rl_on_policy_target", "weight_version", "custom_weight_loader",
         }
     ),
     idle={
@@ -69,6 +69,7 @@ class ServerArgs:
     rl_on_policy_target: str | None = None
     custom_sigquit_handler: Callable[..., Any] | None = None
     weight_version: str = "default"
+    custom_weight_loader: list[str] | None = None
 
     def __post_init__(self) -> None:
         defaults = {one.name: one.default for one in fields(self)}

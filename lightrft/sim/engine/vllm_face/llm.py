@@ -80,6 +80,8 @@ class LLM:
         )
         wanted = self._prompts.read(prompts)
         several = self._params_of(sampling_params, len(wanted))
+        for params in {id(one): one for one in several}.values():
+            params.verify(self._core.model.vocabulary)
         samples, owners = self._samples(wanted, several)
         drawn = self._core.generate(samples) if samples else []
         found: list[list[Drawn]] = [[] for _ in wanted]

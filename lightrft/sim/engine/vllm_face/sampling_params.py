@@ -134,6 +134,19 @@ class SamplingParams:
         yield "stop", self.detokenize or not self.stop, "none where detokenize is False"
         yield "bad_words", all(self.bad_words), "no empty text"
 
+    def verify(self, vocab_size: int) -> None:
+        """Refuse token ids that the model does not have.
+
+        Raises:
+            VLLMValidationError: there are some.
+        """
+        for name, tokens in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias or {})):
+            outside = [token for token in tokens if not 0 <= int(token) < vocab_size]
+            if outside:
+                raise VLLMValidationError(
+                    f"{name} has {outside}: expected token ids below {vocab_size}", parameter=name, value=outside
+                )
+
     def clone(self) -> SamplingParams:
         """A copy."""
         return SamplingParams(**{one.name: getattr(self, one.name) for one in fields(self)})
