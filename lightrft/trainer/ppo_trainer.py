@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["SPMDPPOTrainer"]
 
+_NO_TIME = 1e-3
+"""Seconds that no iteration on a real machine stays below."""
+
 
 class SPMDPPOTrainer:
     """Trains an actor by reinforcement learning; every rank runs the same program.
@@ -274,9 +277,10 @@ class SPMDPPOTrainer:
         tokens = float(sum(len(one.tokens) for one in rollout.samples))
         both = self.strategy.all_reduce({"tokens": tokens, "samples": float(len(rollout.samples))}, op="sum")
         shares = self.strategy.groups.sp_size
-        return {
+        # On simulated ranks no time passes while they compute, and there is nothing to tell of it.
+        speed = {"tokens_per_second": both["tokens"] / shares / seconds} if seconds > _NO_TIME else {}
+        return speed | {
             "samples": both["samples"] / shares,
-            "tokens_per_second": both["tokens"] / shares / max(seconds, 1e-9),
             "kl_coef": self.state.kl.value,
             "weight_version": float(self.state.weight_version),
         }
