@@ -13,7 +13,7 @@ from lightrft.trainer.aggregation import step_totals
 from lightrft.trainer.evaluation import evaluate
 from lightrft.trainer.experience_maker import ExperienceMaker
 from lightrft.trainer.generation import Generation, seed_of
-from lightrft.trainer.images import image_inputs_of
+from lightrft.trainer.images import image_inputs_of, media_tokens
 from lightrft.trainer.kl import kl_controller
 from lightrft.trainer.learner import Learner, Trained
 from lightrft.trainer.metrics import Means, Stopwatch
@@ -339,7 +339,14 @@ class SPMDPPOTrainer:
 
     def _generation(self, **sampling: Any) -> Generation:
         decode = None if self.tokenizer is None else _decoding(self.tokenizer)
-        return Generation(strategy=self.strategy, decode=decode, image_inputs=self._image_inputs, **sampling)
+        forbidden = media_tokens(self.strategy.unwrap_model(self.actor))
+        return Generation(
+            strategy=self.strategy,
+            decode=decode,
+            image_inputs=self._image_inputs,
+            forbidden=forbidden,
+            **sampling,
+        )
 
 
 def _quiet(step: int, metrics: Mapping[str, float]) -> None:
