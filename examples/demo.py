@@ -39,7 +39,7 @@ FLAGS = {
     "train_batch_size": 256,
     "micro_train_batch_size": 32,
     "micro_rollout_batch_size": 64,
-    "max_steps": 24,
+    "max_steps": 16,
     "num_episodes": 100,
     "eval_steps": 4,
     "save_steps": 4,

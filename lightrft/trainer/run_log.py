@@ -102,7 +102,9 @@ def summary_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
     ):
         if name in metrics:
             words.append(f"{label} {metrics[name]:{form}}")
-    phases = [f"{name[5:]} {value:.2f}s" for name, value in metrics.items() if name.startswith("time/")]
+    phases = [
+        f"{name[5:]} {value:.2f}s" for name, value in metrics.items() if name.startswith("time/") and value >= 0.005
+    ]
     return "  ".join([*words, *([f"({', '.join(phases)})"] if phases else [])])
 
 
