@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -301,9 +301,15 @@ class Worker:
         if weights_iterator is None or weights_path is not None or not is_checkpoint_format:
             raise ConfigError(lacks("vLLM", "reload_weights but from an iterator, by the names of a checkpoint"))
         weights = iter(weights_iterator)
-        first = next(weights, None)
-        if first is not None:  # else it ends a reload that was broken off, and leaves everything as it is
-            self._core.load(chain([first], weights))
+        first = list(islice(weights, 1))
+        if first:  # else it ends a reload that was broken off, and leaves everything as it is
+            self._core.load(chain(_popped(first), weights))
+
+
+def _popped(several: list[Any]) -> Iterator[Any]:
+    """What is in a list, which keeps it no longer."""
+    while several:
+        yield several.pop(0)
 
 
 def _ranks(given: dict[str, Any]) -> Ranks:
