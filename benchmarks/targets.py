@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from benchmarks import engines
 from benchmarks.measurements import DEADLOCKS, compared, deadlock, many_worlds, start_and_end
 from benchmarks.strategies import BACKENDS, RANKS, fake, median, metrics, overhead
 from benchmarks.training import commands, shares
@@ -64,6 +65,31 @@ def _overhead(backend: str, ranks: int) -> Target:
     )
 
 
+def _rollout(engine: str) -> Target:
+    return Target(
+        what=f"1024 prompts of 256 tokens gathered, completed by hash, scattered, 8 ranks, tp=4, {engine} (s of processor)",
+        limit=0.5,
+        measured=lambda: engines.median(engines.rollout(engine), "seconds"),
+    )
+
+
+def _generation(spread: str) -> Target:
+    return Target(
+        what=f"a token of the fake engine, 64 prompts, {spread} lengths, as a fraction of transformers.generate",
+        limit=1 / 3,
+        measured=lambda: engines.median(engines.generation(spread), "ratio"),
+    )
+
+
+def _update(what: str, key: str, limit: float, engine: str = "vllm", source: str = "target") -> Target:
+    return Target(
+        what=f"update_engine_weights of 100M parameters, fake {engines.FACES[engine]}: {what}",
+        limit=limit,
+        measured=lambda: engines.median(engines.update(engine), key),
+        source=source,
+    )
+
+
 def _median(values: list[float]) -> float:
     return statistics.median(values)
 
@@ -110,6 +136,13 @@ TARGETS = (
         limit=1 / 10,
         measured=lambda: metrics()["dict"] / metrics()["single"],
     ),
+    *(_rollout(engine) for engine in engines.FACES),
+    *(_generation(spread) for spread in engines.SPREADS),
+    _update("time beside one copy of them", "ratio", 1.5),
+    # It makes one bucket flat, as the real one wants it, in memory that it asks for anew.
+    _update("time beside one copy of them", "ratio", 20, "sglang", source="guard"),
+    *(_update("memory meanwhile, in buckets", "buckets", 2, engine) for engine in engines.FACES),
+    *(_update("calls to the engine for each parameter", "calls", 1 / 10, engine) for engine in engines.FACES),
     Target(what="threads left by 900 worlds of 4 ranks", limit=0, measured=lambda: many_worlds()["threads"]),
     Target(
         what="objects left by 900 worlds of 4 ranks, for 100 worlds",
