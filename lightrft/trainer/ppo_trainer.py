@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import ConfigError, EngineStateError
+from lightrft.strategy.utils.agreement import Ranks
 from lightrft.trainer.aggregation import step_totals
 from lightrft.trainer.evaluation import evaluate
 from lightrft.trainer.experience_maker import ExperienceMaker
@@ -247,11 +248,15 @@ class SPMDPPOTrainer:
     @contextmanager
     def _log(self, total: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
         """Writes the metrics of an iteration, on rank 0; nothing on the others."""
-        if not self.strategy.is_rank_0():
+        opened = None
+        with Ranks().together("the log of the run was not opened", ConfigError):
+            if self.strategy.is_rank_0():
+                folder, bar = self.strategy.config.log_dir, self.config.progress_bar
+                opened = RunLog(folder, self.strategy.print, total=total, done=self.state.step, bar=bar)
+        if opened is None:
             yield _quiet
             return
-        folder, bar = self.strategy.config.log_dir, self.config.progress_bar
-        with RunLog(folder, self.strategy.print, total=total, done=self.state.step, bar=bar) as log:
+        with opened as log:
             yield log.step
 
     def _sync_engine(self) -> None:
