@@ -74,7 +74,10 @@ class EvenTokens(RewardSource):
 
     def __call__(self, samples):
         shares = torch.tensor(
-            [sum(token % 2 == 0 for token in one.output_token_ids) / len(one.output_token_ids) for one in samples],
+            [
+                sum(token % 2 == 0 for token in one.output_token_ids) / max(len(one.output_token_ids), 1)
+                for one in samples
+            ],
             dtype=torch.float32,
         )
         return Rewards(rewards=shares, metrics={"accuracy": shares.round()} if samples else {})

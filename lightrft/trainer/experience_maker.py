@@ -202,7 +202,7 @@ class ExperienceMaker:
 
     def filler(self, samples: Sequence[Sample]) -> Experience | None:
         """A sequence with an image for batches without any, if models see and some rank has one. *Collective*."""
-        if self.generation.image_inputs is None:
+        if self.generation.reader is None:
             return None
         found = image_filler(samples, self.strategy)
         if found is None:

@@ -15,6 +15,7 @@ from lightrft.trainer.experience import Images, Sample
 if TYPE_CHECKING:
     from lightrft.strategy.requests import Completion
     from lightrft.strategy.strategy_base import StrategyBase
+    from lightrft.trainer.images import ImageReader
 
 __all__ = ["Generation", "seed_of"]
 
@@ -29,7 +30,8 @@ class Generation:
         temperature: 0 is greedy.
         top_p: as in ``SamplingParams``.
         decode: token ids to text, where the engine gives none.
-        image_inputs: what the model takes of the images of a prompt.
+        reader: makes images what the model sees.
+        forbidden: tokens that stand for images: a completion ends before the first of them, which no image belongs to.
         needs_log_probs: whether an engine that gives no log-probs of what it has drawn from is refused.
     """
 
@@ -38,15 +40,16 @@ class Generation:
     temperature: float = 1.0
     top_p: float = 1.0
     decode: Callable[[Sequence[int]], str] | None = None
-    image_inputs: Callable[[Any], Images] | None = None
+    reader: ImageReader | None = None
+    forbidden: frozenset[int] = frozenset()
     needs_log_probs: bool = False
 
     def __call__(self, prompts: Sequence[Any], seed: int) -> list[Sample]:
         """Samples of this rank's prompts, those of one prompt one after the other. *Collective*.
 
         Prompts, labels and images stay with their samples. Ranks of one sequence-parallel group have the same prompts,
-        and get the same samples: the first of them generates. A prompt of more than ``prompt_max_len`` tokens has no
-        samples.
+        and get the same samples: the first of them generates. A prompt of more than ``prompt_max_len`` tokens,
+        those of its images included, has no samples.
 
         Args:
             prompts: with ``prompt``, ``token_ids``, ``label``, ``images`` and ``index``; any number, none included.
@@ -56,8 +59,10 @@ class Generation:
             EngineStateError: generation failed, on some rank of the engine.
             StaleWeightsError: completions came of other weights than the engine was given last.
         """
-        fitting = [one for one in prompts if len(one.token_ids) <= self.strategy.config.prompt_max_len]
-        mine = fitting if self._generates else []
+        with Ranks().together("prompts were not read", EngineStateError):
+            read = [(one, self._seen(one)) for one in prompts]
+            fitting = [(one, seen) for one, seen in read if self._fits(one, seen)]
+        mine = [one for one, _ in fitting] if self._generates else []
         completions = self.strategy.gather_and_generate(
             self._params(seed),
             all_prompt_token_ids=[list(one.token_ids) for one in mine],
@@ -69,7 +74,7 @@ class Generation:
             if len(completions) != self.n * len(fitting):
                 raise EngineStateError(f"{len(completions)} came for {len(fitting)} prompts, {self.n} samples each")
             self._check_versions(completions)
-            return [self._sample(fitting[place // self.n], one) for place, one in enumerate(completions)]
+            return [self._sample(*fitting[place // self.n], one) for place, one in enumerate(completions)]
 
     @property
     def _generates(self) -> bool:
@@ -86,24 +91,27 @@ class Generation:
             logprobs=True,
         )
 
-    def _sample(self, prompt: Any, one: Completion) -> Sample:
+    def _sample(self, prompt: Any, seen: Images, one: Completion) -> Sample:
+        tokens = one.output_token_ids
+        end = next((place for place, token in enumerate(tokens) if token in self.forbidden), len(tokens))
+        log_probs = self._log_probs(one)
         return Sample(
             prompt=prompt.prompt,
-            response=self._text(one),
+            response=self._text(one, end),
             label=prompt.label,
             index=prompt.index,
             prompt_token_ids=tuple(one.prompt_token_ids),
-            output_token_ids=tuple(one.output_token_ids),
-            engine_log_probs=self._log_probs(one),
+            output_token_ids=tuple(tokens[:end]),
+            engine_log_probs=None if log_probs is None else log_probs[:end],
             truncated=one.finish_reason == "length",
             weight_version=one.weight_version,
-            images=self._images(prompt),
+            images=seen,
         )
 
-    def _text(self, one: Completion) -> str:
-        if one.text is not None:
+    def _text(self, one: Completion, end: int) -> str:
+        if one.text is not None and (end == len(one.output_token_ids) or self.decode is None):
             return one.text
-        return "" if self.decode is None else self.decode(one.output_token_ids)
+        return "" if self.decode is None else self.decode(one.output_token_ids[:end])
 
     def _log_probs(self, one: Completion) -> tuple[float, ...] | None:
         """Those of the distribution that was drawn from; ``None`` if the engine gave others."""
@@ -125,12 +133,18 @@ class Generation:
                 "answered with what it held before"
             )
 
-    def _images(self, prompt: Any) -> Images:
+    def _seen(self, prompt: Any) -> Images:
         if not prompt.images:
             return {}
-        if self.image_inputs is None:
+        if self.reader is None:
             raise ConfigError("a prompt has images: give the trainer a processor, which makes them what the model sees")
-        return self.image_inputs(prompt.images)
+        return self.reader(prompt.images)
+
+    def _fits(self, prompt: Any, seen: Images) -> bool:
+        """Whether a prompt is short enough, with the tokens that its images become."""
+        images = len(prompt.images)
+        more = self.reader.tokens(seen, images) - images if self.reader is not None and images else 0
+        return len(prompt.token_ids) + more <= self.strategy.config.prompt_max_len
 
 
 def seed_of(*parts: int) -> int:

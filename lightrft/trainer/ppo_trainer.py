@@ -13,7 +13,7 @@ from lightrft.trainer.aggregation import step_totals
 from lightrft.trainer.evaluation import evaluate
 from lightrft.trainer.experience_maker import ExperienceMaker
 from lightrft.trainer.generation import Generation, seed_of
-from lightrft.trainer.images import image_inputs_of
+from lightrft.trainer.images import ImageReader, special_tokens
 from lightrft.trainer.kl import kl_controller
 from lightrft.trainer.learner import Learner, Trained
 from lightrft.trainer.metrics import Means, Stopwatch
@@ -95,7 +95,7 @@ class SPMDPPOTrainer:
         self._stop = StopRequest()
         self._watch = Stopwatch()
         self._rewards = reward_source(reward_model, strategy, self.config)
-        self._image_inputs = image_inputs_of(processor)
+        self._reader = None if processor is None else ImageReader(processor)
         self._learner = self._make_learner()
         self._maker = self._make_maker()
         self._checkpoints = RunCheckpoints(
@@ -334,7 +334,8 @@ class SPMDPPOTrainer:
 
     def _generation(self, **sampling: Any) -> Generation:
         decode = None if self.tokenizer is None else _decoding(self.tokenizer)
-        return Generation(strategy=self.strategy, decode=decode, image_inputs=self._image_inputs, **sampling)
+        forbidden = special_tokens(self.strategy.unwrap_model(self.actor))
+        return Generation(strategy=self.strategy, decode=decode, reader=self._reader, forbidden=forbidden, **sampling)
 
 
 def _quiet(step: int, metrics: Mapping[str, float]) -> None:

@@ -28,6 +28,7 @@ class StopRequest:
         self.is_made = True
 
     def __enter__(self) -> Self:
+        self.is_made = False
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self

@@ -36,9 +36,8 @@ class Sees(Draws):
         for token in request.prompt_token_ids:
             places = next(images).size[0] // 28 if token == tiny.IMAGE else 1
             tokens += [token] * places
-        drawn = super()._drawn(request, params, digest, sample)
-        letters = tuple(token + len(tiny.SPECIAL) for token in drawn.output_token_ids)
-        return dataclasses.replace(drawn, prompt_token_ids=tuple(tokens), output_token_ids=letters)
+        drawn = super()._drawn(request, params, digest, sample)  # image tokens may be among those
+        return dataclasses.replace(drawn, prompt_token_ids=tuple(tokens))
 
 
 def pictures(number):
@@ -73,8 +72,8 @@ def run(folder, size, steps=2, **given):
         strategy.inference_engine = Sees()
         trainer = SPMDPPOTrainer(
             strategy=strategy, actor=actor[0], reward_model=EvenTokens(), initial_model=initial, actor_optim=actor[1],
-            actor_scheduler=actor[2], processor=tiny.image_processor(), advantage_estimator="reinforce++", max_steps=steps,
-            init_kl_coef=0.01,
+            actor_scheduler=actor[2], processor=tiny.image_processor(), advantage_estimator="reinforce++",
+            max_steps=steps,
         )  # fmt: skip
         metrics = trainer.fit(prompts(16))
         dist.destroy_process_group()
