@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightrft.errors import ConfigError
 from lightrft.strategy.deepspeed.parameters import gathered, is_partitioned
+from lightrft.strategy.extras import naming_extras
 from lightrft.strategy.utils.saving import OUTSIDE
 
 __all__ = ["body_of", "head_of", "language_model_of", "with_adapters"]
@@ -86,10 +87,8 @@ def with_adapters(model: nn.Module, lora: Any, seed: int, **defaults: Any) -> nn
     """
     if lora is None:
         return model
-    try:
+    with naming_extras("lora"):
         import peft
-    except ImportError as error:
-        raise ConfigError("LoRA adapters need peft: install lightrft[train]") from error
     if isinstance(lora, Mapping):
         settings = {"target_modules": "all-linear", **defaults, **lora}
         try:

@@ -10,10 +10,13 @@ from lightrft.errors import ConfigError
 __all__ = ["naming_extras"]
 
 _EXTRAS = {
+    "PIL": "data",
     "accelerate": "deepspeed",
+    "datasets": "data",
     "deepspeed": "deepspeed",
     "matplotlib": "plots",
     "peft": "train",
+    "pyarrow": "data",
     "safetensors": "train",
     "sglang": "sglang",
     "tensorboard": "plots",

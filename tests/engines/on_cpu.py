@@ -58,7 +58,7 @@ def subject(name, start, models, **more):
             "end": tiny.EOS,
             "first_token": len(tiny.SPECIAL),
             "encode": letters.encode,
-            "decode": letters.decode,
+            "decode": lambda ids: letters.decode(ids, skip_special_tokens=True),
             "lacks": LACKS[name],
             "library_calls": lambda engine: len(engine.library_calls),
             **more,

@@ -1,5 +1,6 @@
 """Every argument and field of both engines' records is honoured by the fake engine, idle by its nature, or refused."""
 
+import collections
 import importlib
 import json
 from dataclasses import replace
@@ -378,7 +379,20 @@ SGLANG_ARGUMENTS = {
     "weight_version": lambda make, other: (
         make(weight_version="7").generate(input_ids=PROMPT)["meta_info"]["weight_version"] == "7"
     ),
+    "custom_weight_loader": lambda make, other: loaded_by(make(custom_weight_loader=[LOADER])) == ["given"],
 }
+
+LOADER = "collections.Counter"
+
+
+def loaded_by(engine):
+    """What a loader is given beside the model; without being named at the start it is none."""
+    engine.begin_weight_update()
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collections, "Counter", lambda model, weights: seen.extend(name for name, _ in weights))
+        assert engine.update_weights_from_tensor([("given", torch.ones(1))], load_format=LOADER)[0]
+    return seen
 
 
 def payloads(engine):

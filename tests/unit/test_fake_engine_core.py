@@ -111,7 +111,7 @@ def test_f16_log_probs_are_those_of_the_distribution_that_was_drawn_from(trained
         logits = exact(torch.tensor([[3, 4, 5, *got.tokens]])).logits[0, 2:-1] / 0.6
         kept = logits.masked_fill(logits < logits.topk(9).values[:, -1:], float("-inf")).log_softmax(-1)
         expected = kept.gather(1, torch.tensor(got.tokens).unsqueeze(1)).squeeze(1)
-        torch.testing.assert_close(torch.tensor(got.processed, dtype=torch.float64), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(got.processed, dtype=torch.float64), expected, atol=1e-5 / 0.6, rtol=0)
 
 
 def draws(logits, count=4000, **params):

@@ -57,6 +57,7 @@ def test_ranks_agree_and_the_engine_has_the_last_weights(size):
         metrics = trainer.fit(prompts(32))
         weights = weights_of(trainer)
         assert engine.weight_version == 5  # before the first iteration, and after each
+        assert str(engine.status) == "asleep"
         for name, tensor in engine.weights.items():
             assert torch.equal(tensor, weights[f"actor.{name}"])
         return metrics, weights

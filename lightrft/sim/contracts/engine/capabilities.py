@@ -25,18 +25,16 @@ CAPABILITIES = {
 contract = Contract("engine", prefix="EN", capabilities=CAPABILITIES)
 
 _DIGEST = "tokens follow from a digest of the weights, and log-probs are made up"
-_NO_TEXT = "the hash mode reads and writes no text"
 _TEMPERED = "SGLang gives those of logits / temperature"
 _WITH_THE_END = "SGLang passes over them with the end token, so that both together are refused"
 
 LACKS: Mapping[str, Mapping[str, str]] = {
     "fake vLLM": {},
     "fake SGLang": {"log_probs_after_cuts": _TEMPERED, "stops_beyond_the_end": _WITH_THE_END},
-    "fake vLLM, hash mode": {"language_model": _DIGEST, "log_probs_after_cuts": _DIGEST, "text": _NO_TEXT},
+    "fake vLLM, hash mode": {"language_model": _DIGEST, "log_probs_after_cuts": _DIGEST},
     "fake SGLang, hash mode": {
         "language_model": _DIGEST,
         "log_probs_after_cuts": _DIGEST,
-        "text": _NO_TEXT,
         "stops_beyond_the_end": _WITH_THE_END,
     },
     "vLLM": {},

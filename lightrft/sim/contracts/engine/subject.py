@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from unittest import SkipTest
@@ -45,7 +45,7 @@ class Subject:
         max_tokens: of a completion that does not say how many; below 32.
         end: token id at which a completion of the models ends.
         first_token: the first one that is neither special nor the end.
-        encode, decode: of the tokenizer, if the engine has one.
+        encode, decode: of the tokenizer, if the engine has one; special tokens have no text.
         native: from our sampling parameters to an object of the engine's own library.
         library_calls: how often the engine of the library was called so far for an update, where it can be counted.
         world: makes a world of so many ranks, for engines that ranks share.
@@ -193,6 +193,14 @@ class Subject:
             self.remembered[key] = reference.greedy(self.models[what], prompt, count)
         found: list[int] = self.remembered[key]
         return found
+
+    def alike(self, first: Sequence[Completion], second: Sequence[Completion]) -> bool:
+        """Whether completions are the same but for the rounding of log-probs."""
+        plain = [[replace(one, log_probs=None) for one in each] for each in (first, second)]
+        both = [[value for one in each for value in one.log_probs or ()] for each in (first, second)]
+        if plain[0] != plain[1] or len(both[0]) != len(both[1]):
+            return False
+        return all(abs(one - other) <= self.within for one, other in zip(*both, strict=True))
 
     def _told_by(self, index: int) -> list[tuple[tuple[int, ...], Any]]:
         """What an engine of the weights on disk says, for one whose completions are of no model."""
