@@ -1,12 +1,12 @@
 """What trainers are tested with: an actor and a critic around a tiny transformer, and an engine without a model."""
 
-import dataclasses
 import random
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from lightrft.datasets import Prompt
 from lightrft.sim.contracts.strategy import workload
 from lightrft.sim.contracts.strategy.recorder import Recorder
 from lightrft.strategy import get_strategy
@@ -81,15 +81,6 @@ class EvenTokens(RewardSource):
             dtype=torch.float32,
         )
         return Rewards(rewards=shares, metrics={"accuracy": shares.round()} if samples else {})
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    prompt: str
-    token_ids: tuple[int, ...]
-    label: object = None
-    images: tuple = ()
-    index: int = 0
 
 
 def prompts(count, longest=4):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightrft.errors import ConfigError, EngineStateError, StaleWeightsError
 from lightrft.strategy.sampling import SamplingParams
@@ -13,6 +13,7 @@ from lightrft.strategy.utils.agreement import Ranks
 from lightrft.trainer.experience import Images, Sample
 
 if TYPE_CHECKING:
+    from lightrft.datasets import Prompt
     from lightrft.strategy.requests import Completion
     from lightrft.strategy.strategy_base import StrategyBase
     from lightrft.trainer.images import ImageReader
@@ -44,7 +45,7 @@ class Generation:
     forbidden: frozenset[int] = frozenset()
     needs_log_probs: bool = False
 
-    def __call__(self, prompts: Sequence[Any], seed: int) -> list[Sample]:
+    def __call__(self, prompts: Sequence[Prompt], seed: int) -> list[Sample]:
         """Samples of this rank's prompts, those of one prompt one after the other. *Collective*.
 
         Prompts, labels and images stay with their samples. Ranks of one sequence-parallel group have the same prompts,
@@ -52,7 +53,7 @@ class Generation:
         those of its images included, has no samples.
 
         Args:
-            prompts: with ``prompt``, ``token_ids``, ``label``, ``images`` and ``index``; any number, none included.
+            prompts: of this rank; any number, none included.
             seed: of what is drawn, the same on all ranks, for an engine that takes seeds.
 
         Raises:
@@ -91,7 +92,7 @@ class Generation:
             logprobs=True,
         )
 
-    def _sample(self, prompt: Any, seen: Images, one: Completion) -> Sample:
+    def _sample(self, prompt: Prompt, seen: Images, one: Completion) -> Sample:
         tokens = one.output_token_ids
         end = next((place for place, token in enumerate(tokens) if token in self.forbidden), len(tokens))
         log_probs = self._log_probs(one)
@@ -133,14 +134,14 @@ class Generation:
                 "answered with what it held before"
             )
 
-    def _seen(self, prompt: Any) -> Images:
+    def _seen(self, prompt: Prompt) -> Images:
         if not prompt.images:
             return {}
         if self.reader is None:
             raise ConfigError("a prompt has images: give the trainer a processor, which makes them what the model sees")
         return self.reader(prompt.images)
 
-    def _fits(self, prompt: Any, seen: Images) -> bool:
+    def _fits(self, prompt: Prompt, seen: Images) -> bool:
         """Whether a prompt is short enough, with the tokens that its images become."""
         images = len(prompt.images)
         more = self.reader.tokens(seen, images) - images if self.reader is not None and images else 0

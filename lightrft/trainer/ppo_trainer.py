@@ -120,12 +120,13 @@ class SPMDPPOTrainer:
         """
         resumed = self.config.resume and self._checkpoints.load(self.state)
         stream = PromptStream(self.strategy, prompts, self.state.consumed_prompts)
-        total = self._iterations(len(prompts))
+        total = self.config.iterations(self.strategy.config, len(prompts))
+        last = self.config.num_episodes * len(prompts) - stream.batch_size
         self._sync_engine()
         metrics: dict[str, float] = {}
         with self._stop, self._log(total) as log:
             self.strategy.print(f"resumed after iteration {self.state.step}" if resumed else "training begins")
-            while self.state.step < total and stream.consumed + stream.batch_size <= self._prompts(len(prompts)):
+            while self.state.step < total and stream.consumed <= last:
                 metrics = self.iteration(stream)
                 self.state.step += 1
                 self.state.consumed_prompts = stream.consumed
@@ -217,14 +218,6 @@ class SPMDPPOTrainer:
         self._stop.make()
 
     # -- Parts of a run -----------------------------------------------------------------------------------------------
-
-    def _prompts(self, length: int) -> int:
-        return self.config.num_episodes * length
-
-    def _iterations(self, length: int) -> int:
-        """The most iterations that the run has."""
-        possible = self._prompts(length) // self.strategy.config.rollout_batch_size
-        return min(possible, self.config.max_steps or possible)
 
     def _is_due(self, every: int) -> bool:
         return bool(every) and self.state.step % every == 0

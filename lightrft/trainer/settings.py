@@ -156,6 +156,16 @@ class TrainerConfig(Configuration):
         if problems:
             raise ConfigError("\n".join(problems))
 
+    def iterations(self, config: StrategyConfig, prompts: int) -> int:
+        """How many iterations a run has, at most, with a strategy of settings ``config`` and so many ``prompts``."""
+        possible = self.num_episodes * prompts // config.rollout_batch_size
+        return min(possible, self.max_steps or possible)
+
+    def optimizer_steps(self, config: StrategyConfig, prompts: int) -> int:
+        """How many optimizer steps these have, at most: ``max_steps`` of ``prepare_models_and_optimizers``."""
+        samples = config.rollout_batch_size * self.n_samples_per_prompt
+        return self.iterations(config, prompts) * self.max_epochs * -(-samples // config.train_batch_size)
+
     def _follow(self) -> None:
         if self.loss_aggregation is None:
             object.__setattr__(self, "loss_aggregation", names.AGGREGATION_OF[self.policy_loss])

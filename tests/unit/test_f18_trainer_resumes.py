@@ -197,3 +197,12 @@ def test_checkpoints_are_rotated_and_one_that_is_not_whole_is_told(tmp_path):
     with pytest.raises(RankFailedError) as error:
         run(tmp_path, resume=True)
     assert isinstance(error.value.__cause__, CheckpointError)
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoints that have to stay")
+def test_k24_checkpoints_may_have_so_much_memory(tmp_path):
+    made = parts()
+    SPMDPPOTrainer(
+        reward_model=EvenTokens(), **made, ckpt_path=str(tmp_path), save_steps=1, max_ckpt_mem=1e-9, max_steps=2
+    ).fit(prompts(24))
+    assert [each.name for each in (tmp_path / "actor").glob("step_*")] == ["step_00000002"]

@@ -3,17 +3,20 @@
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from trainer_parts import Draws, EvenTokens, Prompt, parts, prompts, weights_of
+from trainer_parts import Draws, EvenTokens, parts, prompts, weights_of
 
+from lightrft.datasets import Prompt
 from lightrft.errors import ConfigError, EngineStateError, RankFailedError, RewardError, StaleWeightsError
 from lightrft.sim import SimWorld
 from lightrft.sim.contracts.strategy import workload
 from lightrft.strategy import get_strategy
 from lightrft.strategy.requests import Completion
+from lightrft.strategy.setting import settings_of
 from lightrft.trainer import SPMDPPOTrainer, TrainerConfig
 from lightrft.trainer.generation import Generation
 from lightrft.trainer.stopping import StopRequest
@@ -222,6 +225,39 @@ def test_what_is_missing_or_needless_is_told():
     made["strategy"].inference_engine = Draws()
     with pytest.raises(ConfigError, match="7 prompts with rollout_batch_size=8"):
         trainer.fit(prompts(7))
+
+
+def test_the_optimizer_takes_as_many_steps_as_the_settings_say():
+    def program():
+        made = parts()
+        trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **made, n_samples_per_prompt=3, max_epochs=2, max_steps=2)
+        trainer.fit(prompts(32))
+        return made["actor_scheduler"].last_epoch, trainer.config.optimizer_steps(made["strategy"].config, 32)
+
+    assert in_world(program) == [(12, 12)] * 2
+
+
+def test_the_interface_is_the_documented_one():
+    import inspect
+
+    given = inspect.signature(SPMDPPOTrainer).parameters
+    assert list(given) == [
+        "strategy", "actor", "critic", "reward_model", "initial_model", "ema_model", "actor_optim", "critic_optim",
+        "actor_scheduler", "critic_scheduler", "tokenizer", "processor", "config", "settings",
+    ]  # fmt: skip
+    assert [name for name in vars(SPMDPPOTrainer) if not name.startswith("_")] == [
+        "fit", "iteration", "ppo_train", "evaluate", "save", "request_stop"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_order_in_which_ranks_run_changes_nothing(seed):
+    def program():
+        trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **parts(), max_steps=2)
+        return plain(trainer.fit(prompts(16)))
+
+    expected = in_world(program, 4)
+    assert in_world(program, 4, schedule="random", seed=seed) == expected
 
 
 # -- K21: what belongs together stays together ---------------------------------------------------------------------
@@ -444,6 +480,34 @@ def test_k24_a_setting_changes_what_is_learned(settings, base_run):
         assert any(name.startswith("critic.") for name in changed)
     else:
         assert any(name.startswith("actor.") for name in changed)
+
+
+ELSEWHERE = {
+    "dynamic_sampling": "test_k11_dynamic_sampling_takes_every_rank_through_the_same_rounds",
+    "dynamic_sampling_rounds": "test_k11_dynamic_sampling_takes_every_rank_through_the_same_rounds",
+    "top_p": "test_k24_settings_of_sampling_reach_the_engine",
+    "eval_temperature": "test_k24_settings_of_sampling_reach_the_engine",
+    "eval_steps": "test_evaluations_are_due_every_few_iterations",
+    "progress_bar": "test_k24_a_progress_bar_is_for_terminals",
+    "save_path": "test_k24_the_trained_model_is_written_at_the_end",
+    "reward_function": "test_rewards_come_from_what_is_given_and_from_settings",
+    "remote_reward_url": "test_rewards_come_from_what_is_given_and_from_settings",
+    "reward_weights": "test_rewards_come_from_what_is_given_and_from_settings",
+    "remote_reward_timeout": "test_k24_settings_of_services",
+    "remote_reward_attempts": "test_k24_settings_of_services",
+    "offload_reward_models": "test_several_models_score_in_turn_and_ranks_pass_equally_often",
+    "ckpt_path": "test_f18_killed_anywhere_and_resumed_is_uninterrupted",
+    "save_steps": "test_f18_killed_anywhere_and_resumed_is_uninterrupted",
+    "resume": "test_f18_killed_anywhere_and_resumed_is_uninterrupted",
+    "max_ckpt_num": "test_checkpoints_are_rotated_and_one_that_is_not_whole_is_told",
+    "max_ckpt_mem": "test_k24_checkpoints_may_have_so_much_memory",
+}
+
+
+def test_k24_every_setting_has_a_test_of_its_effect():
+    assert {name for each in EFFECTS for name in each} | set(ELSEWHERE) == set(settings_of(TrainerConfig))
+    written = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
+    assert all(f"def {test}(" in written for test in ELSEWHERE.values())
 
 
 def test_the_same_settings_learn_the_same(base_run):

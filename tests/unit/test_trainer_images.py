@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from trainer_parts import Actor, Draws, EvenTokens, Prompt, Scores, prompts
+from trainer_parts import Actor, Draws, EvenTokens, Scores, prompts
 
+from lightrft.datasets import Prompt
 from lightrft.errors import ConfigError, RankFailedError
 from lightrft.sim import SimWorld
 from lightrft.sim.contracts.strategy import workload

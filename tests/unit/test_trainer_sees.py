@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch.distributed as dist
-from trainer_parts import Draws, EvenTokens, Prompt
+from trainer_parts import Draws, EvenTokens
 
+from lightrft.datasets import Prompt
 from lightrft.sim import SimWorld
 from lightrft.strategy import get_strategy
 from lightrft.trainer import SPMDPPOTrainer
