@@ -681,12 +681,21 @@ def test_ctrl_c_saves_and_ends(number, tmp_path):
     assert signal.getsignal(number) is before
 
 
-def test_the_second_ctrl_c_interrupts_at_once():
-    with StopRequest() as stop:
+def test_a_later_ctrl_c_interrupts_at_once():
+    with StopRequest(patience=0.0) as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.is_made
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_ctrl_c_that_a_launcher_passes_on_is_the_same_one():
+    with StopRequest() as stop:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert stop.is_made
+    with stop:
+        assert not stop.is_made
 
 
 def test_an_error_of_one_rank_ends_the_run_of_all():
