@@ -90,7 +90,7 @@ def prompts(count, longest=4):
     ]
 
 
-def parts(*, critic=True, initial=True, ema=False, engine=None, lr=1e-2, dropout=0.0, **settings):
+def parts(*, critic=True, initial=True, ema=False, engine=None, lr=1e-2, dropout=0.0, sgd=False, **settings):
     """A strategy with an engine, and what a trainer is given beside it; the fake strategy unless settings say more."""
     strategy = get_strategy(
         {
@@ -106,7 +106,7 @@ def parts(*, critic=True, initial=True, ema=False, engine=None, lr=1e-2, dropout
     )
     trained = []
     for each in (Actor(dropout=dropout), Critic() if critic else None):
-        optimizer = None if each is None else strategy.create_optimizer(each, lr=lr)
+        optimizer = None if each is None else _optimizer(strategy, each, lr, sgd)
         rate = None if each is None else torch.optim.lr_scheduler.LambdaLR(optimizer, _falling)
         trained.append((each, optimizer, rate))
     (actor, optim, rate), (other, critic_optim, critic_rate) = strategy.prepare(*trained, is_rlhf=True)
@@ -122,6 +122,10 @@ def parts(*, critic=True, initial=True, ema=False, engine=None, lr=1e-2, dropout
         "actor_scheduler": rate,
         "critic_scheduler": critic_rate,
     }
+
+
+def _optimizer(strategy, model, lr, sgd):
+    return torch.optim.SGD(model.parameters(), lr=lr) if sgd else strategy.create_optimizer(model, lr=lr)
 
 
 def _falling(step):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import ConfigError, EngineStateError
+from lightrft.strategy.utils.agreement import Ranks
 from lightrft.trainer.aggregation import step_totals
 from lightrft.trainer.evaluation import evaluate
 from lightrft.trainer.experience_maker import ExperienceMaker
@@ -236,12 +237,13 @@ class SPMDPPOTrainer:
     @contextmanager
     def _log(self, total: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
         """Writes the metrics of an iteration, on rank 0; nothing on the others."""
-        if not self.strategy.is_rank_0():
-            yield _quiet
-            return
         folder, bar = self.strategy.config.log_dir, self.config.progress_bar
-        with RunLog(folder, self.strategy.print, total=total, done=self.state.step, bar=bar) as log:
-            yield log.step
+        log: RunLog | None = None
+        with Ranks().together("the log was not opened", ConfigError):
+            if self.strategy.is_rank_0():
+                log = RunLog(folder, self.strategy.print, total=total, done=self.state.step, bar=bar)
+        with log or nullcontext():
+            yield _quiet if log is None else log.step
 
     def _sync_engine(self) -> None:
         """Give the engine the weights of the actor, whatever it had."""

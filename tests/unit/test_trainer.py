@@ -150,6 +150,44 @@ def test_the_reward_grows():
     assert rewards[-1]["reward"] > 0.8
 
 
+PARTITIONS = [(1, 4), (1, 1), (2, 4), (2, 1), (4, 2)]
+
+
+@pytest.fixture(scope="module")
+def big_batch():
+    return {name: partitioned(name, 1, 16) for name in WAYS}
+
+
+WAYS = {
+    "gae": {"advantage_estimator": "gae", "entropy_coef": 0.1, "value_clip": 0.01},
+    "reinforce++": {"advantage_estimator": "reinforce++", "use_kl_loss": True, "loss_aggregation": "sequence_mean"},
+    "grpo": {"advantage_estimator": "grpo", "policy_loss": "gspo", "normalize_reward": True},
+    "dr_grpo": {"advantage_estimator": "dr_grpo", "loss_aggregation": "constant", "high_entropy_token_ratio": 0.5},
+}
+
+
+def partitioned(name, size, micro):
+    """The weights of a run, its 16 samples an iteration spread over ranks and micro-batches; by SGD, not clipped."""
+
+    def program():
+        made = parts(
+            critic=name == "gae", sgd=True, lr=0.1, max_norm=0.0, train_batch_size=16, micro_train_batch_size=micro
+        )
+        settings = {"n_samples_per_prompt": 2, "max_epochs": 2, "max_steps": 1}
+        trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **made, **settings, **WAYS[name])
+        trainer.fit([too_long(i) if i in (2, 5) else one for i, one in enumerate(prompts(8))])
+        return weights_of(trainer)
+
+    return in_world(program, size)[0]
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(("size", "micro"), PARTITIONS)
+def test_f13_an_iteration_does_not_depend_on_how_it_is_cut(name, size, micro, big_batch):
+    for key, tensor in partitioned(name, size, micro).items():
+        torch.testing.assert_close(tensor, big_batch[name][key], atol=1e-6, rtol=0, msg=key)
+
+
 # -- The documented ways to use it ---------------------------------------------------------------------------------
 
 
@@ -647,6 +685,31 @@ def test_what_people_and_programs_see_of_a_run(tmp_path, capsys):
     assert [each.value for each in events.Scalars("reward")] == pytest.approx([entry["reward"] for entry in entries])
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_log_that_cannot_be_opened_is_an_error_on_all_ranks(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "logs").write_text("a file")
+
+    def program():
+        trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **parts(log_dir=str(tmp_path / "logs")))
+        with pytest.raises(ConfigError, match="the log was not opened: rank 0: FileExistsError"):
+            trainer.fit(prompts(8))
+
+    in_world(program)
+
+
+def test_a_full_disk_ends_no_run(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tensorboard")
+    trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **parts(log_dir=str(tmp_path)), max_steps=2)
+
+    def full(self, folder, step, metrics):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lightrft.trainer.run_log.RunLog._write", full)
+    trainer.fit(prompts(16))
+    assert "the metrics of step 2 were not written" in capsys.readouterr().out
 
 
 def test_one_rank_may_ask_to_stop():
