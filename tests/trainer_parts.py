@@ -57,9 +57,10 @@ class Draws(Recorder):
     def _drawn(self, request, params, digest, sample):
         chance = random.Random(repr((digest, request.prompt_token_ids, params.seed, sample)))
         length = chance.randint(1, params.max_tokens)
+        known = [token for token in range(2, workload.VOCABULARY) if token not in (params.logit_bias or {})]
         return Completion(
             prompt_token_ids=request.prompt_token_ids,
-            output_token_ids=tuple(chance.randrange(2, workload.VOCABULARY) for _ in range(length)),
+            output_token_ids=tuple(chance.choice(known) for _ in range(length)),
             log_probs=(-3.0,) * length,
             finish_reason="length" if length == params.max_tokens else "stop",
             weight_version=self.weight_version,

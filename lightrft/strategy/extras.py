@@ -23,6 +23,7 @@ _EXTRAS = {
     "tqdm": "train",
     "transformers": "train",
     "vllm": "vllm",
+    "yaml": "train",
 }
 """The extra of this project that brings a package."""
 

@@ -32,7 +32,7 @@ class Generation:
         top_p: as in ``SamplingParams``.
         decode: token ids to text, where the engine gives none.
         reader: makes images what the model sees.
-        forbidden: tokens that stand for images: a completion ends before the first of them, which no image belongs to.
+        forbidden: tokens that are never drawn.
         needs_log_probs: whether an engine that gives no log-probs of what it has drawn from is refused.
     """
 
@@ -42,7 +42,7 @@ class Generation:
     top_p: float = 1.0
     decode: Callable[[Sequence[int]], str] | None = None
     reader: ImageReader | None = None
-    forbidden: frozenset[int] = frozenset()
+    forbidden: tuple[int, ...] = ()
     needs_log_probs: bool = False
 
     def __call__(self, prompts: Sequence[Prompt], seed: int) -> list[Sample]:
@@ -90,29 +90,27 @@ class Generation:
             max_tokens=self.strategy.config.generate_max_len,
             seed=seed if self.strategy.inference_engine.takes_seeds else None,
             logprobs=True,
+            logit_bias=dict.fromkeys(self.forbidden, -100.0) or None,
         )
 
     def _sample(self, prompt: Prompt, seen: Images, one: Completion) -> Sample:
-        tokens = one.output_token_ids
-        end = next((place for place, token in enumerate(tokens) if token in self.forbidden), len(tokens))
-        log_probs = self._log_probs(one)
         return Sample(
             prompt=prompt.prompt,
-            response=self._text(one, end),
+            response=self._text(one),
             label=prompt.label,
             index=prompt.index,
             prompt_token_ids=tuple(one.prompt_token_ids),
-            output_token_ids=tuple(tokens[:end]),
-            engine_log_probs=None if log_probs is None else log_probs[:end],
+            output_token_ids=tuple(one.output_token_ids),
+            engine_log_probs=self._log_probs(one),
             truncated=one.finish_reason == "length",
             weight_version=one.weight_version,
             images=seen,
         )
 
-    def _text(self, one: Completion, end: int) -> str:
-        if one.text is not None and (end == len(one.output_token_ids) or self.decode is None):
+    def _text(self, one: Completion) -> str:
+        if one.text is not None:
             return one.text
-        return "" if self.decode is None else self.decode(one.output_token_ids[:end])
+        return "" if self.decode is None else self.decode(one.output_token_ids)
 
     def _log_probs(self, one: Completion) -> tuple[float, ...] | None:
         """Those of the distribution that was drawn from; ``None`` if the engine gave others."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightrft.trainer.experience import Images
 
-__all__ = ["ImageReader", "special_tokens"]
+__all__ = ["ImageReader", "media_tokens"]
 
 _NAMES = ("pixel_values", "image_grid_thw")
 _SPECIAL = ("image_token_id", "video_token_id")
@@ -37,8 +37,8 @@ class ImageReader:
         return int(seen["image_grid_thw"].prod(-1).sum()) // merged
 
 
-def special_tokens(model: Any) -> frozenset[int]:
-    """Tokens that stand for images and videos in the configuration of ``model``; none without one."""
+def media_tokens(model: Any) -> tuple[int, ...]:
+    """The tokens that stand for images and videos in ``model``, of which only prompts may have some."""
     config = getattr(model, "config", None)
     found = (getattr(config, name, None) for name in _SPECIAL)
-    return frozenset(token for token in found if isinstance(token, int))
+    return tuple(token for token in found if isinstance(token, int))

@@ -19,6 +19,7 @@ from lightrft.strategy.requests import Completion
 from lightrft.strategy.setting import settings_of
 from lightrft.trainer import SPMDPPOTrainer, TrainerConfig
 from lightrft.trainer.generation import Generation
+from lightrft.trainer.run_log import summary_line
 from lightrft.trainer.stopping import StopRequest
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
@@ -270,7 +271,7 @@ def test_the_optimizer_takes_as_many_steps_as_the_settings_say():
         made = parts()
         trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **made, n_samples_per_prompt=3, max_epochs=2, max_steps=2)
         trainer.fit(prompts(32))
-        return made["actor_scheduler"].last_epoch, trainer.config.optimizer_steps(made["strategy"].config, 32)
+        return made["actor_scheduler"].last_epoch, trainer.config.optimizer_steps(32, made["strategy"].config)
 
     assert in_world(program) == [(12, 12)] * 2
 
@@ -585,8 +586,9 @@ def test_k24_settings_of_sampling_reach_the_engine():
     settings = {"temperature": 0.7, "top_p": 0.9, "n_samples_per_prompt": 3, "eval_temperature": 0.25, "eval_steps": 1}
     SPMDPPOTrainer(reward_model=EvenTokens(), **made, **settings, max_steps=2).fit(prompts(16), prompts(2))
     found = [(one.temperature, one.top_p, one.n, one.max_tokens, one.logprobs) for one in asked]
-    assert found == [(0.7, 0.9, 3, 6, True), (0.25, 1.0, 1, 6, True)] * 2
-    assert asked[0].seed != asked[2].seed
+    training, evaluation = (0.7, 0.9, 3, 6, True), (0.25, 1.0, 1, 6, True)
+    assert found == [evaluation, training, evaluation, training, evaluation]
+    assert asked[1].seed != asked[3].seed
 
 
 def test_an_engine_that_takes_no_seeds_gets_none():
@@ -659,7 +661,7 @@ def test_evaluations_are_due_every_few_iterations(tmp_path):
 
     in_world(program)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "eval/reward" in line] == [2, 4]
+    assert [line["step"] for line in lines if "eval/reward" in line] == [0, 2, 4]
 
 
 def test_what_people_and_programs_see_of_a_run(tmp_path, capsys):
@@ -674,7 +676,7 @@ def test_what_people_and_programs_see_of_a_run(tmp_path, capsys):
     last = in_world(program)[0]
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in printed] == ["1/3", "2/3", "3/3"]
-    for word in ("reward 0.", "accuracy ", "kl ", "length ", "tokens/s ", "(generate ", "sync "):
+    for word in ("reward 0.", "accuracy ", "kl ", "length ", "policy loss", "value loss", "grad norm"):
         assert all(word in line for line in printed)
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [1, 2, 3]
@@ -685,6 +687,12 @@ def test_what_people_and_programs_see_of_a_run(tmp_path, capsys):
     assert [each.value for each in events.Scalars("reward")] == pytest.approx([entry["reward"] for entry in entries])
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_line_of_an_iteration_by_hand():
+    metrics = {"reward": 0.5, "kl": 0.25, "tokens_per_second": 1234.4, "time/generate": 1.5, "time/sync": 0.001}
+    expected = "step 3/8  reward 0.5000  kl 0.2500  tokens/s 1234  (generate 1.50s)"
+    assert summary_line(3, 8, metrics) == expected
 
 
 def test_a_log_that_cannot_be_opened_is_an_error_on_all_ranks(tmp_path):

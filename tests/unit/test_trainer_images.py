@@ -18,7 +18,7 @@ from lightrft.trainer import SPMDPPOTrainer
 from lightrft.trainer.experience import Experience
 from lightrft.trainer.fillers import image_filler
 from lightrft.trainer.generation import Generation
-from lightrft.trainer.images import ImageReader, special_tokens
+from lightrft.trainer.images import ImageReader, media_tokens
 from lightrft.trainer.rewards import ModelReward
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
@@ -153,22 +153,22 @@ def test_the_tokens_of_images_count_for_the_length_of_a_prompt():
     assert found[1].images["pixel_values"].shape == (16, 3)
 
 
-def test_a_completion_ends_before_a_token_that_stands_for_an_image():
+def test_tokens_that_stand_for_images_are_never_drawn():
+    asked = []
+
+    class Noting(Draws):
+        def generate(self, requests, sampling_params):
+            asked.append(sampling_params.logit_bias)
+            return super().generate(requests, sampling_params)
+
     strategy = get_strategy({"strategy": "fake", "train_batch_size": 1, "prompt_max_len": 8, "generate_max_len": 6})
-    strategy.inference_engine = Draws()
-    (whole,) = Generation(strategy=strategy)(prompts(1), 3)
-    assert len(whole.output_token_ids) > 2
-    forbidden = frozenset([whole.output_token_ids[2]])
-    cutting = Generation(strategy=strategy, forbidden=forbidden, decode=lambda tokens: f"{len(tokens)} tokens")
-    (found,) = cutting(prompts(1), 3)
-    assert found.output_token_ids == whole.output_token_ids[:2]
-    assert (len(found.engine_log_probs), found.response) == (2, "2 tokens")
-    every = frozenset(whole.output_token_ids)
-    (nothing,) = Generation(strategy=strategy, forbidden=every)(prompts(1), 3)
-    assert nothing.output_token_ids == ()
+    strategy.inference_engine = Noting()
+    Generation(strategy=strategy)(prompts(1), 1)
+    Generation(strategy=strategy, forbidden=(4, 5))(prompts(1), 1)
+    assert asked == [None, {4: -100.0, 5: -100.0}]
 
 
 def test_the_tokens_of_images_are_those_of_the_configuration():
     model = SimpleNamespace(config=SimpleNamespace(image_token_id=4, video_token_id=5))
-    assert special_tokens(model) == {4, 5}
-    assert special_tokens(Seeing()) == frozenset()
+    assert media_tokens(model) == (4, 5)
+    assert media_tokens(Seeing()) == ()

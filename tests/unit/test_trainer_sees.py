@@ -37,7 +37,7 @@ class Sees(Draws):
         for token in request.prompt_token_ids:
             places = next(images).size[0] // 28 if token == tiny.IMAGE else 1
             tokens += [token] * places
-        drawn = super()._drawn(request, params, digest, sample)  # image tokens may be among those
+        drawn = super()._drawn(request, params, digest, sample)
         return dataclasses.replace(drawn, prompt_token_ids=tuple(tokens))
 
 
