@@ -142,7 +142,7 @@ class LLM:
         wanted = params.logprobs is not None
         return CompletionOutput(
             index=index,
-            text=self._prompts.text_of(drawn.tokens, params, drawn.stop) if params.detokenize else "",
+            text=self._prompts.text_of(drawn, params) if params.detokenize else "",
             token_ids=list(drawn.tokens),
             cumulative_logprob=sum(log_probs) if wanted else None,
             logprobs=[{t: Logprob(p)} for t, p in zip(drawn.tokens, log_probs, strict=True)] if wanted else None,
