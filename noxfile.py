@@ -46,21 +46,21 @@ def install(session: nox.Session, *packages: str, constraints: str = CONSTRAINTS
 @nox.session(python=PYTHONS)
 def unit(session: nox.Session) -> None:
     """Unit tests, on simulated ranks only."""
-    install(session, "-e", ".[deepspeed,plots,train]", "hypothesis", "pytest", "pytest-xdist")
+    install(session, "-e", ".[data,deepspeed,plots,train]", "hypothesis", "pytest", "pytest-xdist")
     session.run("pytest", "-n", str(WORKERS), "-m", "not slow", *session.posargs)
 
 
 @nox.session(python=PYTHONS[0])
 def slow(session: nox.Session) -> None:
     """The unit tests that take longer: many random programs, failures at every step, conversions, many ranks."""
-    install(session, "-e", ".[deepspeed,plots,train]", "hypothesis", "pytest", "pytest-xdist")
+    install(session, "-e", ".[data,deepspeed,plots,train]", "hypothesis", "pytest", "pytest-xdist")
     session.run("pytest", "-n", str(WORKERS), "-m", "slow", *session.posargs)
 
 
 @nox.session(python=PYTHONS[0])
 def processes(session: nox.Session) -> None:
     """Tests that start real processes and real gloo groups."""
-    install(session, "-e", ".[deepspeed,plots,train]", "hypothesis", "pytest", "pytest-xdist")
+    install(session, "-e", ".[data,deepspeed,plots,train]", "hypothesis", "pytest", "pytest-xdist")
     session.run("pytest", "-n", str(WORKERS), "tests/processes", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 

@@ -86,7 +86,9 @@ class StrategyConfig(Configuration):
     packing_samples: bool = setting(False, _OPTIMIZATION, "pack several samples into one sequence")
     use_mp_opt: bool = setting(False, _OPTIMIZATION, "low-precision parameters, fp32 masters in the optimizer (FSDP)")
     fused_linear_logprob: bool = setting(False, _OPTIMIZATION, "compute output layer and log-probs together, in chunks")
-    chunk_size: int = setting(4096, _OPTIMIZATION, "tokens of one chunk of a fused operation", at_least=1)
+    chunk_size: int = setting(
+        4096, _OPTIMIZATION, "vocabulary entries that a fused operation computes at a time", at_least=1
+    )
     mixed_mm_data: bool = setting(False, _OPTIMIZATION, "samples with and without images or videos in one batch")
 
     engine_type: str = setting("vllm", _ENGINE, "engine that generates", choices=("vllm", "sglang"))

@@ -10,16 +10,20 @@ from lightrft.errors import ConfigError
 __all__ = ["naming_extras"]
 
 _EXTRAS = {
+    "PIL": "data",
     "accelerate": "deepspeed",
+    "datasets": "data",
     "deepspeed": "deepspeed",
     "matplotlib": "plots",
     "peft": "train",
+    "pyarrow": "data",
     "safetensors": "train",
     "sglang": "sglang",
     "tensorboard": "plots",
     "tqdm": "train",
     "transformers": "train",
     "vllm": "vllm",
+    "yaml": "train",
 }
 """The extra of this project that brings a package."""
 

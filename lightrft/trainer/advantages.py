@@ -221,10 +221,9 @@ def cpgd(inputs: AdvantageInputs) -> Advantages:
 
 
 def _centred(inputs: AdvantageInputs) -> Tensor:
-    """Rewards less the mean of their group, float64; exactly 0 in a group whose rewards are all alike."""
+    """Rewards less the mean of their group, float64, in which it is exactly 0 where all are alike in float32."""
     groups = inputs.rewards.double().view(-1, inputs.group_size)
-    alike = (groups == groups[:, :1]).all(1, keepdim=True)
-    return (groups - groups.mean(1, keepdim=True)).masked_fill(alike, 0.0).view(-1)
+    return (groups - groups.mean(1, keepdim=True)).view(-1)
 
 
 ADVANTAGES: dict[str, Callable[[AdvantageInputs], Advantages]] = {

@@ -106,15 +106,33 @@ class Experience:
 
         return cls(**{each.name: one(each.name) for each in dataclasses.fields(cls)})
 
+    @property
+    def has_images(self) -> bool:
+        """Whether a sequence has some."""
+        return any(self.images)
+
+    def with_filler(self, filler: Self | None) -> Self:
+        """The same with ``filler`` behind it, where there is one and no sequence has images."""
+        return self if filler is None or self.has_images else type(self).joined([self, filler])
+
+    def first(self, count: int) -> Self:
+        """The first sequences."""
+
+        def one(name: str) -> Any:
+            value = getattr(self, name)
+            return None if value is None else value[:count]
+
+        return type(self)(**{each.name: one(each.name) for each in dataclasses.fields(self)})
+
     def row(self, place: int) -> Self:
         """The sequence at ``place``, a batch of one, without padding."""
         length = int(self.attention_mask[place].sum())
 
         def one(name: str) -> Any:
             value = getattr(self, name)
-            if value is None or name == "images":
-                return value and value[place : place + 1]
-            if name == "rewards":
+            if value is None:
+                return None
+            if name in ("images", "rewards"):
                 return value[place : place + 1]
             return value[place : place + 1, : length - (name not in _WHOLE)]
 

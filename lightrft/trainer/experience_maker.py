@@ -16,6 +16,7 @@ from lightrft.trainer.advantages import AdvantageInputs, estimate
 from lightrft.trainer.aggregation import data_parallel_sum
 from lightrft.trainer.correction import mismatch
 from lightrft.trainer.experience import Experience, Sample, join_images, padded
+from lightrft.trainer.fillers import image_filler
 from lightrft.trainer.generation import Generation, seed_of
 from lightrft.trainer.kl import KLController, kl_estimate
 from lightrft.trainer.masking import masked_sum
@@ -184,18 +185,33 @@ class ExperienceMaker:
     def _scored(self, samples: Sequence[Sample]) -> Experience:
         """Log-probs and values of the samples, with nothing in place of advantages yet."""
         size = self.strategy.config.micro_rollout_batch_size
-        batches = [samples[first : first + size] for first in range(0, len(samples), size)]
+        batches = [self._batch(samples[first : first + size]) for first in range(0, len(samples), size)]
         rounds = self.strategy.all_reduce(len(batches), op="max")
+        filler = self.filler(samples)
         for model in (self.actor, self.critic, self.initial_model):
             if model is not None:
                 model.eval()
-        parts = []
+        nothing = Experience.placeholder(self._device)
         with torch.no_grad():
-            for turn in range(rounds):
-                part = self._batch(batches[turn]) if turn < len(batches) else Experience.placeholder(self._device)
-                scored = self._passed(part)
-                parts += [scored] if turn < len(batches) else []
+            passed = [
+                self._passed(batch.with_filler(filler)).first(len(batch))
+                for batch in [*batches, *[nothing] * (rounds - len(batches))]
+            ]
+        parts = passed[: len(batches)]
         return Experience.joined(parts) if parts else Experience.placeholder(self._device, rows=0)
+
+    def filler(self, samples: Sequence[Sample]) -> Experience | None:
+        """A sequence with an image for batches without any, if models see and some rank has one. *Collective*."""
+        if self.generation.image_inputs is None:
+            return None
+        found = image_filler(samples, self.strategy)
+        if found is None:
+            return None
+        batch = self._batch([found])
+        nothing = torch.zeros_like(batch.log_probs)
+        return dataclasses.replace(
+            batch, action_mask=nothing.bool(), initial_log_probs=nothing, entropy=nothing, values=nothing
+        )
 
     @property
     def _device(self) -> torch.device:

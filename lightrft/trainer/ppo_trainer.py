@@ -153,6 +153,7 @@ class SPMDPPOTrainer:
         rollout = self._maker.collect(stream, self.state.step, means)  # prompts, gather_and_generate, rewards
         experience = self._maker.experiences(rollout, means)  # log-probs, values, advantages
         self.replay_buffer.extend([experience])
+        self.replay_buffer.filler = self._maker.filler(rollout.samples)
         with self._watch.phase("train"):
             status = self.ppo_train(self.state.step)  # backward, optimizer_step on micro-batches
         with self._watch.phase("sync"):
@@ -222,8 +223,7 @@ class SPMDPPOTrainer:
 
     def _iterations(self, length: int) -> int:
         """The most iterations that the run has."""
-        possible = self._prompts(length) // self.strategy.config.rollout_batch_size
-        return min(possible, self.config.max_steps or possible)
+        return self.config.iterations(length, self.strategy.config)
 
     def _is_due(self, every: int) -> bool:
         return bool(every) and self.state.step % every == 0

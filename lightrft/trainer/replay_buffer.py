@@ -12,10 +12,15 @@ __all__ = ["ReplayBuffer"]
 
 
 class ReplayBuffer:
-    """Keeps each sequence without padding, and makes micro-batches of them."""
+    """Keeps each sequence without padding, and makes micro-batches of them.
+
+    Attributes:
+        filler: a sequence with an image, for micro-batches without any; ``None`` where models see nothing.
+    """
 
     def __init__(self) -> None:
         self._rows: list[Experience] = []
+        self.filler: Experience | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -27,6 +32,7 @@ class ReplayBuffer:
     def clear(self) -> None:
         """Forget everything."""
         self._rows.clear()
+        self.filler = None
 
     def steps_needed(self, micro_batch_size: int, micro_batches: int) -> int:
         """Optimizer steps that this rank needs to see each sequence once."""
@@ -53,4 +59,5 @@ class ReplayBuffer:
             for first in range(0, len(order), micro_batch_size)
         ]
         batches += [Experience.placeholder(device)] * (count * micro_batches - len(batches))
+        batches = [batch.with_filler(self.filler) for batch in batches]
         return [batches[step * micro_batches : (step + 1) * micro_batches] for step in range(count)]

@@ -146,6 +146,16 @@ class TrainerConfig(Configuration):
                 f"reward_weights={self.reward_weights!r}: expected numbers with commas between, such as 0.7,0.3"
             ) from None
 
+    def iterations(self, prompts: int, config: StrategyConfig) -> int:
+        """The most iterations of a run on a data set of as many prompts."""
+        possible = self.num_episodes * prompts // config.rollout_batch_size
+        return min(possible, self.max_steps or possible)
+
+    def optimizer_steps(self, prompts: int, config: StrategyConfig) -> int:
+        """The most optimizer steps of that run: what the schedules of learning rates are made for. At least 1."""
+        of_iteration = -(-config.rollout_batch_size * self.n_samples_per_prompt // config.train_batch_size)
+        return max(1, self.iterations(prompts, config) * self.max_epochs * of_iteration)
+
     def check_strategy(self, config: StrategyConfig, dp_size: int) -> None:
         """Check that these settings fit those of the strategy, and ``dp_size`` data-parallel ranks.
 

@@ -126,13 +126,14 @@ def shape(value):
 
 
 def main():
-    import tiny
+    import on_cpu
 
+    from lightrft.models import tiny
     from lightrft.strategy.sglang_utils import start
 
     with tempfile.TemporaryDirectory() as folder:
-        tiny.save(tiny.qwen2(), folder, tiny.tokenizer())
-        engine = start(tiny.settings(folder))
+        on_cpu.save(tiny.text_model(), folder, tiny.tokenizer())
+        engine = start(on_cpu.settings(folder))
         record = {**declared(), "returned": returned(engine._launched.engine)}
         engine.shutdown()
     RECORD.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lightrft.errors import ConfigError
+from lightrft.models import tiny
 from lightrft.sim import ProcessWorld
 from lightrft.sim.contracts import engine as engine_contract
 from lightrft.sim.contracts import weight_sync as weight_sync_contract
@@ -22,9 +23,9 @@ from lightrft.strategy.sglang_utils import start
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes of the engine too
 
+import on_cpu
 import record_sglang
-import tiny
-from tiny import settings
+from on_cpu import settings
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of SGLang, and what its processes leave open
 
@@ -62,11 +63,11 @@ class World:
 def start_shared(folder, here):
     def on_a_rank(group):
         sys.path.insert(0, here)
-        import tiny
+        import on_cpu
 
         from lightrft.strategy.sglang_utils import start
 
-        return start(tiny.settings(folder, tp_size=2, group=group))
+        return start(on_cpu.settings(folder, tp_size=2, group=group))
 
     return on_a_rank
 
@@ -79,8 +80,8 @@ def native(params):
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory, changed):
-    models = tiny.pair(tie_word_embeddings=True)
-    folder = tiny.save(models[0], tmp_path_factory.mktemp("model"), tiny.tokenizer())
+    models = on_cpu.pair(tie_word_embeddings=True)
+    folder = on_cpu.save(models[0], tmp_path_factory.mktemp("model"), tiny.tokenizer())
 
     def started(index):
         assert index == 0
@@ -89,9 +90,9 @@ def subject(tmp_path_factory, changed):
         after = process_state()
         changed.update({name: (before[name], after[name]) for name in before if before[name] != after[name]})
         changed["quit"] = signal.getsignal(signal.SIGQUIT)
-        return tiny.counting(engine)
+        return on_cpu.counting(engine)
 
-    made = tiny.subject(
+    made = on_cpu.subject(
         "SGLang, on a CPU",
         started,
         models,

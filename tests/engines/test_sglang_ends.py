@@ -15,19 +15,19 @@ from lightrft.strategy.sglang_utils import start
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes of the engine too
 
-import tiny
+import on_cpu
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of SGLang, and what its processes leave open
 
 
 @pytest.fixture(scope="module")
 def models():
-    return tiny.pair(tie_word_embeddings=True)
+    return on_cpu.pair(tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
 def folder(models, tmp_path_factory):
-    return tiny.save(models[0], tmp_path_factory.mktemp("model"))
+    return on_cpu.save(models[0], tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def bystander():
 
 @pytest.fixture
 def engine(folder, bystander):
-    started = start(tiny.settings(folder))
+    started = start(on_cpu.settings(folder))
     yield started
     started.shutdown()
     assert multiprocessing.active_children() == []
@@ -49,16 +49,16 @@ def engine(folder, bystander):
 
 
 def of(engine, models):
-    return tiny.subject("SGLang, on a CPU", lambda index: engine, models)
+    return on_cpu.subject("SGLang, on a CPU", lambda index: engine, models)
 
 
 def test_a_failed_start_is_an_error(folder, bystander):
     with pytest.raises(ConfigError, match="SGLang was not started: "):
-        start(tiny.settings(folder, options={"max_total_tokens": 1}))  # its scheduler raises as it starts
+        start(on_cpu.settings(folder, options={"max_total_tokens": 1}))  # its scheduler raises as it starts
     assert multiprocessing.active_children() == []
     assert bystander.poll() is None
     with pytest.raises(ConfigError, match="SGLang refuses its settings: .*deterministic"):
-        start(tiny.settings(folder, options={"enable_deterministic_inference": True}))
+        start(on_cpu.settings(folder, options={"enable_deterministic_inference": True}))
 
 
 def test_f17_a_scheduler_that_raises_is_an_error_and_no_end_of_the_process(engine, models):

@@ -3,11 +3,12 @@
 import sys
 from pathlib import Path
 
+from lightrft.models import tiny
 from lightrft.sim import ProcessWorld
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import tiny
+import on_cpu
 
 SHARES = [[(10, 11, 12)], [(20,), tuple(range(30, 50)), (10, 11, 13)]]
 
@@ -22,11 +23,12 @@ def program(path, folder):
 
     sys.path.insert(0, path)
     warnings.simplefilter("default")
-    import tiny
+    import on_cpu
     import torch
     import torch.distributed as dist
 
     from lightrft.errors import LightRFTError
+    from lightrft.models import tiny
     from lightrft.sim.contracts.engine.reference import greedy
     from lightrft.strategy.requests import requests_of
     from lightrft.strategy.rollout import gather_and_generate
@@ -35,8 +37,8 @@ def program(path, folder):
 
     dist.init_process_group("gloo")
     rank, group, device = dist.get_rank(), dist.new_group([0, 1]), torch.device("cpu")
-    engine = start(tiny.settings(folder, tp_size=2, group=group))
-    models = tiny.qwen2(seed=0), tiny.qwen2(seed=1)
+    engine = start(on_cpu.settings(folder, tp_size=2, group=group))
+    models = tiny.text_model(seed=0), tiny.text_model(seed=1)
     found = {"status": [str(engine.status)]}
 
     def generated(prompts):
@@ -93,7 +95,7 @@ def program(path, folder):
 
 
 def test_two_ranks_share_an_engine(tmp_path):
-    folder = tiny.save(tiny.qwen2(seed=0), tmp_path)
+    folder = on_cpu.save(tiny.text_model(seed=0), tmp_path)
     with ProcessWorld(2, limit=250) as world:
         leader, other = world.run(program, str(Path(__file__).parent), folder)
     for name in ("own", "none", "updated", "level 1", "level 2", "again"):

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from lightrft.errors import ConfigError, EngineStateError
+from lightrft.models import tiny
+from lightrft.models.tiny import IMAGE, VIDEO, VISION_END, VISION_START
 from lightrft.strategy.requests import Request
 from lightrft.strategy.sglang_utils import start
 from lightrft.strategy.weight_sync import send
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes of the engine too
 
-import tiny
-from tiny import IMAGE, VIDEO, VISION_END, VISION_START
+import on_cpu
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of SGLang, and what its processes leave open
 
@@ -36,13 +37,13 @@ SMALL, WIDE = picture(56, 56, 0), picture(112, 56, 1)
 
 @pytest.fixture(scope="module")
 def models():
-    return tiny.qwen2_vl(seed=0), tiny.qwen2_vl(seed=1)
+    return tiny.vision_model(seed=0), tiny.vision_model(seed=1)
 
 
 @pytest.fixture(scope="module")
 def engine(models, tmp_path_factory):
-    folder = tiny.save(models[0], tmp_path_factory.mktemp("model"), tiny.processor())
-    engine = start(tiny.settings(folder, max_model_len=128))
+    folder = on_cpu.save(models[0], tmp_path_factory.mktemp("model"), tiny.vision_processor())
+    engine = start(on_cpu.settings(folder, max_model_len=128))
     yield engine
     engine.shutdown()
 
@@ -51,7 +52,7 @@ def engine(models, tmp_path_factory):
 def expected(model, prompt, images):
     """The prompt with its image tokens expanded, and what transformers generates after it."""
     text = tiny.tokenizer().decode(prompt)
-    inputs = tiny.processor()(text=[text], images=list(images) or None, return_tensors="pt")
+    inputs = tiny.vision_processor()(text=[text], images=list(images) or None, return_tensors="pt")
     found = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)[0]
     length = inputs["input_ids"].shape[1]
     return found[:length].tolist(), found[length:].tolist()

@@ -5,10 +5,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from engines import tiny
+from engines import on_cpu
 from transformers import GenerationConfig
 
 from lightrft.errors import ConfigError, EngineStateError, StaleWeightsError, WeightSyncError
+from lightrft.models import tiny
 from lightrft.strategy import vllm_utils, weight_sync
 from lightrft.strategy.engine import EngineStatus
 from lightrft.strategy.vllm_utils import engine as adapter
@@ -22,7 +23,7 @@ def prompt_of(length):
     return random.Random(length).choices(range(len(tiny.SPECIAL), tiny.VOCABULARY), k=length)
 
 
-A, B = (tiny.qwen2(seed, tie_word_embeddings=True) for seed in (0, 1))
+A, B = (tiny.text_model(seed, tie_word_embeddings=True) for seed in (0, 1))
 PROMPTS = [prompt_of(length) for length in (3, 9, 40)]
 GREEDY = {"temperature": 0, "max_tokens": 12, "logprobs": True, "ignore_eos": True}
 SAMPLED = {"temperature": 1.0, "max_tokens": 12, "seed": 5, "ignore_eos": True}
@@ -30,8 +31,8 @@ SAMPLED = {"temperature": 1.0, "max_tokens": 12, "seed": 5, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    folder = tiny.save(A, tmp_path_factory.mktemp("model"))
-    settings = tiny.settings(
+    folder = on_cpu.save(A, tmp_path_factory.mktemp("model"))
+    settings = on_cpu.settings(
         folder, max_model_len=96, max_tokens=7, seed=3, options={"kv_cache_memory_bytes": 32 << 20, "block_size": 32}
     )
     engine = vllm_utils.start(settings)
@@ -261,7 +262,7 @@ def test_F08_buckets_of_any_size_in_any_order_are_read_before_they_are_overwritt
 
 
 def test_weights_of_another_dtype_are_converted(engine):
-    model = tiny.qwen2(1, tie_word_embeddings=True)
+    model = tiny.text_model(1, tie_word_embeddings=True)
     short = {name: weight.detach().bfloat16() for name, weight in weights_of(model).items()}
     update(engine, short)
     model.load_state_dict(short, strict=False)

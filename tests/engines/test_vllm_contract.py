@@ -2,8 +2,9 @@
 
 import pytest
 import torch.distributed as dist
-from engines import tiny
+from engines import on_cpu
 
+from lightrft.models import tiny
 from lightrft.sim import ProcessWorld
 from lightrft.sim.contracts import engine as engine_contract
 from lightrft.sim.contracts import weight_sync as weight_sync_contract
@@ -30,7 +31,7 @@ class World:
 def start_shared(folder):
     def start(group):
         size = dist.get_world_size(group)
-        return vllm_utils.start(tiny.settings(folder, tp_size=size, group=group, options=OPTIONS))
+        return vllm_utils.start(on_cpu.settings(folder, tp_size=size, group=group, options=OPTIONS))
 
     return start
 
@@ -43,13 +44,13 @@ def native(params):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def subject(request, tmp_path_factory):
-    models = tiny.pair(tie_word_embeddings=request.param)
-    folders = [tiny.save(model, tmp_path_factory.mktemp("model"), tiny.tokenizer()) for model in models]
+    models = on_cpu.pair(tie_word_embeddings=request.param)
+    folders = [on_cpu.save(model, tmp_path_factory.mktemp("model"), tiny.tokenizer()) for model in models]
 
     def start(index):
-        return tiny.counting(vllm_utils.start(tiny.settings(folders[index], options=OPTIONS)))
+        return on_cpu.counting(vllm_utils.start(on_cpu.settings(folders[index], options=OPTIONS)))
 
-    made = tiny.subject("vLLM", start, models, native=native, world=World, start_shared=start_shared(folders[0]))
+    made = on_cpu.subject("vLLM", start, models, native=native, world=World, start_shared=start_shared(folders[0]))
     yield made
     made.close()
 

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from engines import tiny
+from engines import on_cpu
 from PIL import Image
 from safetensors.torch import load_file
 
 from lightrft.errors import ConfigError
+from lightrft.models import tiny
 from lightrft.strategy import vllm_utils, weight_sync
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:::lightrft")]
@@ -19,17 +20,17 @@ TOKENS = 4
 UNLIKELY = {tiny.IMAGE: -100.0, tiny.VIDEO: -100.0}
 """Tokens that stand for an image are none that a model should generate."""
 GREEDY = {"temperature": 0, "max_tokens": 8, "logprobs": True, "ignore_eos": True, "logit_bias": UNLIKELY}
-MODELS = [tiny.qwen2_vl(seed) for seed in (0, 1)]
+MODELS = [tiny.vision_model(seed) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    return [tiny.save(model, tmp_path_factory.mktemp("model"), tiny.processor()) for model in MODELS]
+    return [on_cpu.save(model, tmp_path_factory.mktemp("model"), tiny.vision_processor()) for model in MODELS]
 
 
 @pytest.fixture(scope="module")
 def engine(folders):
-    settings = tiny.settings(
+    settings = on_cpu.settings(
         folders[0],
         max_model_len=128,
         max_tokens=7,
@@ -64,7 +65,7 @@ MIXED = [
 
 def assert_sees(completion, model, *images):
     """Log-probs are those of ``model`` for these images."""
-    seen = tiny.processor().image_processor(list(images), return_tensors="pt") if images else {}
+    seen = tiny.vision_processor().image_processor(list(images), return_tensors="pt") if images else {}
     ids = torch.tensor([completion.prompt_token_ids + completion.output_token_ids])
     with torch.no_grad():
         logits = model(input_ids=ids, mm_token_type_ids=(ids == tiny.IMAGE).int(), **seen).logits[0]

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from engines import tiny
+from engines import on_cpu
 
 from lightrft.errors import ConfigError, RankFailedError, WeightSyncError
+from lightrft.models import tiny
 from lightrft.sim import ProcessWorld
 from lightrft.strategy import get_strategy, vllm_utils, weight_sync
 from lightrft.strategy.engine import EngineStatus
@@ -33,7 +34,7 @@ def start(folder, tp_size):
         ]
         group = engines[dist.get_rank() // tp_size]
     return vllm_utils.start(
-        tiny.settings(
+        on_cpu.settings(
             folder,
             tp_size=tp_size,
             group=group,
@@ -74,13 +75,13 @@ def life_of_an_engine(folder, tp_size):
         ConfigError, lambda: engine.generate([{"prompt_token_ids": [10 + dist.get_rank()]}], GREEDY)
     )
     part = 3 if dist.get_rank() == 0 else None
-    found["part"] = refused(WeightSyncError, lambda: send(engine, tiny.qwen2(1), part))
+    found["part"] = refused(WeightSyncError, lambda: send(engine, tiny.text_model(1), part))
     found["status"] = engine.status is EngineStatus.STALE
-    send(engine, tiny.qwen2(1))
+    send(engine, tiny.text_model(1))
     found["B"] = generated(engine)
     engine.sleep(level=2)
     engine.wake_up(["weights"])
-    send(engine, tiny.qwen2(0))
+    send(engine, tiny.text_model(0))
     engine.wake_up(["kv_cache"])
     found["A again"] = generated(engine)
     engine.shutdown()
@@ -99,7 +100,7 @@ def leave_shared_memory():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.save(tiny.qwen2(0), tmp_path_factory.mktemp("model"))
+    return on_cpu.save(tiny.text_model(0), tmp_path_factory.mktemp("model"))
 
 
 def tokens(batch):
@@ -143,7 +144,7 @@ def life_of_an_engine_alone(folder):
     engine = start(folder, 1)
     found = {"A": generated(engine)}
     for name, seed in (("B", 1), ("A again", 0)):
-        send(engine, tiny.qwen2(seed))
+        send(engine, tiny.text_model(seed))
         found[name] = generated(engine)
     engine.shutdown()
     return found
@@ -174,7 +175,7 @@ def rollout(folder):
     strategy.setup_inference_engine()
     first = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=PROMPTS if rank == 0 else [])
     asleep = strategy.inference_engine_status
-    actor = strategy.prepare(tiny.qwen2(1))
+    actor = strategy.prepare(tiny.text_model(1))
     strategy.update_engine_weights(actor)
     mine = PROMPTS[:1] if rank == 0 else PROMPTS[1:]
     second = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=mine)
@@ -193,6 +194,6 @@ def test_K05_a_strategy_generates_and_updates_with_its_ranks(two_lives):
         for one in found:
             ids = torch.tensor([one.prompt_token_ids + one.output_token_ids])
             with torch.no_grad():
-                logits = tiny.qwen2(seed)(ids).logits[0, len(one.prompt_token_ids) - 1 : -1]
+                logits = tiny.text_model(seed)(ids).logits[0, len(one.prompt_token_ids) - 1 : -1]
             expected = logits.log_softmax(-1).gather(1, torch.tensor(one.output_token_ids)[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(one.log_probs), expected, atol=1e-4, rtol=0)

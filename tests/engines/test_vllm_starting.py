@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from engines import tiny
+from engines import on_cpu
 
 from lightrft.errors import ConfigError, EngineStateError
+from lightrft.models import tiny
 from lightrft.strategy import vllm_utils, weight_sync
 from lightrft.strategy.engine import EngineStatus
 
@@ -26,12 +27,12 @@ GREEDY = {"temperature": 0, "logprobs": True, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.save(tiny.qwen2(), tmp_path_factory.mktemp("model"), tiny.tokenizer())
+    return on_cpu.save(tiny.text_model(), tmp_path_factory.mktemp("model"), tiny.tokenizer())
 
 
 @pytest.fixture
 def settings(folder):
-    return tiny.settings(folder, max_model_len=96, max_tokens=7, seed=3, options={"kv_cache_memory_bytes": 32 << 20})
+    return on_cpu.settings(folder, max_model_len=96, max_tokens=7, seed=3, options={"kv_cache_memory_bytes": 32 << 20})
 
 
 def changed(settings, **options):
@@ -76,7 +77,7 @@ def everything(engine):
     engine.generate(PROMPT * 2, {"n": 2})
     engine.sleep()
     engine.wake_up()
-    weight_sync.send(engine, tiny.qwen2().named_parameters(), bucket_bytes=1000)
+    weight_sync.send(engine, tiny.text_model().named_parameters(), bucket_bytes=1000)
 
 
 def test_a_process_without_a_group_stays_as_it_was(settings):
@@ -145,7 +146,7 @@ def test_settings_that_cannot_work_are_refused_and_leave_the_process_alone(setti
 
 
 def test_an_engine_with_tokenizer_takes_and_gives_text_and_raw_log_probs_if_asked(settings):
-    model, letters = tiny.qwen2(), tiny.tokenizer()
+    model, letters = tiny.text_model(), tiny.tokenizer()
     engine = vllm_utils.start(changed(settings, logprobs_mode="raw_logprobs"))
     (found,) = engine.generate([{"prompt": "hello"}], GREEDY)
     assert found.prompt_token_ids == tuple(letters.encode("hello"))
@@ -166,7 +167,7 @@ def test_an_engine_with_tokenizer_takes_and_gives_text_and_raw_log_probs_if_aske
 
 def test_an_output_layer_of_its_own_is_updated_and_may_not_be_missing(settings):
     engine = vllm_utils.start(settings)
-    model = tiny.qwen2(seed=1)
+    model = tiny.text_model(seed=1)
     weight_sync.send(engine, model.named_parameters(), bucket_bytes=1000, poison=True)
     (found,) = engine.generate(PROMPT, GREEDY)
     ids = torch.tensor([found.prompt_token_ids + found.output_token_ids])

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from fake_models import tiny_model
 from torch import nn
 
 from lightrft.errors import WeightSyncError
+from lightrft.models.tiny import tiny_text_model
 from lightrft.strategy.utils.checkpoint_form import in_checkpoint_form
 
 transformers = pytest.importorskip("transformers")
@@ -35,7 +35,7 @@ def same(got, wanted, **tolerance):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_f06_a_language_model_keeps_its_names(tmp_path, tied):
-    model = tiny_model(tmp_path, tie_word_embeddings=tied)
+    model = tiny_text_model(tmp_path, tie_word_embeddings=tied)
     same(sent(model), saved(model, tmp_path))
     assert ("lm_head.weight" in sent(model)) is not tied
 
@@ -47,7 +47,7 @@ def test_f06_a_model_inside_of_another_one_is_found_and_what_is_beside_it_left_o
             self.model = model
             self.value_head = nn.Linear(32, 1)
 
-    model = tiny_model(tmp_path)
+    model = tiny_text_model(tmp_path)
     same(sent(Actor(model)), saved(model, tmp_path))
 
 
@@ -75,7 +75,7 @@ def test_a_model_of_ones_own_keeps_its_parameters():
 @pytest.mark.parametrize("adapters", [1, 2])
 def test_lora_adapters_are_merged(tmp_path, adapters):
     torch.manual_seed(0)
-    model = tiny_model(tmp_path)
+    model = tiny_text_model(tmp_path)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
     if adapters == 2:
         wrapped.add_adapter("second", peft.LoraConfig(r=3, target_modules=["q_proj"]))
@@ -86,7 +86,7 @@ def test_lora_adapters_are_merged(tmp_path, adapters):
     ids = torch.randint(2, 64, (1, 7))
     logits = wrapped(ids).logits
     found = sent(wrapped)
-    plain = tiny_model(tmp_path / "plain")
+    plain = tiny_text_model(tmp_path / "plain")
     before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
     plain.load_state_dict(found)
     torch.testing.assert_close(plain(ids).logits, logits, atol=1e-5, rtol=1e-5)
@@ -99,11 +99,12 @@ def test_lora_adapters_are_merged(tmp_path, adapters):
 
 def test_adapters_that_cannot_be_merged_are_refused(tmp_path):
     ia3 = peft.get_peft_model(
-        tiny_model(tmp_path), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+        tiny_text_model(tmp_path),
+        peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
     )
     with pytest.raises(WeightSyncError, match=r"q_proj has an adapter of Linear: LoRA of linear layers can be merged"):
         sent(ia3)
-    lora = peft.get_peft_model(tiny_model(tmp_path), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    lora = peft.get_peft_model(tiny_text_model(tmp_path), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     few = [(name, tensor) for name, tensor in lora.named_parameters() if "layers.1.self_attn.q_proj.lora_B" not in name]
     with pytest.raises(WeightSyncError, match="adapters of .*layers.1.self_attn.q_proj were not sent whole"):
         list(in_checkpoint_form(lora, few))

@@ -3,8 +3,9 @@
 import importlib
 
 import pytest
-from engines import tiny
+from engines import on_cpu
 
+from lightrft.models import tiny
 from lightrft.sim import SimWorld
 from lightrft.sim.contracts import engine as engine_contract
 from lightrft.sim.contracts import weight_sync as weight_sync_contract
@@ -25,12 +26,12 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def models():
-    return tiny.pair(tie_word_embeddings=True)
+    return on_cpu.pair(tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
 def folders(models, tmp_path_factory):
-    return [tiny.save(model, tmp_path_factory.mktemp("model"), tiny.tokenizer()) for model in models]
+    return [on_cpu.save(model, tmp_path_factory.mktemp("model"), tiny.tokenizer()) for model in models]
 
 
 @pytest.fixture(
@@ -40,10 +41,10 @@ def subject(request, models, folders):
     kind, mode, options = KINDS[request.param]
 
     def start(index):
-        return tiny.counting(engines.start(kind, tiny.settings(folders[index], options=options)))
+        return on_cpu.counting(engines.start(kind, on_cpu.settings(folders[index], options=options)))
 
     def start_shared(group):
-        return engines.start(kind, tiny.settings(folders[0], tp_size=2, group=group, options=options))
+        return engines.start(kind, on_cpu.settings(folders[0], tp_size=2, group=group, options=options))
 
     def native(params):
         if kind == "vllm":
@@ -52,7 +53,7 @@ def subject(request, models, folders):
         return cls(**params.to_sglang(cls))
 
     with faces(mode):
-        made = tiny.subject(
+        made = on_cpu.subject(
             request.param,
             start,
             models,

@@ -1,10 +1,11 @@
 """Engines that are wrong in one way each are caught by the contracts, with a message that says what is wrong."""
 
 import pytest
-from engines import tiny
+from engines import on_cpu
 from programs import breakages as strategies
 from programs import engine_breakages as broken
 
+from lightrft.models import tiny
 from lightrft.sim import SimWorld
 from lightrft.sim.contracts import engine as engine_contract
 from lightrft.sim.contracts import weight_sync as weight_sync_contract
@@ -206,7 +207,7 @@ MUTATIONS = {
 
 @pytest.fixture(scope="module")
 def models():
-    return tiny.pair(tie_word_embeddings=True)
+    return on_cpu.pair(tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +217,7 @@ def remembered():
 
 @pytest.fixture(scope="module")
 def folders(models, tmp_path_factory):
-    return [tiny.save(model, tmp_path_factory.mktemp("model"), tiny.tokenizer()) for model in models]
+    return [on_cpu.save(model, tmp_path_factory.mktemp("model"), tiny.tokenizer()) for model in models]
 
 
 @pytest.mark.parametrize("wrong", MUTATIONS)
@@ -224,16 +225,16 @@ def test_a_wrong_engine_is_caught(wrong, models, folders, remembered, monkeypatc
     number, message, *replaced = MUTATIONS[wrong]
 
     def start(index):
-        return tiny.counting(adapter.start(tiny.settings(folders[index])))
+        return on_cpu.counting(adapter.start(on_cpu.settings(folders[index])))
 
     def start_shared(group):
-        return adapter.start(tiny.settings(folders[0], tp_size=2, group=group))
+        return adapter.start(on_cpu.settings(folders[0], tp_size=2, group=group))
 
     for owner, name, make in replaced:
         monkeypatch.setattr(owner, name, make(getattr(owner, name, None)))
     mode = "hash" if number.startswith("EN6") else "model"  # a world of two ranks takes its time
     with faces(mode):
-        subject = tiny.subject(
+        subject = on_cpu.subject(
             "fake vLLM" if mode == "model" else "fake vLLM, hash mode",
             start,
             models,

@@ -6,10 +6,10 @@ import types
 
 import pytest
 import torch
-from engines import tiny
-from fake_models import tiny_model
+from engines import on_cpu
 
 from lightrft.errors import ConfigError, StaleWeightsError
+from lightrft.models.tiny import tiny_text_model
 from lightrft.sim import SimWorld
 from lightrft.strategy import FakeStrategy, get_strategy, is_engine
 from lightrft.strategy.engine import ENGINE_TYPES
@@ -26,7 +26,7 @@ PROMPTS = [[3, 4, 5], [6]]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("model"))
-    tiny_model(path)
+    tiny_text_model(path)
     return path
 
 
@@ -129,4 +129,4 @@ def test_the_installed_package_is_started_where_it_is_asked_for(folder):
 def test_other_strategies_start_the_installed_package(folder):
     assert FSDPV2Strategy._start_engine is EngineCalls._start_engine is not FakeStrategy._start_engine
     with pytest.raises(ConfigError, match="needs the package vllm, which is not installed"):
-        EngineCalls._start_engine(None, "vllm", tiny.settings(folder))
+        EngineCalls._start_engine(None, "vllm", on_cpu.settings(folder))

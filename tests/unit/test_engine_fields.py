@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import tiny
+from engines import on_cpu
 
 from lightrft.errors import ConfigError
+from lightrft.models import tiny
 from lightrft.sim.engine.faces import faces
 from lightrft.sim.engine.sglang_face import engine as sglang_engine
 from lightrft.sim.engine.sglang_face import sampling_params as sglang_params
@@ -32,7 +33,7 @@ def names(entries):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.save(tiny.qwen2(), tmp_path_factory.mktemp("model"), tiny.tokenizer())
+    return on_cpu.save(tiny.text_model(), tmp_path_factory.mktemp("model"), tiny.tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def stale(llm, vllm):
     """Log-probs with what the prefix cache has of former weights."""
     params = vllm.SamplingParams(**GREEDY, max_tokens=4, logprobs=0)
     llm.generate([PROMPT], params)
-    other = [(name, tensor * 1.5) for name, tensor in tiny.qwen2(1).state_dict().items()]
+    other = [(name, tensor * 1.5) for name, tensor in tiny.text_model(1).state_dict().items()]
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(other)})
     return llm.generate([PROMPT], params)[0].outputs[0].logprobs
 
@@ -154,9 +155,9 @@ def stale(llm, vllm):
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """Another model, which draws by another temperature where nobody says how."""
-    model = tiny.qwen2(1)
+    model = tiny.text_model(1)
     model.generation_config.update(do_sample=True, temperature=0.2)
-    return tiny.save(model, tmp_path_factory.mktemp("other"))
+    return on_cpu.save(model, tmp_path_factory.mktemp("other"))
 
 
 VLLM_ARGUMENTS = {
@@ -349,7 +350,7 @@ def old_prefix(engine):
     drawn(engine, **GREEDY)
     engine.begin_weight_update()
     engine.update_weights_from_tensor(
-        [(name, tensor * 1.5) for name, tensor in tiny.qwen2(1).state_dict().items()], flush_cache=False
+        [(name, tensor * 1.5) for name, tensor in tiny.text_model(1).state_dict().items()], flush_cache=False
     )
     engine.end_weight_update()
     return drawn(engine, **GREEDY)
@@ -460,8 +461,8 @@ def test_an_adapter_passes_on_what_the_fake_engine_lacks(kind, installed, folder
     name = {"vllm": "vLLM", "sglang": "SGLang"}[kind]
     lacking = {"vllm": "quantization", "sglang": "load_format"}[kind]
     with pytest.raises(ConfigError, match=rf"not started: the fake {name} engine has no {lacking}='fp8'.*{WHAT_TO_DO}"):
-        adapter.start(tiny.settings(folder, options={lacking: "fp8"}))
-    made = adapter.start(tiny.settings(folder))
+        adapter.start(on_cpu.settings(folder, options={lacking: "fp8"}))
+    made = adapter.start(on_cpu.settings(folder))
     field = {"vllm": "allowed_token_ids", "sglang": "regex"}[kind]
     with pytest.raises(ConfigError, match=rf"^the fake {name} engine has no {field}=.*{WHAT_TO_DO}"):
         made.generate([{"prompt_token_ids": PROMPT}], {field: "a"})

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from fake_models import tiny_model
 
 from lightrft.errors import EngineStateError, StaleWeightsError, WeightSyncError
+from lightrft.models.tiny import tiny_text_model
 from lightrft.sim import SimWorld
 from lightrft.strategy import get_strategy
 
@@ -27,7 +27,7 @@ SIZE = 4
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("model"))
-    tiny_model(path)
+    tiny_text_model(path)
     return path
 
 

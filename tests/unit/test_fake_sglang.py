@@ -4,9 +4,9 @@ import importlib
 
 import pytest
 import torch
-from fake_models import VOCABULARY, tiny_model
 
 from lightrft.errors import ConfigError, EngineStateError
+from lightrft.models.tiny import VOCABULARY, tiny_text_model
 from lightrft.sim.engine.faces import MODES, faces
 from lightrft.strategy import is_engine
 from lightrft.strategy.sampling import SamplingParams
@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("model"))
-    tiny_model(path)
+    tiny_text_model(path)
     return path
 
 
@@ -72,7 +72,7 @@ def test_outputs_have_the_form_of_sglang(sglang, folder):
 
 
 def test_f16_log_probs_are_of_logits_over_temperature_unless_asked_otherwise(folder, monkeypatch):
-    trained = tiny_model(folder)
+    trained = tiny_text_model(folder)
     with faces("model"):
         import sglang
 
@@ -100,7 +100,7 @@ def test_seeds_count_only_where_inference_is_deterministic(sglang, folder):
     ("given", "message"),
     [
         ({"input_ids": [[]]}, "a prompt is empty"),
-        ({"input_ids": [3] * 128}, "as long as the context, 128"),
+        ({"input_ids": [3] * 256}, "as long as the context, 256"),
         ({"prompt": "text"}, "no tokenizer"),
         ({}, "expected prompt or input_ids"),
         ({"input_ids": [3], "sampling_params": {"temperature": -1}}, "temperature=-1"),
@@ -132,7 +132,7 @@ def dies(made, call, message):
         (lambda made: (made.generate(input_ids=[3]), made.release_memory_occupation()), "flush_cache comes before"),
         (lambda made: [made.release_memory_occupation() for _ in range(2)], "release kv_cache, .* twice, since"),
         (lambda made: update(made, [("model.other", torch.ones(2))]), "model.other is no weight of this model"),
-        (lambda made: update(made, [("model.norm.weight", torch.ones(2))]), r"has shape \(2,\), expected \(32,\)"),
+        (lambda made: update(made, [("model.norm.weight", torch.ones(2))]), r"has shape \(2,\), expected \(64,\)"),
     ],
 )
 def test_f17_what_kills_a_scheduler_is_told_and_the_engine_is_dead(sglang, folder, call, message):
@@ -152,7 +152,7 @@ def test_f02_generation_with_released_memory_is_an_error_and_no_wait(sglang, fol
 
 @pytest.mark.parametrize("backup", [True, False])
 def test_f01_weights_that_are_released_without_a_backup_are_lost(sglang, folder, backup):
-    weights = tiny_model(folder).state_dict().items()
+    weights = tiny_text_model(folder).state_dict().items()
     made = engine(sglang, folder, enable_memory_saver=True, enable_weights_cpu_backup=backup)
     before = made.generate(input_ids=[3], sampling_params=GREEDY)["output_ids"]
     made.flush_cache()
@@ -169,7 +169,7 @@ def test_f01_weights_that_are_released_without_a_backup_are_lost(sglang, folder,
 
 
 def test_f05_updates_replace_weights_and_leave_the_caches(sglang, folder, tmp_path):
-    other = tiny_model(str(tmp_path), seed=1).state_dict()
+    other = tiny_text_model(str(tmp_path), seed=1).state_dict()
     made = engine(sglang, folder, tp_size=2)
     long = [3, 4, 5, 6]
     made.generate(input_ids=long, sampling_params=GREEDY)
@@ -184,7 +184,7 @@ def test_f05_updates_replace_weights_and_leave_the_caches(sglang, folder, tmp_pa
 
 def test_updates_that_are_refused_say_so_and_raise_nothing(sglang, folder):
     made = engine(sglang, folder, tp_size=2)
-    weights = list(tiny_model(folder).state_dict().items())[:1]
+    weights = list(tiny_text_model(folder).state_dict().items())[:1]
     assert made.update_weights_from_tensor([payload(weights)] * 2, load_format="flattened_bucket")[0] is False
     assert made.end_weight_update()[0] is False
     assert made.begin_weight_update()[0]
@@ -200,7 +200,7 @@ def test_updates_that_are_refused_say_so_and_raise_nothing(sglang, folder):
 
 def test_f08_a_payload_holds_what_its_memory_holds_when_it_is_read(sglang, folder):
     made = engine(sglang, folder)
-    tensor = torch.ones(32)
+    tensor = torch.ones(64)
     handle = payload([("model.norm.weight", tensor)])
     tensor.fill_(2)  # flattened already: a bucket is a copy
     made.begin_weight_update()
@@ -211,11 +211,11 @@ def test_f08_a_payload_holds_what_its_memory_holds_when_it_is_read(sglang, folde
         if isinstance(held._weights, dict)
         else held._weights.held["model.norm.weight"]
     )
-    assert torch.equal(found.float(), torch.ones(32))
+    assert torch.equal(found.float(), torch.ones(64))
 
 
 def test_images_need_one_token_each(tmp_path):
-    tiny_model(str(tmp_path), image_token_id=9)
+    tiny_text_model(str(tmp_path), image_token_id=9)
     with faces("hash"):
         import sglang
 

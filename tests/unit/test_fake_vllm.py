@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from fake_models import VOCABULARY, tiny_model
 
 from lightrft.errors import ConfigError, EngineStateError, RankFailedError, StaleWeightsError
+from lightrft.models.tiny import VOCABULARY, text_model, tiny_text_model
 from lightrft.sim import SimWorld
 from lightrft.sim.engine.faces import MODES, faces
 
@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = str(tmp_path_factory.mktemp("model"))
-    tiny_model(path)
+    text_model().save_pretrained(path)  # and no tokenizer
     return path
 
 
@@ -111,7 +111,7 @@ def test_objects_of_the_face_pass_for_those_of_vllm(vllm, folder):
         ([[]], "a prompt is empty"),
         ([[VOCABULARY]], f"outside of the vocabulary of {VOCABULARY}"),
         ([[3], [-1]], "outside of the vocabulary"),
-        ([[3] * 128], "leaves no room for a completion: max_model_len is 128"),
+        ([[3] * 256], "leaves no room for a completion: max_model_len is 256"),
         (["text"], "no tokenizer"),
         ([{"prompt_token_ids": [3], "multi_modal_data": {"image": ["i"]}}], "takes no image"),
     ],
@@ -170,7 +170,7 @@ def test_f02_generation_while_it_sleeps_is_an_error_and_no_wait(vllm, folder):
 
 
 def test_f01_f05_weights_and_caches_are_what_the_calls_made_of_them(vllm, folder, tmp_path):
-    other = tiny_model(str(tmp_path), seed=1).state_dict()
+    other = tiny_text_model(str(tmp_path), seed=1).state_dict()
     llm = vllm.LLM(folder)
     params = vllm.SamplingParams(seed=3, max_tokens=12, ignore_eos=True)
 
@@ -192,7 +192,7 @@ def test_f01_f05_weights_and_caches_are_what_the_calls_made_of_them(vllm, folder
 
 
 def test_images_count_and_their_cache_outlives_an_update_unless_it_is_reset(tmp_path):
-    trained = tiny_model(str(tmp_path), image_token_id=9)
+    trained = tiny_text_model(str(tmp_path), image_token_id=9)
     with faces("hash"):
         import vllm
 
@@ -289,7 +289,7 @@ def test_folders_without_a_model_or_weights_are_refused(tmp_path):
 
         with pytest.raises(ConfigError, match="there is no model in"):
             vllm.LLM(str(tmp_path / "none"))
-        tiny_model(str(tmp_path))
+        tiny_text_model(str(tmp_path))
         (tmp_path / "model.safetensors").unlink()
         with pytest.raises(ConfigError, match="there are no weights"):
             vllm.LLM(str(tmp_path))

@@ -215,12 +215,12 @@ def test_rewards_come_from_what_is_given_and_from_settings(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def score(prompts, responses, labels): return labels\n")
     alone = reward_source(None, strategy, TrainerConfig(reward_function=f"{file}:score"))
-    assert (type(alone), alone.name) == (FunctionReward, "score")
+    assert (type(alone.source), alone.name) == (FunctionReward, "score")
     config = TrainerConfig(
         reward_function=f"{file}:score", remote_reward_url="http://localhost:1/", reward_weights="1,2,3"
     )
     mixture = reward_source(doubled, strategy, config)
-    assert [type(each) for each in mixture.sources] == [FunctionReward, FunctionReward, RemoteReward]
+    assert [type(each.source) for each in mixture.sources] == [FunctionReward, FunctionReward, RemoteReward]
     assert mixture.weights == [1, 2, 3]
 
 

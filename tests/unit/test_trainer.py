@@ -57,7 +57,7 @@ def test_ranks_agree_and_the_engine_has_the_last_weights(size):
         metrics = trainer.fit(prompts(32))
         weights = weights_of(trainer)
         assert engine.weight_version == 5  # before the first iteration, and after each
-        assert str(engine.status) == "awake"
+        assert str(engine.status) == "asleep"
         for name, tensor in engine.weights.items():
             assert torch.equal(tensor, weights[f"actor.{name}"])
         return metrics, weights
@@ -309,12 +309,14 @@ def too_long(index):
     return Prompt(prompt="long", token_ids=(3,) * 9, index=index)
 
 
-@pytest.mark.parametrize("estimator", ["gae", "reinforce++", "grpo"])
-def test_k11_a_rank_whose_prompts_are_all_too_long_goes_along(estimator):
+@pytest.mark.parametrize(
+    ("estimator", "backend"), [("gae", {}), ("reinforce++", {}), ("grpo", {}), ("gae", {"fsdp": True})], ids=str
+)
+def test_k11_a_rank_whose_prompts_are_all_too_long_goes_along(estimator, backend):
     given = [one if i % 2 == 0 else too_long(i) for i, one in enumerate(prompts(16))]
 
     def program():
-        made = parts(critic=estimator == "gae")
+        made = parts(critic=estimator == "gae", **backend)
         strategy = made["strategy"]
         loader = strategy.setup_dataloader
         strategy.setup_dataloader = lambda *args, **more: loader(*args, **more, shuffle=False)
@@ -467,6 +469,58 @@ def test_the_average_follows_the_actor():
 def test_the_weight_of_the_divergence_is_adapted_alike_on_all_ranks():
     found = trained(kl_target=1.0, kl_horizon=8, init_kl_coef=0.1)
     assert found[0][0]["kl_coef"] == found[1][0]["kl_coef"] != 0.1
+
+
+def test_k24_settings_of_sampling_reach_the_engine():
+    asked = []
+
+    class Noting(Draws):
+        def generate(self, requests, sampling_params):
+            asked.append(sampling_params)
+            return super().generate(requests, sampling_params)
+
+    made = parts(engine=Noting())
+    settings = {"temperature": 0.7, "top_p": 0.9, "n_samples_per_prompt": 3, "eval_temperature": 0.25, "eval_steps": 1}
+    SPMDPPOTrainer(reward_model=EvenTokens(), **made, **settings, max_steps=2).fit(prompts(16), prompts(2))
+    found = [(one.temperature, one.top_p, one.n, one.max_tokens, one.logprobs) for one in asked]
+    assert found == [(0.7, 0.9, 3, 6, True), (0.25, 1.0, 1, 6, True)] * 2
+    assert asked[0].seed != asked[2].seed
+
+
+def test_an_engine_that_takes_no_seeds_gets_none():
+    class Seedless(Draws):
+        takes_seeds = False
+
+        def generate(self, requests, sampling_params):
+            assert sampling_params.seed is None
+            return super().generate(requests, sampling_params)
+
+    SPMDPPOTrainer(reward_model=EvenTokens(), **parts(engine=Seedless()), max_steps=1).fit(prompts(8))
+
+
+def test_a_correction_needs_log_probs_of_what_was_drawn_from():
+    trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **parts(), temperature=0.7, importance_cap=2.0)
+    with pytest.raises(ConfigError, match="importance_cap needs the log-probs that the engine has drawn with"):
+        trainer.fit(prompts(8))
+
+
+def test_k24_the_trained_model_is_written_at_the_end(tmp_path):
+    made = parts()
+    trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **made, save_path=str(tmp_path), max_steps=1)
+    trainer.fit(prompts(8))
+    found = pytest.importorskip("safetensors.torch").load_file(tmp_path / "model.safetensors")
+    expected = {name: tensor for name, tensor in weights_of(trainer).items() if name.startswith("actor.")}
+    assert all(torch.equal(found[name.removeprefix("actor.")], tensor) for name, tensor in expected.items())
+
+
+def test_k24_a_progress_bar_is_for_terminals(monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for bar in (True, False):
+        SPMDPPOTrainer(reward_model=EvenTokens(), **parts(), max_steps=2, progress_bar=bar).fit(prompts(16))
+        found = capsys.readouterr()
+        assert ("2/2" in found.err) is bar
+        assert "step 2/2" in found.out
 
 
 # -- Evaluation, logs, stopping ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightrft.errors import ConfigError
 from lightrft.trainer.experience import Sample, join_images, padded
+from lightrft.trainer.fillers import image_filler
 from lightrft.trainer.rewards.source import Rewards, RewardSource, Scored
 
 if TYPE_CHECKING:
@@ -58,25 +59,27 @@ class ModelReward(RewardSource):
             samples[first : first + self._micro_batch_size] for first in range(0, len(samples), self._micro_batch_size)
         ]
         rounds = self._strategy.all_reduce(len(batches), op="max")
+        filler = image_filler(samples, self._strategy)
         if self._offload:
             self._strategy.reload_model(self._model)
         try:
             with torch.no_grad():
-                scores = [self._scores(batch) for batch in [*batches, *[()] * (rounds - len(batches))]]
+                scores = [self._scores(batch, filler) for batch in [*batches, *[()] * (rounds - len(batches))]]
         finally:
             if self._offload:
                 self._strategy.offload_model(self._model)
         return Rewards(rewards=torch.cat([torch.zeros(0), *scores]))
 
-    def _scores(self, batch: Sequence[Sample]) -> Tensor:
+    def _scores(self, batch: Sequence[Sample], filler: Sample | None) -> Tensor:
         """Of the samples of one forward pass; without any, the model sees two tokens that mean nothing."""
-        rows = [one.tokens for one in batch] or [(0, 0)]
+        seen = [*batch, filler] if filler is not None and not any(one.images for one in batch) else batch
+        rows = [one.tokens for one in seen] or [(0, 0)]
         length = max(len(row) for row in rows)
         device = self._strategy.device
         found = self._model(
             padded(rows, length, torch.int64).to(device),
             padded([[1] * len(row) for row in rows], length, torch.int64).to(device),
-            **{name: tensor.to(device) for name, tensor in join_images([one.images for one in batch]).items()},
+            **{name: tensor.to(device) for name, tensor in join_images([one.images for one in seen]).items()},
         )
         if not isinstance(found, Tensor) or found.numel() != len(rows):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

@@ -232,11 +232,12 @@ def check_texts_end_completions(subject: Subject) -> None:
     assert subject.decode is not None
     (whole,) = subject.generate(subject.prompts[:1], ignore_eos=True)
     texts = [subject.decode([token]) for token in whole.output_token_ids]
-    (stopped,) = subject.generate(subject.prompts[:1], ignore_eos=True, stop=[texts[3]])
-    expected = whole.output_token_ids[: texts.index(texts[3]) + 1]
+    stop = next(text for text in texts[1:] if text)  # special tokens have none
+    (stopped,) = subject.generate(subject.prompts[:1], ignore_eos=True, stop=[stop])
+    expected = whole.output_token_ids[: texts.index(stop) + 1]
     expect(
         (stopped.finish_reason, stopped.output_token_ids) == ("stop", expected),
-        f"stop=[{texts[3]!r}] ended {stopped.output_token_ids} by {stopped.finish_reason!r}, expected {expected}",
+        f"stop=[{stop!r}] ended {stopped.output_token_ids} by {stopped.finish_reason!r}, expected {expected}",
     )
 
 

@@ -14,7 +14,7 @@ from lightrft.strategy.utils.sequence_parallel import attention
 from lightrft.strategy.utils.sequence_parallel.attention import ATTRIBUTE, NAME, Enabled, FullSequence
 from lightrft.strategy.utils.sequence_parallel.exchange import gather_sequence
 
-__all__ = ["disable", "enable"]
+__all__ = ["disable", "enable", "group_of"]
 
 _BASES = ("sdpa", "eager", "flash_attention")
 _LAYERS = {"full_attention", "sliding_attention"}
@@ -60,6 +60,13 @@ def disable(model: torch.nn.Module) -> None:
             module.__dict__.pop(ATTRIBUTE, None)
             for hook in module.__dict__.pop(_HOOKS, ()):
                 hook.remove()
+
+
+def group_of(model: torch.nn.Module) -> dist.ProcessGroup | None:
+    """The ranks that share each sequence of ``model``, or of the first enabled model in it; ``None`` if none is."""
+    found = (module.__dict__[ATTRIBUTE] for module in model.modules() if ATTRIBUTE in module.__dict__)
+    enabled: Enabled | None = next(found, None)
+    return None if enabled is None else enabled.group
 
 
 def _models(model: torch.nn.Module) -> list[list[Any]]:
