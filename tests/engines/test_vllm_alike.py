@@ -4,11 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
-from engines import tiny
+from engines import on_cpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightrft.errors import LightRFTError
+from lightrft.models import tiny
 from lightrft.sim.engine.faces import faces
 from lightrft.strategy import vllm_utils, weight_sync
 
@@ -16,7 +17,7 @@ from lightrft.strategy import vllm_utils, weight_sync
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:::lightrft")]
 
 SCENARIOS = 500
-MODELS = tiny.pair(tie_word_embeddings=True)
+MODELS = on_cpu.pair(tie_word_embeddings=True)
 WEIGHTS = [dict(model.named_parameters()) for model in MODELS]
 NAMES = list(WEIGHTS[0])
 OPTIONS = {"kv_cache_memory_bytes": 32 << 20, "block_size": 32}
@@ -26,7 +27,7 @@ NEAR = 1e-3
 tokens = st.integers(len(tiny.SPECIAL), tiny.VOCABULARY - 1)
 prompts = st.lists(st.lists(tokens, min_size=1, max_size=40), min_size=1, max_size=4)
 bad_prompts = st.sampled_from(
-    [[], [tiny.VOCABULARY], [-1], [7] * tiny.LENGTH, [7] * (tiny.LENGTH + 1), [7] * (tiny.LENGTH - 1)]
+    [[], [tiny.VOCABULARY], [-1], [7] * on_cpu.LENGTH, [7] * (on_cpu.LENGTH + 1), [7] * (on_cpu.LENGTH - 1)]
 )
 greedy = st.fixed_dictionaries(
     {"temperature": st.just(0), "logprobs": st.just(0)},
@@ -93,7 +94,7 @@ class Pair:
     """
 
     def __init__(self, folder):
-        given = tiny.settings(folder, options=OPTIONS)
+        given = on_cpu.settings(folder, options=OPTIONS)
         with faces("model"):
             self.fake = vllm_utils.start(given)
         self.real = vllm_utils.start(given)
@@ -111,7 +112,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    made = Pair(tiny.save(MODELS[0], tmp_path_factory.mktemp("model"), tiny.tokenizer()))
+    made = Pair(on_cpu.save(MODELS[0], tmp_path_factory.mktemp("model"), tiny.tokenizer()))
     yield made
     made.close()
 
