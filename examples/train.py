@@ -3,9 +3,9 @@
     lightrft sim -n 8 examples/train.py --fsdp --engine_tp_size 4
     torchrun --nproc-per-node 8 examples/train.py --config run.yaml --zero_stage 3 --engine_type vllm --engine_tp_size 4
 
-A run of your own has --pretrain, --prompt_data and --reward_function; `run.yaml` may hold any flag. Without --pretrain the
-script makes a tiny random model, and without --prompt_data that model meets sums of one-digit numbers: what is seen then is
-that everything works. `nox -s demo` trains one that has learned a little before.
+A run of your own has --pretrain, --prompt_data and --reward_function; `run.yaml` may hold any flag. Without --pretrain
+the script makes a tiny random model, and without --prompt_data that model meets sums of one-digit numbers: what is seen
+then is that everything works. `nox -s demo` trains one that has learned a little before.
 """
 
 import importlib.util
@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from lightrft.datasets import PromptDataset
 from lightrft.models import Actor, Critic, RewardModel
+from lightrft.models.readers import reader_of
 from lightrft.models.tiny import tiny_text_model
 from lightrft.strategy import get_strategy
 from lightrft.trainer import SPMDPPOTrainer
@@ -53,14 +54,13 @@ def tiny_model(make):
     return folder
 
 
-def main(description=__doc__, task=None, tiny=tiny_text_model, reader="AutoTokenizer"):
+def main(description=__doc__, task=None, tiny=tiny_text_model):
     """Train.
 
     Args:
         description: of the command.
         task: flags of a run that names no data.
         tiny: writes the model of a run that names none.
-        reader: the class of transformers that reads prompts.
     """
     import transformers
 
@@ -72,7 +72,7 @@ def main(description=__doc__, task=None, tiny=tiny_text_model, reader="AutoToken
         args.pretrain = same_on_all(lambda: tiny_model(tiny))
     inputs, config = InputConfig.from_args(args), TrainerConfig.from_args(args)
 
-    processor = getattr(transformers, reader).from_pretrained(args.pretrain)
+    processor = reader_of(args.pretrain)
     tokenizer = getattr(processor, "tokenizer", processor)
     prompts, held_out = (
         path and PromptDataset.from_file(path, processor, max_length=args.prompt_max_len, **inputs.fields)

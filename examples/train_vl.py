@@ -5,15 +5,14 @@ lightrft sim -n 8 examples/train_vl.py --fsdp --engine_tp_size 4 --mixed_mm_data
 
 from pathlib import Path
 
+import colours
 from train import main
 
 from lightrft.models.tiny import tiny_vision_model
 
-DATA = Path(__file__).parent / "data"
-
-COLOURS = {
-    "prompt_data": str(DATA / "colours.jsonl"),
-    "eval_data": str(DATA / "colours.jsonl"),
+TASK = {
+    "prompt_data": str(colours.FILE),
+    "eval_data": str(colours.FILE),
     "label_key": "answer",
     "images_key": "images",
     "apply_chat_template": True,
@@ -25,4 +24,4 @@ COLOURS = {
 }
 
 if __name__ == "__main__":
-    main(__doc__, COLOURS, tiny_vision_model, "AutoProcessor")
+    main(__doc__, TASK, tiny_vision_model)

@@ -30,6 +30,7 @@ class Generation:
         top_p: as in ``SamplingParams``.
         decode: token ids to text, where the engine gives none.
         image_inputs: what the model takes of the images of a prompt.
+        forbidden: tokens that are never drawn.
         needs_log_probs: whether an engine that gives no log-probs of what it has drawn from is refused.
     """
 
@@ -39,6 +40,7 @@ class Generation:
     top_p: float = 1.0
     decode: Callable[[Sequence[int]], str] | None = None
     image_inputs: Callable[[Any], Images] | None = None
+    forbidden: tuple[int, ...] = ()
     needs_log_probs: bool = False
 
     def __call__(self, prompts: Sequence[Any], seed: int) -> list[Sample]:
@@ -84,6 +86,7 @@ class Generation:
             max_tokens=self.strategy.config.generate_max_len,
             seed=seed if self.strategy.inference_engine.takes_seeds else None,
             logprobs=True,
+            logit_bias=dict.fromkeys(self.forbidden, -100.0) or None,
         )
 
     def _sample(self, prompt: Any, one: Completion) -> Sample:

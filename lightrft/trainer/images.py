@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightrft.trainer.experience import Images
 
-__all__ = ["image_inputs_of"]
+__all__ = ["image_inputs_of", "media_tokens"]
 
 _NAMES = ("pixel_values", "image_grid_thw")
+
+
+def media_tokens(model: Any) -> tuple[int, ...]:
+    """The tokens that stand for images and videos in ``model``, of which only prompts may have some."""
+    config = getattr(model, "config", None)
+    found = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+    return tuple(token for token in found if isinstance(token, int))
 
 
 def image_inputs_of(processor: Any) -> Callable[[Sequence[Any]], Images] | None:

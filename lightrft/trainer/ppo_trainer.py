@@ -13,7 +13,7 @@ from lightrft.trainer.aggregation import step_totals
 from lightrft.trainer.evaluation import evaluate
 from lightrft.trainer.experience_maker import ExperienceMaker
 from lightrft.trainer.generation import Generation, seed_of
-from lightrft.trainer.images import image_inputs_of
+from lightrft.trainer.images import image_inputs_of, media_tokens
 from lightrft.trainer.kl import kl_controller
 from lightrft.trainer.learner import Learner, Trained
 from lightrft.trainer.metrics import Means, Stopwatch
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from lightrft.strategy.strategy_base import StrategyBase
 
 __all__ = ["SPMDPPOTrainer"]
+
+_NO_TIME = 1e-3
+"""Seconds that no iteration on a real machine stays below."""
 
 
 class SPMDPPOTrainer:
@@ -113,7 +116,7 @@ class SPMDPPOTrainer:
 
         Args:
             prompts: a data set of prompts, as in ``lightrft.datasets``; the same on every rank.
-            eval_prompts: prompts that are evaluated every ``eval_steps`` iterations.
+            eval_prompts: prompts that are evaluated at the beginning and every ``eval_steps`` iterations.
 
         Returns:
             The metrics of the last iteration, the same on every rank but for times.
@@ -125,6 +128,8 @@ class SPMDPPOTrainer:
         metrics: dict[str, float] = {}
         with self._stop, self._log(total) as log:
             self.strategy.print(f"resumed after iteration {self.state.step}" if resumed else "training begins")
+            if eval_prompts is not None and self.config.eval_steps and not self.state.step:
+                log(0, self.evaluate(eval_prompts) | self._watch.taken())
             while self.state.step < total and stream.consumed + stream.batch_size <= self._prompts(len(prompts)):
                 metrics = self.iteration(stream)
                 self.state.step += 1
@@ -272,9 +277,10 @@ class SPMDPPOTrainer:
         tokens = float(sum(len(one.tokens) for one in rollout.samples))
         both = self.strategy.all_reduce({"tokens": tokens, "samples": float(len(rollout.samples))}, op="sum")
         shares = self.strategy.groups.sp_size
-        return {
+        # On simulated ranks no time passes while they compute, and there is nothing to tell of it.
+        speed = {"tokens_per_second": both["tokens"] / shares / seconds} if seconds > _NO_TIME else {}
+        return speed | {
             "samples": both["samples"] / shares,
-            "tokens_per_second": both["tokens"] / shares / max(seconds, 1e-9),
             "kl_coef": self.state.kl.value,
             "weight_version": float(self.state.weight_version),
         }
@@ -333,7 +339,14 @@ class SPMDPPOTrainer:
 
     def _generation(self, **sampling: Any) -> Generation:
         decode = None if self.tokenizer is None else _decoding(self.tokenizer)
-        return Generation(strategy=self.strategy, decode=decode, image_inputs=self._image_inputs, **sampling)
+        forbidden = media_tokens(self.strategy.unwrap_model(self.actor))
+        return Generation(
+            strategy=self.strategy,
+            decode=decode,
+            image_inputs=self._image_inputs,
+            forbidden=forbidden,
+            **sampling,
+        )
 
 
 def _quiet(step: int, metrics: Mapping[str, float]) -> None:

@@ -62,13 +62,13 @@ class RunLog:
             _plot(self._folder)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of iteration ``step``, which begin with 1."""
+        """Write the metrics of iteration ``step``, which begin with 1; 0 is before the first one."""
         line = summary_line(step, self._total, metrics)
         if self._bar is None:
             self._say(line)
         else:
             self._bar.write(line)
-            self._bar.update()
+            self._bar.update(step - self._bar.n)
         if self._folder is not None:
             self._write(self._folder, step, metrics)
 
@@ -102,7 +102,9 @@ def summary_line(step: int, total: int, metrics: Mapping[str, float]) -> str:
     ):
         if name in metrics:
             words.append(f"{label} {metrics[name]:{form}}")
-    phases = [f"{name[5:]} {value:.2f}s" for name, value in metrics.items() if name.startswith("time/")]
+    phases = [
+        f"{name[5:]} {value:.2f}s" for name, value in metrics.items() if name.startswith("time/") and value >= 0.005
+    ]
     return "  ".join([*words, *([f"({', '.join(phases)})"] if phases else [])])
 
 
