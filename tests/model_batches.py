@@ -1,6 +1,8 @@
 """Batches of samples for tests of models, and what each sample gives by itself."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightrft.models import tiny
 
@@ -73,3 +75,16 @@ def seen_batch(width=24, side="right"):
         if each[row]:
             each[row]["mm_token_type_ids"] = (torch.tensor([sample]) == tiny.IMAGE).int()
     return ids, mask, images.given(0, 1, 2), each
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.seen |= {tuple(one.shape) for one in tree_leaves(found) if isinstance(one, torch.Tensor)}
+        return found
