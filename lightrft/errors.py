@@ -18,6 +18,7 @@ Each class also inherits the builtin that it specialises, so that code which kno
     ├── WeightSyncError (RuntimeError)       the weights that arrived are not the weights that were expected
     ├── OffloadStateError (RuntimeError)     offload and load did not come in pairs
     ├── CheckpointError (OSError)            a checkpoint is missing, incomplete or does not fit
+    ├── RewardError (RuntimeError)           there are no rewards for samples
     └── ContractError (AssertionError)       an implementation has what it is declared to lack
 
 Every one of them can be pickled.
@@ -39,6 +40,7 @@ __all__ = [
     "OffloadStateError",
     "RankFailedError",
     "RefusedError",
+    "RewardError",
     "SimWarning",
     "SimulationError",
     "StaleWeightsError",
@@ -119,6 +121,10 @@ class OffloadStateError(LightRFTError, RuntimeError):
 
 class CheckpointError(LightRFTError, OSError):
     """A checkpoint is missing, incomplete or does not fit what it is loaded into."""
+
+
+class RewardError(LightRFTError, RuntimeError):
+    """A reward function raised, a reward service did not answer, or an answer holds no rewards."""
 
 
 class ContractError(LightRFTError, AssertionError):

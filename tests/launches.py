@@ -1,12 +1,58 @@
-"""Launches of torchrun, which keeps its ranks in sessions of their own."""
+"""Scripts that are launched on simulated ranks and by torchrun."""
 
 import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 
+ROOT = Path(__file__).parents[1]
+
+
+def simulated(ranks, script, *args):
+    """The command that runs ``script`` on simulated ranks."""
+    return [sys.executable, "-u", "-m", "lightrft", "sim", "-n", str(ranks), "--no-report", script, *args]
+
+
+def torchrun(ranks, script, *args):
+    """The command that runs ``script`` in as many processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [*launcher, script, *args]
+
+
+def start(command):
+    """Start ``command`` in the root of the project, with pipes for what it prints."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environ = {
+        **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path
+    }  # fmt: skip
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def output_of(command, seconds=100):
+    """What ``command`` prints on its standard output.
+
+    A process of gloo now and then hangs, or aborts after its last line, as its interpreter ends: a launch that hangs
+    is ended and tried again, and one that aborts has said all there is to say.
+    """
+    for last in (False, False, True) if "torch.distributed.run" in command else (True,):
+        process = start(command)
+        try:
+            out, err = process.communicate(timeout=seconds)
+            break
+        except subprocess.TimeoutExpired:
+            kill_with_children(process)
+            if last:
+                raise
+    assert process.returncode == 0 or "terminate called without an active exception" in err, err[-3000:]
+    return out
+
 
 def kill_with_children(process):
-    """End a launch and its ranks, which hold its pipes."""
+    """End a launch and its ranks, which are in sessions of their own and hold its pipes."""
     if process.poll() is None:
         for each in [*psutil.Process(process.pid).children(recursive=True), process]:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -14,6 +14,7 @@ import tempfile
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 
 from lightrft.strategy import get_strategy
 from lightrft.utils import add_arguments
@@ -50,6 +51,7 @@ def main():
     parser.set_defaults(prompt_max_len=32, generate_max_len=32, train_batch_size=8)
     args = parser.parse_args()
 
+    logging.disable_progress_bar()
     strategy = get_strategy(args)
     path = args.pretrain or small_model()
     with strategy.init_model_context():

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Sequence
-from operator import itemgetter
+from operator import call, itemgetter
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -125,26 +125,26 @@ class _QuietNames:
 
     Args:
         places: the places of these names, by number.
+
+    Attributes:
+        get: gives the values of the names that are bound, of ``namespace``.
+        values: what it gave at first.
+        absent: the names that are not bound.
     """
 
     def __init__(self, places: dict[int, _Name]) -> None:
         self._places = places
-        self._namespace = vars(next(iter(places.values())).holder)
-        present = [place.name for place in places.values() if place.name in self._namespace]
-        self._absent = [place.name for place in places.values() if place.name not in self._namespace]
+        self.namespace = vars(next(iter(places.values())).holder)
+        present = [place.name for place in places.values() if place.name in self.namespace]
+        self.absent = [place.name for place in places.values() if place.name not in self.namespace]
         # itemgetter gives a tuple only for two names or more
-        self._get = itemgetter("__doc__", "__doc__", *present)
-        self._last = self._get(self._namespace)
-        self._values = {number: place.read() for number, place in places.items()}
+        self.get = itemgetter("__doc__", *(present or ["__doc__"]))
+        self.values = self.get(self.namespace)
+        self._first = {number: place.read() for number, place in places.items()}
 
     def changed(self) -> list[int]:
         """The numbers of the places that have been written to."""
-        try:
-            if self._get(self._namespace) == self._last and not any(map(self._namespace.__contains__, self._absent)):
-                return []
-        except Exception:  # noqa: BLE001 - deleted, or objects that cannot be compared: look at each
-            pass
-        return [number for number, place in self._places.items() if place.read() is not self._values[number]]
+        return [number for number, place in self._places.items() if place.read() is not self._first[number]]
 
     def without(self, numbers: list[int]) -> list[_QuietNames]:
         """The rest of these names."""
@@ -169,8 +169,9 @@ class LibraryState:
         self._moving: list[int] = []
         self._quiet_names: list[_QuietNames] = []
         self._empty: dict[int, Any] = {}
-        self._empty_containers: list[Any] = []
         self._quiet: dict[int, Any] = {}
+        self._watch_names([])
+        self._watch_containers()
 
     def matches(self, module: str) -> bool:
         """Whether a module of this name belongs to a listed library."""
@@ -193,19 +194,8 @@ class LibraryState:
 
     def save(self, state: dict[int, Any]) -> None:
         """Read what the running rank leaves behind."""
-        for names in self._quiet_names:
-            numbers = names.changed()
-            if numbers:
-                self._moving += numbers
-                self._quiet_names = [
-                    *(other for other in self._quiet_names if other is not names),
-                    *names.without(numbers),
-                ]
-        if any(self._empty_containers):
-            self._move([number for number, place in self._empty.items() if place.container])
-        changed = [number for number in self._quiet if self._has_changed(number)]
-        if changed:
-            self._move(changed)
+        if not self._is_quiet():
+            self._move_what_changed()
         for number in self._moving:
             state[number] = self._places[number].read()
 
@@ -239,6 +229,40 @@ class LibraryState:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
+    def _is_quiet(self) -> bool:
+        """Whether nobody has written to a place that was left alone so far; asked at every switch, in few calls."""
+        try:
+            return (
+                list(map(call, self._gets, self._namespaces)) == self._values
+                and not any(map(call, self._have, self._absent))
+                and not any(self._empty_containers)
+                and self._quiet_containers == self._quiet_contents
+                and not any(place.changed() for place in self._quiet_others)
+            )
+        except Exception:  # noqa: BLE001 - deleted, or objects that cannot be compared
+            return False
+
+    def _move_what_changed(self) -> None:
+        self._move_names()
+        self._move([number for number, place in self._empty.items() if place.container])
+        self._move([number for number in self._quiet if self._has_changed(number)])
+
+    def _move_names(self) -> None:
+        for names in self._quiet_names:
+            numbers = names.changed()
+            if numbers:
+                self._moving += numbers
+                others = [other for other in self._quiet_names if other is not names]
+                self._watch_names([*others, *names.without(numbers)])
+
+    def _watch_names(self, quiet: list[_QuietNames]) -> None:
+        self._quiet_names = quiet
+        self._gets = [names.get for names in quiet]
+        self._namespaces = [names.namespace for names in quiet]
+        self._values = [names.values for names in quiet]
+        self._have = [names.namespace.__contains__ for names in quiet for _ in names.absent]
+        self._absent = [name for names in quiet for name in names.absent]
+
     def _has_changed(self, number: int) -> bool:
         place = self._places[number]
         if not isinstance(place, _Contents):
@@ -253,7 +277,14 @@ class LibraryState:
         for number in numbers:
             self._empty.pop(number, None)
             self._quiet.pop(number, None)
+        self._watch_containers()
+
+    def _watch_containers(self) -> None:
         self._empty_containers = [place.container for place in self._empty.values()]
+        contents = {number: place for number in self._quiet if isinstance(place := self._places[number], _Contents)}
+        self._quiet_containers = [place.container for place in contents.values()]
+        self._quiet_contents = [self._quiet[number] for number in contents]
+        self._quiet_others = [self._places[number] for number in self._quiet if number not in contents]
 
     def _find_places(self) -> None:
         """Find the places of all modules that are loaded by now."""
@@ -289,8 +320,8 @@ class LibraryState:
                 self._quiet[number] = self._pristine[number]
                 if isinstance(place, _Contents) and isinstance(place.container, (set, deque)):
                     self._quiet[number] = type(place.container)(self._pristine[number])
-        self._quiet_names += [_QuietNames(places) for places in holders.values()]
-        self._empty_containers = [place.container for place in self._empty.values()]
+        self._watch_names([*self._quiet_names, *map(_QuietNames, holders.values())])
+        self._watch_containers()
 
 
 def _tell(library: Library) -> None:

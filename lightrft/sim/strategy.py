@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import nn
 
 from lightrft.errors import ConfigError
+from lightrft.sim.current import current_task
+from lightrft.sim.engine.faces import MODES
 from lightrft.sim.fake_checkpoints import LAYOUTS
 from lightrft.sim.flat_parameters import FlatParameters, repoint
 from lightrft.strategy.backend_strategy import BackendStrategy, Loading, Step
@@ -32,6 +34,9 @@ from lightrft.strategy.utils.loss_scale import LossScale
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+    from lightrft.strategy.engine import RolloutEngine
+    from lightrft.strategy.engine_settings import EngineSettings
 
 __all__ = ["FakeEngine", "FakeStrategy", "get_fake_strategy"]
 
@@ -69,6 +74,9 @@ class FakeStrategy(BackendStrategy):
         train_batch_size: as in ``StrategyBase``.
         args: as in ``StrategyBase``.
         mirrors: ``"deepspeed"`` or ``"fsdp"``; as ``args.fsdp`` says if ``None``.
+        engines: what ``setup_inference_engine`` starts outside of a ``SimWorld``, in which the world says it: a fake
+            engine that runs the model itself (``"model"``), one that derives tokens from a digest of the weights
+            (``"hash"``), or the installed package (``False``).
     """
 
     backend = "fake"
@@ -82,9 +90,13 @@ class FakeStrategy(BackendStrategy):
         args: Any = None,
         *,
         mirrors: str | None = None,
+        engines: str | bool = "model",
     ) -> None:
         if mirrors is not None and mirrors not in MIRRORS:
             raise ConfigError(f"mirrors is {mirrors!r}: expected one of {', '.join(MIRRORS)}")
+        if engines not in (False, *MODES):
+            raise ConfigError(f"engines={engines!r} is unknown: expected False, or one of {', '.join(MODES)}")
+        self.engines = engines
         config = StrategyConfig.from_args(args)
         self.mirrors = mirrors or ("fsdp" if config.fsdp else "deepspeed")
         self._flats: weakref.WeakKeyDictionary[nn.Module, list[FlatParameters]] = weakref.WeakKeyDictionary()
@@ -99,6 +111,13 @@ class FakeStrategy(BackendStrategy):
     @property
     def _is_alone(self) -> bool:
         return not dist.is_initialized()
+
+    def _start_engine(self, engine_type: str, settings: EngineSettings) -> RolloutEngine:
+        if current_task() is not None or not isinstance(self.engines, str):
+            return super()._start_engine(engine_type, settings)
+        from lightrft.sim.engine.alone import start_alone
+
+        return start_alone(engine_type, settings, self.engines)
 
     @property
     def _compute_dtype(self) -> torch.dtype | None:

@@ -1,32 +1,49 @@
-"""The flags of the command line, derived from the fields of ``StrategyConfig``."""
+"""The flags of the command line, derived from the fields of ``StrategyConfig`` and of other configurations."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import ConfigError
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.setting import Setting, settings_of
 
-__all__ = ["add_arguments", "flag_table"]
+if TYPE_CHECKING:
+    from lightrft.strategy.configuration import Configuration
+
+__all__ = ["add_arguments", "add_settings", "flag_table"]
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", tuple: "X"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add a flag for every setting, in groups, and return ``parser``.
+    """Add a flag for every setting of a strategy, in groups, and return ``parser``.
 
     ``StrategyConfig.from_args`` reads what the parser returns. ``parser.set_defaults(seed=7)`` changes a default.
 
     Raises:
         ConfigError: if ``parser`` is no parser, or has one of the flags already; it is left as it was.
     """
+    return add_settings(parser, StrategyConfig, "add_arguments")
+
+
+def add_settings(parser: argparse.ArgumentParser, config: type[Configuration], called: str) -> argparse.ArgumentParser:
+    """Add a flag for every setting of ``config``, in groups, and return ``parser``.
+
+    Args:
+        parser: to add to.
+        config: whose ``from_args`` reads what the parser returns.
+        called: the function that the user has called, for messages.
+
+    Raises:
+        ConfigError: if ``parser`` is no parser, or has one of the flags already; it is left as it was.
+    """
     if not isinstance(parser, argparse.ArgumentParser):
         raise ConfigError(f"got {type(parser).__name__}: expected an argparse.ArgumentParser")
-    settings = settings_of(StrategyConfig)
-    _check_free(parser, [flag for name, known in settings.items() for flag in _flags(name, known)])
+    settings = settings_of(config)
+    _check_free(parser, [flag for name, known in settings.items() for flag in _flags(name, known)], called)
     for title in _groups(settings):
         group = parser.add_argument_group(title)
         for name, known in settings.items():
@@ -35,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def flag_table() -> str:
+def flag_table(config: type[Configuration] = StrategyConfig) -> str:
     """Every flag with its default, its values and its meaning: Markdown, a table for each group."""
-    settings = settings_of(StrategyConfig)
+    settings = settings_of(config)
     tables = []
     for title in _groups(settings):
         rows = [_row(name, known) for name, known in settings.items() if known.group == title]
@@ -46,13 +63,13 @@ def flag_table() -> str:
     return "\n\n".join(tables) + "\n"
 
 
-def _check_free(parser: argparse.ArgumentParser, flags: list[str]) -> None:
+def _check_free(parser: argparse.ArgumentParser, flags: list[str], called: str) -> None:
     taken = [flag for flag in flags if flag in parser._option_string_actions]
     if len(taken) == len(flags):
-        raise ConfigError("the parser has all of these flags already: call add_arguments once")
+        raise ConfigError(f"the parser has all of these flags already: call {called} once")
     if taken:
         raise ConfigError(
-            f"the parser has {', '.join(taken)} already: leave out your own, add_arguments adds them; "
+            f"the parser has {', '.join(taken)} already: leave out your own, {called} adds them; "
             f"parser.set_defaults(...) changes their defaults"
         )
 

@@ -7,15 +7,14 @@ line are derived from them (``lightrft.strategy.arguments``).
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from lightrft.errors import ConfigError
 from lightrft.strategy import consistency
-from lightrft.strategy.setting import Setting, any_of, setting, settings_of
-from lightrft.strategy.sources import ReadOnlyMapping, entries
+from lightrft.strategy.configuration import Configuration
+from lightrft.strategy.setting import setting
 from lightrft.strategy.utils.schedulers import SCHEDULES
 
 __all__ = ["StrategyConfig"]
@@ -32,7 +31,7 @@ _DEFAULT_LOG_DIR = "./logs"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class StrategyConfig:
+class StrategyConfig(Configuration):
     """Every setting of a strategy. It cannot be changed once built: ``replace`` makes another one.
 
     Two settings follow from others: ``strategy="fsdp"`` sets ``fsdp``, and ``plot_every`` without ``log_dir`` sets
@@ -120,55 +119,6 @@ class StrategyConfig:
     extra_args: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     """Entries that are no settings, read-only; ``get_extra_arg`` reads one."""
 
-    def __post_init__(self) -> None:
-        problems = list(self._take_checked())
-        if not problems:
-            self._follow()
-            problems = list(consistency.contradictions(self))
-        if problems:
-            raise ConfigError("\n".join(problems))
-
-    @classmethod
-    def from_args(cls, source: Any = None, **overrides: Any) -> Self:
-        """The configuration that ``source`` describes.
-
-        ``None`` for a setting that cannot be ``None`` means that it was not given. Entries that are no settings go to
-        ``extra_args``. A setting's off-flag (``disable_engine_sleep``) is understood as on the command line.
-
-        Args:
-            source: parsed arguments, a mapping, an object with attributes, another configuration, or ``None``.
-            overrides: settings, or extra entries of ``source``, that win over what ``source`` says.
-
-        Raises:
-            ConfigError: if ``source`` cannot be read, an override is unknown, or the configuration cannot be built.
-        """
-        given = cls._given(source.to_dict() if isinstance(source, StrategyConfig) else entries(source, cls._names()))
-        extra = given["extra_args"]
-        changed = cls._given(overrides)
-        unknown = [name for name in overrides if name in changed["extra_args"] and name not in extra]
-        if unknown:
-            raise ConfigError(cls._unknown(unknown[0]))
-        return cls(**{**given, **changed, "extra_args": {**extra, **changed["extra_args"]}})
-
-    def replace(self, **changes: Any) -> Self:
-        """Another configuration with ``changes``, checked as a new one.
-
-        Raises:
-            ConfigError: if a name is unknown, or the configuration cannot be built.
-        """
-        for name in changes:
-            if name not in self._names():
-                raise ConfigError(self._unknown(name))
-        return type(self)(**{**{name: getattr(self, name) for name in self._names()}, **changes})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field by name, ``extra_args`` as a dict of its own; ``from_args`` reads it back."""
-        return {name: getattr(self, name) for name in self._names()} | {"extra_args": dict(self.extra_args)}
-
-    def get_extra_arg(self, name: str, default: Any = None) -> Any:
-        """The entry ``name`` that is no setting, else ``default``; the name of a setting gives that setting."""
-        return getattr(self, name) if name in settings_of(self) else self.extra_args.get(name, default)
-
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that see different data: ``world_size // sp_size``.
 
@@ -197,71 +147,14 @@ class StrategyConfig:
         """
         _raise_all(consistency.world_problems(self, _checked_world(world_size)))
 
-    def summary(self) -> str:
-        """What differs from the defaults, one setting a line, and the names of the extra entries."""
-        lines = [f"  {name} = {value!r} (default: {known.default!r})" for name, value, known in self._changed()]
-        if self.extra_args:
-            lines.append(f"  extra_args: {', '.join(self.extra_args)}")
-        name = type(self).__name__
-        return "\n".join([f"{name}, what differs from the defaults:", *lines]) if lines else f"{name}: all defaults"
-
-    def __repr__(self) -> str:
-        words = [f"{name}={value!r}" for name, value, _ in self._changed()]
-        if self.extra_args:
-            words.append(f"extra_args=<{', '.join(self.extra_args)}>")
-        return f"{type(self).__name__}({', '.join(words)})"
-
-    def _changed(self) -> list[tuple[str, Any, Setting]]:
-        known = [(name, getattr(self, name), each) for name, each in settings_of(self).items()]
-        return [(name, value, each) for name, value, each in known if value != each.default]
-
-    def _take_checked(self) -> Iterator[str]:
-        """Put checked values in place of the given ones; what is wrong with those that cannot be taken."""
-        for name, known in settings_of(self).items():
-            try:
-                object.__setattr__(self, name, known.checked(name, getattr(self, name)))
-            except ConfigError as error:
-                yield str(error)
-        try:
-            object.__setattr__(self, "extra_args", ReadOnlyMapping(entries(self.extra_args, ())))
-        except ConfigError as error:
-            yield f"extra_args: {error}"
-            return
-        for name in self.extra_args:
-            if name in self._names():
-                yield f"extra_args has {name!r}, which is a setting: give it as {name}=..."
-
     def _follow(self) -> None:
         if self.strategy == "fsdp":
             object.__setattr__(self, "fsdp", True)
         if self.plot_every and self.log_dir is None:
             object.__setattr__(self, "log_dir", _DEFAULT_LOG_DIR)
 
-    @classmethod
-    def _names(cls) -> list[str]:
-        return [field.name for field in dataclasses.fields(cls) if field.init]
-
-    @classmethod
-    def _given(cls, found: Mapping[str, Any]) -> dict[str, Any]:
-        """What ``found`` says of each field; its unknown entries beside those of its ``extra_args``."""
-        rest = dict(found)
-        known = settings_of(cls)
-        given = {}
-        for name in cls._names():
-            if name in rest and not (rest[name] is None and (name not in known or known[name].default is not None)):
-                given[name] = rest[name]
-            rest.pop(name, None)
-        for name, each in known.items():
-            if each.off_flag is not None and each.switched_off(rest.pop(each.off_flag, None)):
-                given[name] = False
-        given["extra_args"] = {**entries(given.get("extra_args"), ()), **rest}
-        return given
-
-    @classmethod
-    def _unknown(cls, name: str) -> str:
-        near = difflib.get_close_matches(name, cls._names(), n=3)
-        hint = f"did you mean {any_of(near)}" if near else f"expected one of {', '.join(cls._names())}"
-        return f"{name!r} is no setting: {hint}; an entry of your own goes into extra_args={{{name!r}: ...}}"
+    def _contradictions(self) -> Iterator[str]:
+        return consistency.contradictions(self)
 
 
 def _checked_world(world_size: Any) -> int:

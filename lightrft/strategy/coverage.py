@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from lightrft.errors import WeightSyncError
 
 if TYPE_CHECKING:
+    import torch
+
     from lightrft.strategy.model_files import ModelFiles, Shape
 
 __all__ = ["Coverage"]
 
 _MOST_NAMED = 5
-_HEAD = "lm_head.weight"
 
 
 class Coverage:
@@ -24,12 +25,16 @@ class Coverage:
 
     def __init__(self, files: ModelFiles) -> None:
         self._shapes = files.shapes
-        self._optional = _copies_of_the_embedding(files)
+        self._whole_numbers = files.whole_numbers
+        self._optional = files.copies_of_the_embedding()
         self._seen: set[str] = set()
         self._problems: dict[str, list[str]] = {}
 
-    def fits(self, name: str, shape: Shape) -> bool:
-        """Whether a weight may be loaded; if not, ``check`` will name it."""
+    def fits(self, name: str, shape: Shape, dtype: torch.dtype | None = None) -> bool:
+        """Whether a weight may be loaded; if not, ``check`` will name it.
+
+        Any floating-point dtype does, and no other one unless the checkpoint has whole numbers too.
+        """
         if name in self._seen:
             self._note("sent twice", name)
             return False
@@ -41,7 +46,11 @@ class Coverage:
             self._note("unexpected", name)
         elif expected != tuple(shape):
             self._note("of another shape", f"{name} {tuple(shape)}, expected {expected}")
-        return expected == tuple(shape)
+        elif dtype is not None and not dtype.is_floating_point and name not in self._whole_numbers:
+            self._note("of another dtype", f"{name} {dtype}, expected a floating-point one")
+        else:
+            return True
+        return False
 
     def is_copy(self, name: str) -> bool:
         """Whether a weight that fits is the embedding once more, which the checkpoint has once."""
@@ -68,16 +77,6 @@ class Coverage:
 
     def _note(self, kind: str, what: str) -> None:
         self._problems.setdefault(kind, []).append(what)
-
-
-def _copies_of_the_embedding(files: ModelFiles) -> dict[str, Shape]:
-    """The output layer if it is tied to the embedding: it may be sent or not, whether the checkpoint has it or not."""
-    shapes = files.shapes or {}
-    embedding = next((name for name in shapes if name.endswith("embed_tokens.weight")), None)
-    if not files.tied or embedding is None:
-        return {}
-    heads = [name for name in shapes if name.endswith(_HEAD)]
-    return dict.fromkeys(heads or [_HEAD], shapes[embedding])
 
 
 def _some(names: list[str]) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import ConfigError, WeightSyncError
-from lightrft.strategy.engine_state import EngineState, EngineStatus
+from lightrft.strategy.engine_state import TAGS, EngineState, EngineStatus
 from lightrft.strategy.requests import Completion, Request, request_of
 from lightrft.strategy.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
     import torch
 
     from lightrft.strategy.engine_settings import EngineSettings
@@ -41,8 +42,18 @@ class RolloutEngine(ABC):
         """How often the weights were updated: 0 for those that the engine was built with."""
 
     @property
+    def asleep(self) -> frozenset[str]:
+        """Those of ``TAGS`` that sleep: none of an engine that is awake, and some of one that woke up in part."""
+        return frozenset(TAGS) if self.status is EngineStatus.ASLEEP else frozenset()
+
+    @property
     def runs_on_all_ranks(self) -> bool:
         """Whether every rank of the group calls ``generate`` with the same requests; else rank 0 of the group does."""
+        return True
+
+    @property
+    def takes_seeds(self) -> bool:
+        """Whether sampling parameters may have a seed, so that completions can be repeated."""
         return True
 
     @abstractmethod
@@ -85,8 +96,24 @@ class RolloutEngine(ABC):
     def reset_caches(self) -> None:
         """Forget whatever was computed with former weights."""
 
+    @property
+    def weights_dtype(self) -> torch.dtype | None:
+        """To which floating-point weights are rounded that it is sent; ``None`` if to none, or it is not known."""
+        return None
+
+    @property
+    def tells_weights(self) -> bool:
+        """Whether ``fingerprints`` can be asked."""
+        return type(self).fingerprints is not RolloutEngine.fingerprints
+
     def fingerprints(self) -> Mapping[str, str] | None:
-        """The ``fingerprint`` of each weight that the engine holds, by name; ``None`` if it cannot tell."""
+        """The ``fingerprint`` of each weight that the engine holds, by name; ``None`` if it cannot tell. *Collective*.
+
+        It reads all of them, which takes as long as it takes.
+
+        Raises:
+            EngineStateError: its weights are asleep, or it is dead.
+        """
         return None
 
     @abstractmethod
@@ -113,6 +140,11 @@ class StatefulEngine(RolloutEngine):
     def weight_version(self) -> int:
         """How often the weights were updated."""
         return self.state.weight_version
+
+    @property
+    def asleep(self) -> frozenset[str]:
+        """The tags that sleep."""
+        return self.state.asleep
 
     def generate(self, requests: Sequence[Any], sampling_params: Any) -> list[Completion]:
         """See ``RolloutEngine``."""
@@ -142,6 +174,17 @@ class StatefulEngine(RolloutEngine):
         self.state.check("reset_caches")
         self._reset_caches()
 
+    @property
+    def tells_weights(self) -> bool:
+        """See ``RolloutEngine``."""
+        own = type(self)
+        return (own.fingerprints, own._fingerprints) != (StatefulEngine.fingerprints, StatefulEngine._fingerprints)
+
+    def fingerprints(self) -> Mapping[str, str] | None:
+        """See ``RolloutEngine``."""
+        self.state.check_weights("fingerprints")
+        return self._fingerprints()
+
     def shutdown(self) -> None:
         """See ``RolloutEngine``. A second call does nothing."""
         if self.status is not EngineStatus.DEAD:
@@ -167,6 +210,10 @@ class StatefulEngine(RolloutEngine):
     @abstractmethod
     def _reset_caches(self) -> None:
         """Drop every cache that depends on the weights; nothing while they are asleep."""
+
+    def _fingerprints(self) -> Mapping[str, str] | None:
+        """What the engine holds, if it can tell."""
+        return None
 
     @abstractmethod
     def _shutdown(self) -> None:
@@ -219,7 +266,12 @@ def status_of(engine: Any) -> EngineStatus:
 
 
 def put_to_sleep(engine: Any, level: int = 1) -> None:
-    """Put an engine of any kind to sleep; one that sleeps already is left alone."""
+    """Put an engine of any kind to sleep; one that sleeps already is left alone.
+
+    One that woke up in part wakes up wholly first: libraries take it for one that sleeps, and would free nothing.
+    """
+    if isinstance(engine, RolloutEngine) and engine.asleep and engine.asleep != frozenset(TAGS):
+        engine.wake_up()
     if status_of(engine) not in (EngineStatus.AWAKE, EngineStatus.STALE):
         return
     if isinstance(engine, RolloutEngine):
@@ -244,6 +296,17 @@ def wake(engine: Any) -> None:
     else:
         engine.resume_memory_occupation()
     setattr(engine, _ASLEEP, False)
+
+
+def wake_weights(engine: Any) -> None:
+    """Wake the weights of an engine up, so that they can be replaced, and leave the rest of it as it is.
+
+    One that does not tell what of it sleeps is woken as a whole.
+    """
+    if not isinstance(engine, RolloutEngine):
+        wake(engine)
+    elif "weights" in engine.asleep:
+        engine.wake_up(["weights"])
 
 
 def start(engine_type: str, settings: EngineSettings) -> RolloutEngine:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
@@ -16,6 +15,8 @@ from lightrft.strategy.utils.checkpoint_form import in_checkpoint_form
 from lightrft.strategy.utils.generation_lengths import GenerationLengths
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     import torch
     from torch.distributed import ProcessGroup
 
@@ -79,11 +80,14 @@ class EngineCalls(ABC):
         config = self.config if args is None else StrategyConfig.from_args(args)
         chosen = engines.check_engine_type(engine_type or config.engine_type)
         settings = EngineSettings.of(config, device=self.device, group=self.engine_mp_group)
-        self.inference_engine = engines.start(chosen, settings)
+        self.inference_engine = self._start_engine(chosen, settings)
         self.inference_engine_type = chosen
         if actor is not None:
             self.update_engine_weights(actor)
         return self.inference_engine
+
+    def _start_engine(self, engine_type: str, settings: EngineSettings) -> engines.RolloutEngine:
+        return engines.start(engine_type, settings)
 
     def _engine(self, purpose: str) -> Any:
         if self.inference_engine_status in _GONE:
@@ -94,9 +98,11 @@ class EngineCalls(ABC):
         return self.inference_engine
 
     def update_engine_weights(self, actor: torch.nn.Module, verify: bool = False) -> None:
-        """Send the weights of ``actor`` to the engine, which is woken for it. *Collective*.
+        """Send the weights of ``actor`` to the engine. *Collective*.
 
-        Adapters are merged, and names are those of a checkpoint.
+        Adapters are merged, and names are those of a checkpoint. Of an engine that sleeps the weights are woken, and
+        the caches, which take memory and are of no use before it generates, sleep on: ``gather_and_generate`` and
+        ``wakeup_inference_engine`` wake them.
 
         Args:
             actor: prepared; any, and not always the same.
@@ -111,8 +117,8 @@ class EngineCalls(ABC):
         self.drop_partial_accumulation(actor)
         bucket_bytes = self.config.engine_update_bucket_mb << 20
         ranks = Ranks()
-        with ranks.together("the engine was not woken", EngineStateError):
-            self.wakeup_inference_engine()
+        with ranks.together("the weights of the engine were not woken", EngineStateError):
+            engines.wake_weights(engine)
         with ranks.together("weights were not sent", WeightSyncError):
             weights = in_checkpoint_form(self.unwrap_model(actor), self.full_parameters(actor))
             weight_sync.send(engine, weights, bucket_bytes=bucket_bytes, verify=verify)

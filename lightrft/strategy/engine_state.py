@@ -158,9 +158,7 @@ class EngineState:
             EngineStateError: it is asleep and its weights are too, or it is updating or dead; or the version is no
                 larger.
         """
-        self.check("update_weights")
-        if "weights" in self._asleep:
-            self._refuse("update_weights", f"{self._sleep_story()}; wake its weights up first")
+        self.check_weights("update_weights")
         if version <= self.weight_version:
             raise EngineStateError(
                 f"update_weights at {call_site()}: version {version} does not follow version {self.weight_version}, "
@@ -192,6 +190,16 @@ class EngineState:
             self._refuse(move, f"{self.name} {self._dead}; call setup_inference_engine for a new one")
         if self._updating_at:
             self._refuse(move, f"{self.name} is being updated, since {self._updating_at}")
+
+    def check_weights(self, move: str) -> None:
+        """Refuse ``move``, which needs the weights, while they are asleep, and while the engine is updating or dead.
+
+        Raises:
+            EngineStateError: they are, or it is.
+        """
+        self.check(move)
+        if "weights" in self._asleep:
+            self._refuse(move, f"{self._sleep_story()}; wake its weights up first")
 
     def _refuse(self, move: str, why: str) -> None:
         raise EngineStateError(f"{move} at {call_site()}: {why}")

@@ -20,8 +20,10 @@ _EXTRAS = {
     "safetensors": "train",
     "sglang": "sglang",
     "tensorboard": "plots",
+    "tqdm": "train",
     "transformers": "train",
     "vllm": "vllm",
+    "yaml": "train",
 }
 """The extra of this project that brings a package."""
 

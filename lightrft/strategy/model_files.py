@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["ModelFiles"]
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
+_HEAD = "lm_head.weight"
+
 _NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 """Endings of names in old checkpoints that are no parameters: no trainer sends them."""
+
+_FLOATING = ("F", "BF")
+"""Beginnings of the names of floating-point dtypes."""
 
 Shape = tuple[int, ...]
 
@@ -25,6 +32,7 @@ class ModelFiles:
 
     Attributes:
         shapes: of the weights, by their names in the checkpoint.
+        whole_numbers: names of those that are no floating-point numbers.
         tied: whether the output layer is the embedding.
         vocab_size: number of token ids that the model has.
         max_positions: most tokens that the model was made for.
@@ -34,6 +42,7 @@ class ModelFiles:
     """
 
     shapes: Mapping[str, Shape] | None = None
+    whole_numbers: frozenset[str] = frozenset()
     tied: bool = False
     vocab_size: int | None = None
     max_positions: int | None = None
@@ -50,8 +59,10 @@ class ModelFiles:
         if folder is None or config is None:
             return cls()
         text = {**config, **(config.get("text_config") or {})}
+        weights = _weights(folder)
         return cls(
-            shapes=_shapes(folder),
+            shapes={name: shape for name, (shape, _) in weights.items()} or None,
+            whole_numbers=frozenset(name for name, (_, kind) in weights.items() if not kind.startswith(_FLOATING)),
             tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
             vocab_size=text.get("vocab_size"),
             max_positions=text.get("max_position_embeddings"),
@@ -60,6 +71,19 @@ class ModelFiles:
             sees="vision_config" in config,
             has_tokenizer=any((folder / name).is_file() for name in _TOKENIZERS),
         )
+
+    def told_shapes(self) -> dict[str, Shape]:
+        """Names and shapes of all weights that may be sent: an output layer too that is the embedding."""
+        return {**(self.shapes or {}), **self.copies_of_the_embedding()}
+
+    def copies_of_the_embedding(self) -> dict[str, Shape]:
+        """The output layer if it is tied to the embedding: it may be sent or not, whether the checkpoint has it."""
+        shapes = self.shapes or {}
+        embedding = next((name for name in shapes if name.endswith("embed_tokens.weight")), None)
+        if not self.tied or embedding is None:
+            return {}
+        heads = [name for name in shapes if name.endswith(_HEAD)]
+        return dict.fromkeys(heads or [_HEAD], shapes[embedding])
 
 
 def _folder(model: str) -> Path | None:
@@ -80,21 +104,21 @@ def _json(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _shapes(folder: Path) -> dict[str, Shape] | None:
-    """From the heads of all safetensors files; ``None`` where there are none."""
+def _weights(folder: Path) -> dict[str, tuple[Shape, str]]:
+    """Shape and dtype of each weight, from the heads of all safetensors files; empty where there are none."""
     files = sorted(folder.glob("*.safetensors"))
     index = _json(folder / "model.safetensors.index.json")
     if index is not None:  # other files may lie beside those of the model
         files = [folder / name for name in sorted(set(index["weight_map"].values()))]
-    found: dict[str, Shape] = {}
+    found: dict[str, tuple[Shape, str]] = {}
     for file in files:
         found |= _head(file)
-    return {name: shape for name, shape in found.items() if not name.endswith(_NOT_WEIGHTS)} or None
+    return {name: entry for name, entry in found.items() if not name.endswith(_NOT_WEIGHTS)}
 
 
-def _head(file: Path) -> dict[str, Shape]:
-    """Names and shapes in one file: eight bytes say how long the JSON is that follows them (safetensors format)."""
+def _head(file: Path) -> dict[str, tuple[Shape, str]]:
+    """What one file says of its weights: eight bytes tell how long the JSON is that follows (safetensors format)."""
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
         head = json.loads(opened.read(length))
-    return {name: tuple(entry["shape"]) for name, entry in head.items() if name != "__metadata__"}
+    return {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in head.items() if name != "__metadata__"}

@@ -212,5 +212,7 @@ def _made(cls: type[Any], given: Mapping[str, Any], engine: str) -> Any:
         raise ConfigError(f"sampling parameters: {engine} has no {', '.join(unknown)}; it knows {', '.join(known)}")
     try:
         return cls(**given)
+    except ConfigError:
+        raise
     except Exception as error:  # engines have errors of their own, which inherit from nothing in particular
         raise ConfigError(f"sampling parameters: {engine} refuses them: {error}") from error

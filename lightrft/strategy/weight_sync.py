@@ -108,14 +108,13 @@ def send(
         WeightSyncError: names are missing, unexpected or come twice, or the engine did not read them all: it is stale
             then. Or it holds something else.
     """
-    if verify and engine.fingerprints() is None:
-        raise ConfigError(f"{type(engine).__name__} cannot tell which weights it holds: leave verify=True out")
+    if verify and not engine.tells_weights:
+        raise _untold(engine)
     sent = Sent(version=engine.weight_version + 1)
     digests: dict[str, str] | None = {} if verify else None
     poison = os.environ.get(_POISON) == "1" if poison is None else poison
-    buckets = _counted(
-        sent, in_buckets(_noted(sent, parameters, digests, dtype), bucket_bytes, dtype=dtype, poison=poison)
-    )
+    noted = _noted(sent, parameters, digests, dtype, engine.weights_dtype)
+    buckets = _counted(sent, in_buckets(noted, bucket_bytes, dtype=dtype, poison=poison))
     try:
         engine.update_weights(buckets, sent.version)
         unread = next(buckets, None)
@@ -128,14 +127,27 @@ def send(
         )
     engine.reset_caches()
     if digests is not None:
-        _compare(digests, engine.fingerprints() or {})
+        held = engine.fingerprints()
+        if held is None:
+            raise _untold(engine)
+        _compare(digests, held)
     return sent
 
 
+def _untold(engine: RolloutEngine) -> ConfigError:
+    return ConfigError(f"{type(engine).__name__} cannot tell which weights it holds: leave verify=True out")
+
+
 def _noted(
-    sent: Sent, parameters: Iterable[Named], digests: dict[str, str] | None, dtype: torch.dtype | None
+    sent: Sent,
+    parameters: Iterable[Named],
+    digests: dict[str, str] | None,
+    *dtypes: torch.dtype | None,
 ) -> Iterator[Named]:
-    """``parameters``, written down in ``sent``, and their digests, if they are wanted, in ``digests``."""
+    """``parameters``, written down in ``sent``, and their digests, if they are wanted, in ``digests``.
+
+    Digests are of what arrives: rounded to each of ``dtypes``, one after the other.
+    """
     seen: set[str] = set()
     for name, tensor in parameters:
         if name in seen:
@@ -144,7 +156,10 @@ def _noted(
         sent.names.append(name)
         sent.bytes += tensor.numel() * tensor.element_size()
         if digests is not None:
-            digests[name] = fingerprint(tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor)
+            rounded = tensor
+            for dtype in dtypes:
+                rounded = rounded.to(dtype) if dtype and rounded.is_floating_point() else rounded
+            digests[name] = fingerprint(rounded)
         yield name, tensor
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightrft.strategy.arguments import add_arguments as add_arguments
+    from lightrft.trainer.arguments import add_trainer_arguments as add_trainer_arguments
 
-__all__ = ["add_arguments"]
+__all__ = ["add_arguments", "add_trainer_arguments"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,6 +16,10 @@ def __getattr__(name: str) -> Any:
         from lightrft.strategy.arguments import add_arguments
 
         return add_arguments
+    if name == "add_trainer_arguments":
+        from lightrft.trainer.arguments import add_trainer_arguments
+
+        return add_trainer_arguments
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

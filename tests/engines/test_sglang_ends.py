@@ -10,21 +10,19 @@ from pathlib import Path
 import pytest
 
 from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
-from lightrft.models import tiny
 from lightrft.strategy.engine import EngineStatus
 from lightrft.strategy.sglang_utils import start
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes of the engine too
 
 import on_cpu
-from engine_checks import PROMPTS, Subject
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of SGLang, and what its processes leave open
 
 
 @pytest.fixture(scope="module")
 def models():
-    return tiny.text_model(seed=0, tie_word_embeddings=True), tiny.text_model(seed=1, tie_word_embeddings=True)
+    return on_cpu.pair(tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +48,10 @@ def engine(folder, bystander):
     assert signal.getsignal(signal.SIGQUIT) == signal.SIG_DFL
 
 
+def of(engine, models):
+    return on_cpu.subject("SGLang, on a CPU", lambda index: engine, models)
+
+
 def test_a_failed_start_is_an_error(folder, bystander):
     with pytest.raises(ConfigError, match="SGLang was not started: "):
         start(on_cpu.settings(folder, options={"max_total_tokens": 1}))  # its scheduler raises as it starts
@@ -60,17 +62,17 @@ def test_a_failed_start_is_an_error(folder, bystander):
 
 
 def test_f17_a_scheduler_that_raises_is_an_error_and_no_end_of_the_process(engine, models):
-    subject = Subject(engine, models, on_cpu.LENGTH, tiny.VOCABULARY, tiny.EOS)
-    assert subject.holds(models[0])
+    subject = of(engine, models)
+    subject.holds(0)
     head = {"lm_head.weight": models[1].model.embed_tokens.weight}
     for with_head in (head, {"lm_head.weight": None}):  # a tied output layer may be sent or not
-        subject.send(models[1], **with_head)
-        assert subject.holds(models[1])
-        subject.send(models[0], **with_head)
-        assert subject.holds(models[0])
+        subject.send({**subject.weights(1), **with_head})
+        subject.holds(1)
+        subject.send({**subject.weights(0), **with_head})
+        subject.holds(0)
     with pytest.raises(WeightSyncError, match="missing: model.embed_tokens.weight"):
-        subject.send(models[1], **{"model.embed_tokens.weight": None})
-    subject.send(models[0])
+        subject.send({**subject.weights(1), "model.embed_tokens.weight": None})
+    subject.send(0)
     with pytest.raises(EngineStateError, match="of SGLang.* has .*: its output says why"):
         engine._ask("generate", input_ids=[[]], sampling_params={})  # what the adapter would have refused
     with pytest.raises(EngineStateError, match="of SGLang.* has "):
@@ -81,9 +83,9 @@ def test_f17_a_scheduler_that_raises_is_an_error_and_no_end_of_the_process(engin
 
 
 def test_f17_a_process_that_is_killed_is_an_error_at_the_next_call(engine, models):
-    subject = Subject(engine, models, on_cpu.LENGTH, tiny.VOCABULARY, tiny.EOS)
-    assert subject.generate(PROMPTS[:1])  # an engine after another one that has died
+    subject = of(engine, models)
+    assert subject.generate(subject.prompts[:1])  # an engine after another one that has died
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with pytest.raises(EngineStateError, match="has ended by signal 9"):
-        subject.send(models[1])
+        subject.send(1)
     assert engine.status is EngineStatus.DEAD

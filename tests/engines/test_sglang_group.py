@@ -26,10 +26,10 @@ def program(path, folder):
     import on_cpu
     import torch
     import torch.distributed as dist
-    from engine_checks import greedy
 
     from lightrft.errors import LightRFTError
     from lightrft.models import tiny
+    from lightrft.sim.contracts.engine.reference import greedy
     from lightrft.strategy.requests import requests_of
     from lightrft.strategy.rollout import gather_and_generate
     from lightrft.strategy.sglang_utils import start
@@ -47,7 +47,9 @@ def program(path, folder):
         )
 
     def right(model, prompts):
-        return [list(one.output_token_ids) for one in generated(prompts)] == [greedy(model, each) for each in prompts]
+        return [list(one.output_token_ids) for one in generated(prompts)] == [
+            greedy(model, each, 8, tiny.EOS) for each in prompts
+        ]
 
     def said(call):
         try:

@@ -322,7 +322,7 @@ def test_F06_weights_that_do_not_fit_are_named_and_never_used(engine, name):
 
 
 def test_a_weight_that_comes_twice_is_named(engine):
-    with pytest.raises(WeightSyncError, match=f"sent twice: {KEY}"):
+    with pytest.raises(WeightSyncError, match=f"{KEY} was sent twice"):
         weight_sync.send(engine, [*weights_of(B).items(), (KEY, weights_of(A)[KEY])], bucket_bytes=1000)
     update(engine, B)
     assert_is(engine, B)

@@ -1,61 +1,52 @@
 """The examples print the same on simulated ranks and under torchrun."""
 
-from __future__ import annotations
-
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from launches import kill_with_children
+from launches import ROOT, output_of, simulated, torchrun
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "sim"
+EXAMPLES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples/sim").glob("*.py"))
+ROLLOUT = "examples/strategy/rollout.py"
+BACKENDS = {"FSDP2": ["--fsdp"], "ZeRO-3": ["--zero_stage", "3"]}
 
 pytestmark = pytest.mark.processes
 
 
-def start(*command):
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, "-m", *command], env=environ, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
-
-
-def losses(process):
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    return re.findall(r"^(?:step|epoch) \d+: loss .*$", output, re.MULTILINE)
-
-
-def losses_under_torchrun(example):
-    """Of a launch that ended well: after its last line a gloo process now and then aborts, or hangs, as it ends."""
-    for last in (False, False, True):
-        process = start("torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(example))
-        try:
-            return losses(process)
-        except (AssertionError, subprocess.TimeoutExpired):
-            kill_with_children(process)
-            if last:
-                raise
-    return None
+def losses(command):
+    return re.findall(r"^(?:step|epoch) \d+: loss .*$", output_of(command, seconds=60), re.MULTILINE)
 
 
 def test_every_example_is_tried():
-    names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert {"ddp", "fsdp2", "deepspeed_zero", "tensor_parallel", "ulysses", "accelerate_fsdp2", "hf_trainer"} <= names
+    names = {example.rpartition("/")[2] for example in EXAMPLES}
+    libraries = {"deepspeed_zero.py", "accelerate_fsdp2.py", "hf_trainer.py"}
+    assert {"ddp.py", "fsdp2.py", "tensor_parallel.py", "ulysses.py"} | libraries <= names
 
 
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_prints_the_losses_of_real_processes(example):
-    simulated = start("lightrft", "sim", "-n", "2", str(example))
-    shown = losses(simulated)
+    shown = losses(simulated(2, example))
     assert len(shown) >= 3
-    assert shown == losses_under_torchrun(example)
+    assert shown == losses(torchrun(2, example))
 
 
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_runs_on_eight_ranks(example):
-    assert len(losses(start("lightrft", "sim", "-n", "8", str(example)))) >= 3
+    assert len(losses(simulated(8, example))) >= 3
+
+
+def rollouts(backend, *flags):
+    told = output_of(simulated(8, ROLLOUT, *BACKENDS[backend], *flags)).splitlines()
+    return [line for line in told if line.startswith(("iteration", "log-probs"))]
+
+
+@pytest.mark.parametrize(("backend", "vllm", "sglang"), [("FSDP2", "4", "2"), ("ZeRO-3", "2", "4")])
+def test_one_script_generates_the_same_with_either_engine_and_any_number_of_ranks_sharing_it(backend, vllm, sglang):
+    expected = rollouts(backend)
+    assert [line.split(",")[0] for line in expected] == [
+        "iteration 0: weights 0",
+        "log-probs of engine and trainer agree",
+        "iteration 1: weights 1",
+        "log-probs of engine and trainer agree",
+    ]
+    assert rollouts(backend, "--engine_type", "vllm", "--engine_tp_size", vllm) == expected
+    assert rollouts(backend, "--engine_type", "sglang", "--engine_tp_size", sglang) == expected

@@ -129,7 +129,7 @@ def test_a_failing_assert_looks_as_always_and_the_other_ranks_follow(run):
 
 def test_a_death_and_a_hang_show_their_report_and_nothing_of_ours(run):
     result = run("""
-        @pytest.mark.sim(ranks=2, world="process", limit=0.5)
+        @pytest.mark.sim(ranks=2, world="process", limit=3)
         def test_hang():
             if init():
                 dist.barrier()
@@ -143,7 +143,7 @@ def test_a_death_and_a_hang_show_their_report_and_nothing_of_ours(run):
     result.assert_outcomes(failed=2)
     result.stdout.fnmatch_lines(
         [
-            "timeout: the run did not end within 0.5 s. Look at rank 0 at test_it.py:*; rank 1 at test_it.py:*.",
+            "timeout: the run did not end within 3 s. Look at rank 0 at test_it.py:*; rank 1 at test_it.py:*.",
             "stack of rank 1 (most recent call last):",
             "  rank 1  is in barrier()",
             "seed 0; run it again with: pytest test_it.py::test_hang",

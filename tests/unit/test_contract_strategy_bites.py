@@ -180,7 +180,7 @@ MUTATIONS = {
     ),
     "caches outlive their weights": ("ST503", "the engine was asked", weight_sync, "send", broken.without_reset),
     "weights are sent to an engine that sleeps": (
-        "ST503", "update_weights: the engine is asleep", engine, "wake", broken.returns(None),
+        "ST503", "update_weights: the engine is asleep", engine, "wake_weights", broken.returns(None),
     ),
     "all weights are one bucket": (
         "ST504", "buckets of \\[1920000\\] bytes", weight_sync, "in_buckets", broken.one_bucket,

@@ -165,6 +165,22 @@ def test_the_checks_of_strategies_are_those_of_the_page():
         assert f"| `{name}` | {meaning} |" in PAGE, name
 
 
+def test_the_checks_of_engines_are_those_of_the_page():
+    several = (contracts.engine.contract, contracts.weight_sync.contract)
+    for contract in several:
+        assert contract.table() in PAGE
+        assert f"\n{len(contract.checks)} checks of what" in PAGE
+    assert {name for contract in several for check in contract.checks for name in check.needs} == (
+        contracts.engine.CAPABILITIES.keys()
+    )
+    for name, meaning in contracts.engine.CAPABILITIES.items():
+        assert f"| `{name}` | {meaning} |" in PAGE, name
+    for engine, lacks in contracts.engine.LACKS.items():
+        assert f"| {engine} | nothing | |" in PAGE or lacks, engine
+        for name, reason in lacks.items():
+            assert f"| {engine} | `{name}` | {reason} |" in PAGE, (engine, name)
+
+
 def test_every_capability_is_needed_and_had_by_some_and_lacked_by_some():
     capabilities = contracts.process_group.contract.capabilities.keys()
     assert {name for check in CHECKS for name in check.needs} == capabilities

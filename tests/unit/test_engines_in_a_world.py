@@ -195,3 +195,29 @@ def test_k10_f17_a_prompt_that_an_engine_refuses_is_an_error_on_its_group_and_no
     assert "999" in found[0][0]
     assert "999" in found[1][0]
     assert [again for _, again in found] == [1] * SIZE
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_f03_k07_an_update_wakes_the_weights_alone_and_all_of_it_sleeps_again(folder, engine):
+    def program():
+        strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_tp_size=2)
+        actor, optimizer = prepared(strategy, folder)
+        made = strategy.setup_inference_engine()
+        strategy.maybe_sleep_inference_engine()
+        found = []
+        for turn in range(3):
+            trained(strategy, actor, optimizer)
+            strategy.update_engine_weights(actor, verify=True)
+            found.append((str(strategy.inference_engine_status), sorted(made.asleep)))
+            if turn == 1:  # before anything is generated
+                strategy.maybe_sleep_inference_engine()
+                found.append((str(strategy.inference_engine_status), sorted(made.asleep)))
+        (one,) = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3, 4]], sleep_engine=False)
+        found.append((str(strategy.inference_engine_status), sorted(made.asleep)))
+        assert gap(actor, one) < 1e-4
+        made.shutdown()
+        dist.destroy_process_group()
+        return found
+
+    half, wholly = ("asleep", ["kv_cache"]), ("asleep", ["kv_cache", "weights"])
+    assert SimWorld(SIZE).run(program) == [[half, half, wholly, half, ("awake", [])]] * SIZE

@@ -23,6 +23,7 @@ TREE = {
     "WeightSyncError": ("LightRFTError", RuntimeError),
     "OffloadStateError": ("LightRFTError", RuntimeError),
     "CheckpointError": ("LightRFTError", OSError),
+    "RewardError": ("LightRFTError", RuntimeError),
     "ContractError": ("LightRFTError", AssertionError),
 }
 OF_THE_SIMULATOR = [name for name in TREE if issubclass(getattr(errors, name), errors.SimulationError)]

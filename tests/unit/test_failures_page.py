@@ -22,7 +22,8 @@ def test_what_guards_a_row_exists(row, guards):
     tests = {
         name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
     }
-    checks = {check.number: check for check in contracts.strategy.CHECKS}
+    several = (contracts.strategy, contracts.engine, contracts.weight_sync)
+    checks = {check.number: check for contract in several for check in contract.CHECKS}
     for guard in guards.split(", "):
         if guard.startswith("`"):
             assert guard.strip("`") in tests

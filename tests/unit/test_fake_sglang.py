@@ -66,7 +66,8 @@ def test_outputs_have_the_form_of_sglang(sglang, folder):
     each = made.generate(input_ids=[[3], [5]], sampling_params=[{"max_new_tokens": 2, "ignore_eos": True}, GREEDY])
     assert [len(found["output_ids"]) for found in each] == [2, 12]
     stop = one["output_ids"][2]
-    ended = made.generate(input_ids=[3, 4], sampling_params={**GREEDY, "stop_token_ids": [stop]})
+    ending = {**GREEDY, "ignore_eos": False, "stop_token_ids": [stop]}
+    ended = made.generate(input_ids=[3, 4], sampling_params=ending)
     assert ended["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
 
 
@@ -205,7 +206,11 @@ def test_f08_a_payload_holds_what_its_memory_holds_when_it_is_read(sglang, folde
     made.begin_weight_update()
     made.update_weights_from_tensor([handle], load_format="flattened_bucket")
     held = made._core.model
-    found = held._weights["model.norm.weight"] if hasattr(held, "_weights") else held._tensors["model.norm.weight"]
+    found = (
+        held._weights["model.norm.weight"]
+        if isinstance(held._weights, dict)
+        else held._weights.held["model.norm.weight"]
+    )
     assert torch.equal(found.float(), torch.ones(64))
 
 

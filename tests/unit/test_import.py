@@ -15,7 +15,9 @@ LIGHT = [
     "import lightrft.models",
     "import lightrft.strategy",
     "from lightrft.strategy import StrategyConfig, get_strategy, register_strategy",
-    "from lightrft.utils import add_arguments",
+    "import lightrft.trainer",
+    "from lightrft.trainer import TrainerConfig",
+    "from lightrft.utils import add_arguments, add_trainer_arguments",
 ]
 
 # Stand-ins make every heavy library look installed, so that an import is seen whether or not the real one is there.
@@ -79,7 +81,9 @@ def test_the_watch_sees_a_heavy_import_even_one_that_is_guarded(name):
     ] == [name]
 
 
-@pytest.mark.parametrize("package", ["lightrft.datasets", "lightrft.models", "lightrft.strategy", "lightrft.utils"])
+@pytest.mark.parametrize(
+    "package", ["lightrft.datasets", "lightrft.models", "lightrft.strategy", "lightrft.trainer", "lightrft.utils"]
+)
 def test_every_name_that_a_package_lists_is_there(package):
     module = importlib.import_module(package)
     assert set(module.__all__) <= set(dir(module))

@@ -297,7 +297,7 @@ def meddle(folder):
 def test_what_an_engine_changes_is_seen_by_it_alone(tmp_path, fails):
     before = seen()
     state = ProcessState({"NEEDED": "yes"})
-    with pytest.raises(OSError, match="no such file") if fails else nullcontext(), state.entered():
+    with pytest.raises(OSError, match="no such file") if fails else nullcontext(), state.entered(starts=True):
         assert os.environ["NEEDED"] == "yes"
         meddle(tmp_path)
         theirs, disabled = dist.group.WORLD, torch.set_num_threads

@@ -17,10 +17,16 @@ from lightrft.sim.engine.transformer_model import TransformerModel, checkpoint_t
 if TYPE_CHECKING:
     from lightrft.sim.engine.language_model import LanguageModel
 
-__all__ = ["build", "model_config", "tokenizer_of"]
+__all__ = ["build", "model_config", "sampling_defaults", "tokenizer_of"]
 
 _VOCABULARY = 32_000
 """Of a model of which nothing is known."""
+
+_SAMPLING = (
+    "repetition_penalty", "presence_penalty", "frequency_penalty", "temperature", "top_k", "top_p", "min_p",
+    "max_new_tokens",
+)  # fmt: skip
+"""What of a generation configuration says how to draw."""
 
 _DTYPES = {"float32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,6 +36,14 @@ def model_config(path: str) -> Mapping[str, Any]:
     file = Path(path) / "config.json"
     found: Mapping[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     return {**found, **(found.get("text_config") or {})}
+
+
+def sampling_defaults(path: str) -> dict[str, Any]:
+    """How the generation configuration in the folder of a model would draw, by vLLM's names."""
+    file = Path(path) / "generation_config.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    names = {"max_new_tokens": "max_tokens"}
+    return {names.get(name, name): found[name] for name in _SAMPLING if found.get(name) is not None}
 
 
 def build(path: str, dtype: str, *, prefix_caching: bool, dummy: bool = False) -> LanguageModel:

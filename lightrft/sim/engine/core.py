@@ -61,7 +61,9 @@ class Core:
     def _question(self, samples: Sequence[Sample]) -> dict[str, Any]:
         return {
             "the number of prompts": len(samples),
-            "the prompts": hash(tuple((one.tokens, one.media) for one in samples)),  # of numbers: the same everywhere
+            "the prompts": hash(
+                tuple((one.tokens, *(medium.digest for medium in one.media)) for one in samples)
+            ),  # of numbers: the same everywhere
             "the sampling parameters": digest(_texts(samples)),
             "the seeds": hash(tuple(one.seed for one in samples)),
             "the weights": self.model.fingerprint(),

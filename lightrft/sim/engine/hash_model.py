@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import nn
 
 from lightrft.errors import StaleWeightsError
 from lightrft.sim.engine.language_model import LanguageModel
@@ -91,6 +92,19 @@ class HashModel(LanguageModel):
             self._fingerprint = f"{digest(held):016x}"
         return self._fingerprint
 
+    def module(self) -> nn.Module:
+        """Its weights, in modules of their names."""
+        root = nn.Module()
+        for name, tensor in self._weights.items():
+            *path, last = name.split(".")
+            owner = root
+            for part in path:
+                if part not in dict(owner.named_children()):
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+        return root
+
     def forget(self) -> None:
         """See ``LanguageModel``."""
         self._prefixes.clear()
@@ -124,7 +138,7 @@ class HashModel(LanguageModel):
             if params is None:
                 params = parameters[id(sample.params)] = digest(_shape_of(sample))
             if sample.media:
-                prompt ^= digest(self._media.setdefault(one, weights) ^ one for one in sample.media)
+                prompt ^= digest(self._media.setdefault(one.digest, weights) ^ one.digest for one in sample.media)
             source = self._prefixes.setdefault(prompt, weights) if self._prefix_caching else weights
             greedy = sample.params.temperature == 0
             keys[row] = (prompt, source, params, 0 if greedy else sample.seed)
@@ -139,7 +153,7 @@ class HashModel(LanguageModel):
         drawn = tokens[:limit].tolist()
         own = sorted(self.ends) if not params.ignore_eos else []
         stops = [*params.stop_token_ids, *own]
-        length, stop = limit, None
+        length, stop = limit, None  # type: int, int | str | None
         if stops:
             places = np.flatnonzero(ending[params.min_tokens : limit])
             end = int(places[0]) + params.min_tokens if len(places) else limit
@@ -149,6 +163,10 @@ class HashModel(LanguageModel):
                 if natural >= end:
                     drawn[length - 1] = stops[0]
                 stop = drawn[length - 1]
+        for end in range(params.min_tokens + 1, length + 1) if params.stop else ():
+            if (text := self.stop_in(drawn[:end], params.stop)) is not None:
+                length, stop = end, text
+                break
         found = tuple(log_probs[:length].tolist())
         return Drawn(
             tokens=tuple(drawn[:length]),
@@ -156,7 +174,7 @@ class HashModel(LanguageModel):
             processed=found,
             tempered=found,
             finish_reason="length" if stop is None else "stop",
-            stop=stop if stop in params.stop_token_ids else None,
+            stop=stop if isinstance(stop, str) or stop in params.stop_token_ids else None,
         )
 
 

@@ -4,69 +4,97 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["KeyValues", "PrefixCache", "left_padded"]
+__all__ = ["KeyValues", "Pair", "Prefix", "PrefixCache", "Prompt"]
 
 Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(slots=True)
 class KeyValues:
-    """What forward passes over B sequences have left, with room for more.
+    """What forward passes over B sequences have left, with room for more; all sequences end at the same place.
 
     Attributes:
         layers: keys and values of each layer, (B, heads, room, size of a head).
-        mask: (B, room), true where a token is; each sequence ends at ``length``.
+        mask: (B, 1, 1, room), 0 where a token is, or will be, and -inf where padding is.
         length: tokens and padding of each sequence so far.
+        shift: (B, 1), what is added to the place of a token to get its position.
     """
 
     layers: list[Pair]
     mask: Tensor
     length: int
-
-    def select(self, rows: Tensor) -> KeyValues:
-        """Some of the sequences, in this order; one may come several times."""
-        layers = [(keys[rows], values[rows]) for keys, values in self.layers]
-        return KeyValues(layers, self.mask[rows], self.length)
-
-    def sequences(self, lengths: Sequence[int]) -> list[list[Pair]]:
-        """Copies of keys and values of the last tokens of each sequence, as many as ``lengths`` says."""
-        return [
-            [
-                (_last(keys[row], self.length, length), _last(values[row], self.length, length))
-                for keys, values in self.layers
-            ]
-            for row, length in enumerate(lengths)
-        ]
+    shift: Tensor
 
     @classmethod
-    def of_sequences(cls, sequences: Sequence[Sequence[Pair]], room: int) -> KeyValues:
-        """A batch of what ``sequences`` has copied."""
-        lengths = [layers[0][0].shape[1] for layers in sequences]
-        width = max(lengths)
-        buffers = []
-        for layer, (keys, values) in enumerate(sequences[0]):
-            made = [each.new_zeros(len(sequences), each.shape[0], room, each.shape[2]) for each in (keys, values)]
-            for row, (layers, length) in enumerate(zip(sequences, lengths, strict=True)):
-                for buffer, part in zip(made, layers[layer], strict=True):
-                    buffer[row, :, width - length : width] = part
-            buffers.append((made[0], made[1]))
-        return cls(buffers, left_padded(lengths, width, room), width)
+    def empty(
+        cls, shapes: Sequence[tuple[int, int, int]], lengths: Sequence[int], room: int, dtype: torch.dtype
+    ) -> KeyValues:
+        """Room for sequences, of which nothing has been computed; they will end together at the longest.
+
+        Args:
+            shapes: for each layer: heads, and sizes of a key and of a value.
+            lengths: of the sequences.
+            room: tokens that each sequence may have in the end, padding included.
+            dtype: of keys, values and mask.
+        """
+        count, width = len(lengths), max(lengths)
+        padding = width - torch.tensor(lengths).unsqueeze(1)
+        mask = torch.zeros(count, room, dtype=dtype).masked_fill_(torch.arange(room) < padding, float("-inf"))
+        layers = [
+            (torch.zeros(count, heads, room, key, dtype=dtype), torch.zeros(count, heads, room, value, dtype=dtype))
+            for heads, key, value in shapes
+        ]
+        return cls(layers, mask[:, None, None], width, -padding)
+
+    def part(self, rows: slice | None, first: int) -> list[Pair]:
+        """Views of keys and values of some sequences, or of all, from place ``first`` to ``length``."""
+        count = self.length - first
+        layers = self.layers if rows is None else [(k[rows], v[rows]) for k, v in self.layers]
+        return [(k.narrow(2, first, count), v.narrow(2, first, count)) for k, v in layers]
+
+    def select(self, rows: Tensor, room: int) -> KeyValues:
+        """Some of the sequences, in this order, one perhaps several times; padding that all have is left out.
+
+        Args:
+            rows: which ones.
+            room: as in ``empty``, for what comes after the present end.
+        """
+        mask, shift = self.mask[rows], self.shift[rows]
+        first = int((mask[:, 0, 0] == 0).any(0).to(torch.int8).argmax())
+        count = self.length - first
+        layers = [(_moved(k, rows, first, count, room), _moved(v, rows, first, count, room)) for k, v in self.layers]
+        mask = mask[..., first : self.length + room]
+        return KeyValues(layers, mask.contiguous(), count, shift + first)
 
 
-def _last(part: Tensor, end: int, length: int) -> Tensor:
-    return part[:, end - length : end].clone()
+def _moved(part: Tensor, rows: Tensor, first: int, count: int, room: int) -> Tensor:
+    _, heads, _, size = part.shape
+    made = part.new_empty(len(rows), heads, count + room, size)  # what comes after the present end is written first
+    made[:, :, :count] = part.narrow(2, first, count)[rows]
+    return made
 
 
-def left_padded(lengths: Sequence[int], width: int, room: int) -> Tensor:
-    """Where the tokens of sequences are that end at ``width``, (B, room)."""
-    places = torch.arange(room)
-    begins = width - torch.tensor(lengths).unsqueeze(1)
-    return (places >= begins) & (places < width)
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What was computed for a prompt, but for its last token.
+
+    Attributes:
+        layers: keys and values of each layer, (heads, tokens - 1, size).
+        shift: of the last token, see ``KeyValues``, if nothing is before the prompt.
+    """
+
+    layers: list[Pair] = field(repr=False)
+    shift: int = 0
+
+
+Prompt = tuple[tuple[int, ...], tuple[Any, ...]]
+"""Tokens, and what is seen."""
 
 
 class PrefixCache:
@@ -79,20 +107,20 @@ class PrefixCache:
     def __init__(self, limit: int = 1 << 16) -> None:
         self._limit = limit
         self._size = 0
-        self._entries: OrderedDict[tuple[int, ...], list[Pair]] = OrderedDict()
+        self._entries: OrderedDict[Prompt, Prefix] = OrderedDict()
 
-    def __contains__(self, tokens: tuple[int, ...]) -> bool:
-        return tokens in self._entries
+    def __contains__(self, prompt: Prompt) -> bool:
+        return prompt in self._entries
 
-    def __getitem__(self, tokens: tuple[int, ...]) -> list[Pair]:
-        return self._entries[tokens]
+    def __getitem__(self, prompt: Prompt) -> Prefix:
+        return self._entries[prompt]
 
-    def put(self, tokens: tuple[int, ...], layers: list[Pair]) -> None:
+    def put(self, prompt: Prompt, prefix: Prefix) -> None:
         """Remember what was computed for a prompt."""
-        self._entries[tokens] = layers
-        self._size += len(tokens)
+        self._entries[prompt] = prefix
+        self._size += len(prompt[0])
         while self._size > self._limit:
-            oldest, _ = self._entries.popitem(last=False)
+            (oldest, _), _ = self._entries.popitem(last=False)
             self._size -= len(oldest)
 
     def clear(self) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lightrft.errors import WeightSyncError
+from lightrft.sim.engine.media import media_digest
+from lightrft.sim.engine.samples import Medium
 
 if TYPE_CHECKING:
     from torch import Size, Tensor
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LanguageModel"]
 
+_TOKENS = 4
+"""That an image or a video takes in a model that does not see them."""
+
 
 class LanguageModel(ABC):
     """Weights, and what is drawn with them.
@@ -24,10 +29,12 @@ class LanguageModel(ABC):
     Attributes:
         vocabulary: how many tokens there are.
         ends: tokens that end a completion.
+        decode: tokens to text, for texts that end a completion; ``None`` if there is no tokenizer.
     """
 
     vocabulary: int
     ends: frozenset[int]
+    decode: Callable[[Sequence[int]], str] | None = None
 
     @abstractmethod
     def shapes(self) -> Mapping[str, Size]:
@@ -61,6 +68,22 @@ class LanguageModel(ABC):
     def draw(self, samples: Sequence[Sample]) -> list[Drawn]:
         """A completion of each of ``samples``, which depends on the weights and on that sample alone."""
 
+    def stop_in(self, drawn: Sequence[int], stops: Sequence[str]) -> str | None:
+        """The first of some texts that is in the text of a completion; ``None`` if there is none."""
+        if not stops or self.decode is None:
+            return None
+        text = self.decode(drawn)
+        return next((stop for stop in stops if stop in text), None)
+
+    def medium(self, kind: str, given: Any) -> Medium:
+        """An image or a video as the model takes it.
+
+        Args:
+            kind: ``"image"`` or ``"video"``.
+            given: of whatever type.
+        """
+        return Medium(kind, media_digest(given), _TOKENS)
+
     def module(self) -> nn.Module:
         """What computes, as far as it is a module."""
         return nn.Module()
@@ -78,6 +101,8 @@ class LanguageModel(ABC):
         known = self.shapes()
         seen = set()
         for name, tensor in weights:
+            if known and name not in known and name in self.optional():
+                continue  # what it is tied to comes too
             if known and name not in known:
                 raise WeightSyncError(f"{name} is no weight of this model, which has {_some(known)}")
             if known and tensor.shape != known[name]:

@@ -1,21 +1,19 @@
-"""Digests of images and videos, which is all that the fake engine sees of them."""
+"""Digests of images and videos, and their places in prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightrft.sim.engine.numbers import digest
 
 __all__ = ["expanded", "media_digest"]
 
-_TOKENS = 4
-"""That an image or a video takes."""
 
-
-def expanded(tokens: Sequence[int], medium: int) -> tuple[int, ...]:
-    """``tokens`` as the model sees them: each ``medium`` several times."""
-    return tuple(each for token in tokens for each in [token] * (_TOKENS if token == medium else 1))
+def expanded(tokens: Sequence[int], medium: int, counts: Iterable[int]) -> tuple[int, ...]:
+    """``tokens`` as the model sees them: each ``medium`` as often as the next of ``counts`` says."""
+    remaining = iter(counts)
+    return tuple(each for token in tokens for each in [token] * (next(remaining) if token == medium else 1))
 
 
 def media_digest(given: Any) -> int:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from lightrft.strategy.sampling import SamplingParams
 
-__all__ = ["Drawn", "Sample"]
+__all__ = ["Drawn", "Medium", "Sample"]
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """An image or a video of a prompt.
+
+    Attributes:
+        kind: ``"image"`` or ``"video"``.
+        digest: 64 bits that depend on its content.
+        tokens: that it takes in a prompt.
+        content: what the model makes of it.
+    """
+
+    kind: str
+    digest: int
+    tokens: int
+    content: Any = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,13 +36,13 @@ class Sample:
         tokens: of the prompt, one at least.
         params: how to draw; ``max_tokens`` is set.
         seed: 64 bits that choose among the completions that are possible; none counts where the temperature is 0.
-        media: digests of the images and videos of the prompt.
+        media: images and videos of the prompt.
     """
 
     tokens: tuple[int, ...]
     params: SamplingParams
     seed: int = 0
-    media: tuple[int, ...] = ()
+    media: tuple[Medium, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

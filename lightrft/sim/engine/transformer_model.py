@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Size, Tensor
 
 from lightrft.errors import ConfigError
+from lightrft.sim.engine.decoding import Decoding
 from lightrft.sim.engine.drawing import Drawer, Step
-from lightrft.sim.engine.forward import Forward
-from lightrft.sim.engine.key_values import KeyValues, PrefixCache
+from lightrft.sim.engine.key_values import PrefixCache
 from lightrft.sim.engine.language_model import LanguageModel
+from lightrft.sim.engine.network import Network
 from lightrft.sim.engine.numbers import digest
-from lightrft.sim.engine.samples import Drawn, Sample
+from lightrft.sim.engine.prompts import Prompts
+from lightrft.sim.engine.weights import Weights
 from lightrft.strategy.utils.fingerprints import fingerprint
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lightrft.sim.engine.samples import Drawn, Sample
 
 __all__ = ["TransformerModel", "checkpoint_tensors"]
 
 _MOST_SEQUENCES = 256
 """Of one batch."""
 
+_CROWDED = 0.75
+"""Sequences that are complete leave a batch once no more than this share of it goes on: leaving copies the others."""
+
 
 class TransformerModel(LanguageModel):
-    """A causal language model of transformers, computed in double precision.
+    """A causal language model of transformers, computed in single precision.
 
-    The order in which numbers are added depends on what else is in a batch. In double precision that shows far behind
-    what decides about a token: so a completion is the same in every batch, and greedy ones are those of
-    ``model.generate`` in single precision.
+    The order in which numbers are added depends on what else is in a batch, and so does rounding. Where it might decide
+    about a token, the logits are computed again, of that sequence alone and in double precision: so the tokens of a
+    completion are the same in every batch.
 
     Args:
         path: folder of the model: its configuration, and its weights if it has any.
@@ -47,49 +59,44 @@ class TransformerModel(LanguageModel):
         try:
             config = AutoConfig.from_pretrained(path)
             with torch.random.fork_rng(devices=[]):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)  # type: ignore[no-untyped-call, unused-ignore]
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call, unused-ignore]
         except (OSError, ValueError) as error:
             raise ConfigError(f"the fake engine cannot build the model in {path}: {error}") from error
-        self._model = model.eval().requires_grad_(False)
-        self._dtype = dtype
-        self._tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
-        self._tied = frozenset(getattr(model, "all_tied_weights_keys", None) or ())
-        self._prefixes = PrefixCache() if prefix_caching else None
         kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
         if kinds:
             raise ConfigError(
                 f"the fake engine cannot run {path}, whose layers have {', '.join(sorted(kinds))}: use its hash mode"
             )
-        self._forward = Forward(model)
-        self.decode: Callable[[Sequence[int]], str] | None = None
+        self._model = model.eval().requires_grad_(False)
+        self._tied = frozenset(getattr(model, "all_tied_weights_keys", None) or ())
+        self._prefixes = PrefixCache() if prefix_caching else None
+        self._network = Network(model)
+        self._weights = Weights(model, dtype)
+        self._prompts = Prompts(self._network, self._prefixes)
+        self._exactly: Prompts | None = None
         self.vocabulary = config.get_text_config().vocab_size
         self.ends = _ends(config, path)
 
     def shapes(self) -> Mapping[str, Size]:
         """See ``LanguageModel``."""
-        return {name: tensor.shape for name, tensor in self._tensors.items()}
+        return {name: tensor.shape for name, tensor in self._weights.held.items()}
 
     def optional(self) -> frozenset[str]:
         """See ``LanguageModel``."""
         parameters = dict(self._model.named_parameters())
-        return self._tied | {name for name in self._tensors if name not in parameters}
+        return self._tied | {name for name in self._weights.held if name not in parameters}
 
     def put(self, name: str, tensor: Tensor) -> None:
         """See ``LanguageModel``."""
-        self._forward.forget()
-        with torch.no_grad():
-            self._tensors[name].copy_(tensor.detach().to(self._dtype))
+        self._weights.put(name, tensor)
 
     def drop(self) -> None:
         """See ``LanguageModel``."""
-        self._forward.forget()
-        with torch.no_grad():
-            for parameter in self._model.parameters():
-                parameter.fill_(float("nan"))
+        self._weights.drop()
 
     def fingerprint(self) -> str:
         """See ``LanguageModel``."""
-        held = [(name, fingerprint(tensor.to(self._dtype))) for name, tensor in self._model.named_parameters()]
+        held = [(name, fingerprint(self._weights.held[name])) for name, _ in self._model.named_parameters()]
         return f"{digest(sorted(held)):016x}"
 
     def module(self) -> torch.nn.Module:
@@ -112,103 +119,51 @@ class TransformerModel(LanguageModel):
         order = sorted(range(len(samples)), key=lambda row: len(samples[row].tokens))
         found: dict[int, Drawn] = {}
         with torch.inference_mode():
+            self._weights.refresh()
             for first in range(0, len(order), _MOST_SEQUENCES):
                 rows = order[first : first + _MOST_SEQUENCES]
                 found.update(zip(rows, self._draw_batch([samples[row] for row in rows]), strict=True))
         return [found[row] for row in range(len(samples))]
 
     def _draw_batch(self, samples: Sequence[Sample]) -> list[Drawn]:
-        held, logits = self._of_prompts(samples)
         ends = [self._ends_of(sample) for sample in samples]
-        drawer = Drawer(samples, ends)
-        drawn: list[list[int]] = [[] for _ in samples]
-        log_probs: list[list[tuple[float, ...]]] = [[] for _ in samples]
-        reasons: dict[int, tuple[Any, int | str | None]] = {}
-        active = list(range(len(samples)))
-        while active:
-            step = drawer.draw(logits, [drawn[row] for row in active])
-            for row, token, *found in zip(active, *(each.tolist() for each in _columns(step)), strict=True):
-                drawn[row].append(token)
-                log_probs[row].append(tuple(found))
-                if (reason := self._reason(samples[row], drawn[row], ends[row])) is not None:
-                    reasons[row] = reason
-            kept = [place for place, row in enumerate(active) if row not in reasons]
-            if not kept:
+        decoding, drawer = Decoding(samples, ends, self.stop_in), Drawer(samples, ends)
+        held, logits = self._prompts.computed(samples, decoding.most)
+        rows = np.arange(len(samples))
+        for count in range(decoding.most):
+            step = drawer.draw(logits, decoding.tokens[rows, :count])
+            if bool(step.close.any()):
+                step = self._drawn_again(samples, rows, decoding, drawer, step)
+            going, tokens = decoding.add(rows, step), step.tokens
+            if not going.any():
                 break
-            tokens = step.tokens
-            if len(kept) < len(active):
-                held, drawer, tokens = held.select(torch.tensor(kept)), drawer.keep(kept), tokens[kept]
-                active = [active[place] for place in kept]
-            logits = self._forward.step(held, tokens)
-        return [
-            Drawn(
-                tokens=tuple(drawn[row]),
-                raw=tuple(raw for raw, _, _ in log_probs[row]),
-                processed=tuple(processed for _, processed, _ in log_probs[row]),
-                tempered=tuple(tempered for _, _, tempered in log_probs[row]),
-                finish_reason=reasons[row][0],
-                stop=reasons[row][1],
-            )
-            for row in range(len(samples))
-        ]
+            if going.mean() <= _CROWDED:
+                kept = np.flatnonzero(going)
+                rows, drawer, tokens = rows[kept], drawer.keep(kept.tolist()), tokens[kept]
+                held = held.select(torch.from_numpy(kept), int(decoding.limits[rows].max()) - count)
+            logits = self._network.step(held, tokens)
+        return decoding.drawn()
+
+    def _drawn_again(
+        self, samples: Sequence[Sample], rows: NDArray[np.int64], decoding: Decoding, drawer: Drawer, step: Step
+    ) -> Step:
+        """Replace the tokens about which rounding might have decided, by what double precision gives."""
+        exact = self._weights.exact()
+        if self._exactly is None:
+            self._exactly = Prompts(Network(exact), None)
+        certain = {}
+        for place in step.close.nonzero().flatten().tolist():
+            row = int(rows[place])
+            if decoding.is_open(row):
+                drawn = decoding.tokens[row : row + 1, : decoding.count]
+                sequence = replace(samples[row], tokens=(*samples[row].tokens, *drawn[0].tolist()))
+                _, logits = self._exactly.computed([sequence], 1)
+                certain[place] = drawer.keep([place]).draw(logits, drawn)
+        return step.replaced(certain)
 
     def _ends_of(self, sample: Sample) -> frozenset[int]:
         own = frozenset() if sample.params.ignore_eos else self.ends
         return own | frozenset(sample.params.stop_token_ids)
-
-    def _reason(self, sample: Sample, drawn: list[int], ends: frozenset[int]) -> tuple[str, int | str | None] | None:
-        params = sample.params
-        if drawn[-1] in ends and len(drawn) > params.min_tokens:
-            return "stop", drawn[-1] if drawn[-1] in params.stop_token_ids else None
-        if params.stop and self.decode is not None and len(drawn) > params.min_tokens:
-            text = self.decode(drawn)
-            for stop in params.stop:
-                if stop in text:
-                    return "stop", stop
-        return ("length", None) if len(drawn) >= (params.max_tokens or 1) else None
-
-    def _of_prompts(self, samples: Sequence[Sample]) -> tuple[KeyValues, Tensor]:
-        """Keys and values, and the logits of the last token, of the prompts; each prompt is computed once."""
-        room = max(len(one.tokens) for one in samples) + max(one.params.max_tokens or 1 for one in samples)
-        several = list(dict.fromkeys(one.tokens for one in samples))
-        cache: PrefixCache | dict[tuple[int, ...], Any] = self._prefixes or {}
-        known = [tokens for tokens in several if tokens in cache]
-        new = [tokens for tokens in several if tokens not in cache]
-        if not known:
-            held, logits = self._new(new, room)
-        else:
-            held, logits = self._remembered(known, room)
-            if new:
-                held, logits = _joined([(held, logits, known), (*self._new(new, room), new)], room)
-        place = {tokens: row for row, tokens in enumerate([*known, *new])}
-        rows = torch.tensor([place[one.tokens] for one in samples])
-        return held.select(rows), logits[rows]
-
-    def _new(self, prompts: Sequence[tuple[int, ...]], room: int) -> tuple[KeyValues, Tensor]:
-        held, logits = self._forward.prompts(prompts, room)
-        if self._prefixes is not None:
-            for tokens, layers in zip(prompts, held.sequences([len(tokens) for tokens in prompts]), strict=True):
-                if len(tokens) > 1:
-                    self._prefixes.put(tokens, [(keys[:, :-1], values[:, :-1]) for keys, values in layers])
-        return held, logits
-
-    def _remembered(self, prompts: Sequence[tuple[int, ...]], room: int) -> tuple[KeyValues, Tensor]:
-        """From the prefix cache all but the last token, which is computed with the present weights."""
-        assert self._prefixes is not None
-        held = KeyValues.of_sequences([self._prefixes[tokens] for tokens in prompts], room)
-        return held, self._forward.step(held, torch.tensor([tokens[-1] for tokens in prompts]))
-
-
-def _joined(
-    parts: Sequence[tuple[KeyValues, Tensor, Sequence[tuple[int, ...]]]], room: int
-) -> tuple[KeyValues, Tensor]:
-    """Several batches as one."""
-    layers = [one for held, _, prompts in parts for one in held.sequences([len(tokens) for tokens in prompts])]
-    return KeyValues.of_sequences(layers, room), torch.cat([logits for _, logits, _ in parts])
-
-
-def _columns(step: Step) -> tuple[Tensor, ...]:
-    return step.tokens, step.raw, step.processed, step.tempered
 
 
 def _ends(config: Any, path: str) -> frozenset[int]:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import ConfigError, EngineStateError, LightRFTError, WeightSyncError
 from lightrft.strategy.coverage import Coverage
 from lightrft.strategy.engine import StatefulEngine
 from lightrft.strategy.model_files import ModelFiles
-from lightrft.strategy.sglang_utils import generation, sending
-from lightrft.strategy.sglang_utils.launching import Launched, launch, library
+from lightrft.strategy.sglang_utils import generation, sending, telling
+from lightrft.strategy.sglang_utils.launching import Launched, launch, library, tells
 from lightrft.strategy.utils.agreement import Outcome, Ranks
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
     import torch
 
     from lightrft.strategy.engine_settings import EngineSettings
@@ -69,6 +73,7 @@ class SGLangEngine(StatefulEngine):
         self._ranks = ranks
         self._files = files
         self._launched = launched
+        self._dtype = str(settings.options.get("dtype", settings.dtype))
         self._released: list[str] = []
         self._used = True
 
@@ -76,6 +81,11 @@ class SGLangEngine(StatefulEngine):
     def runs_on_all_ranks(self) -> bool:
         """``False``: the first rank of the group generates."""
         return False
+
+    @property
+    def takes_seeds(self) -> bool:
+        """Whether SGLang was started to draw by seeds; of a rank that does not generate, whatever."""
+        return self._launched is None or self._launched.seeds
 
     def _generate(self, requests: list[Request], params: SamplingParams) -> list[Completion]:
         if self._launched is None:
@@ -107,6 +117,8 @@ class SGLangEngine(StatefulEngine):
         self._used = True
         try:
             outputs = self._ask("generate", sampling_params=given, **arguments)
+        except ConfigError:
+            raise
         except (TypeError, ValueError) as error:
             raise ConfigError(f"SGLang refuses a request: {error}") from error
         except EngineStateError:
@@ -141,6 +153,38 @@ class SGLangEngine(StatefulEngine):
             if "kv_cache" not in self.state.asleep:  # emptied before it went to sleep
                 self._flush()
 
+    @property
+    def weights_dtype(self) -> torch.dtype | None:
+        """That of the settings."""
+        return telling.DTYPES.get(self._dtype)
+
+    @property
+    def tells_weights(self) -> bool:
+        """Whether the names of the weights are known, and the engine's processes can be asked."""
+        return self._files.shapes is not None and tells(self._sglang, self._settings)
+
+    def _fingerprints(self) -> Mapping[str, str] | None:
+        with self._together("SGLang did not tell its weights") as outcome:
+            if self._launched is not None:
+                outcome.mine = self._told()
+        found: Mapping[str, str] | None = outcome.all[0]
+        return found
+
+    def _told(self) -> Any:
+        """What the processes write into a file: they are asked as if weights were sent to them."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "fingerprints.json"
+            self._session("begin_weight_update")
+            try:
+                asked = telling.question(file, self._files.told_shapes(), self._dtype)
+                result = self._ask(
+                    "update_weights_from_tensor", named_tensors=asked, load_format=telling.TELL, flush_cache=False
+                )
+            finally:
+                self._session("end_weight_update")
+            sending.check(result, "to tell its weights")
+            return json.loads(file.read_text(encoding="utf-8"))
+
     def _shutdown(self) -> None:
         if self._launched is not None:
             self._launched.processes.end()
@@ -160,27 +204,32 @@ class SGLangEngine(StatefulEngine):
     def _send(self, buckets: Iterator[Sequence[tuple[str, torch.Tensor]]]) -> None:
         """Every rank reads every bucket, since gathering one is collective; the first rank sends it."""
         coverage = Coverage(self._files)
-        while True:
-            with self._together("weights were not sent", WeightSyncError) as outcome:
-                bucket = next(buckets, None)
-                fitting = [one for one in bucket or () if coverage.fits(one[0], tuple(one[1].shape))]
-                coverage.check(whole=bucket is None)
-                kept = [one for one in fitting if not coverage.is_copy(one[0])]
-                flat = sending.flattened(self._sglang, kept) if kept and self._has_share else None
-                if flat is not None and self._settings.device.type != "cpu":
-                    outcome.mine = sending.serialized(self._sglang, flat)
-            if bucket is None:
-                return
-            with self._together("weights were not sent", WeightSyncError):
-                if flat is not None and self._launched is not None:
-                    payloads = [each or sending.serialized(self._sglang, flat) for each in self._shares(outcome)]
-                    result = self._ask(
-                        "update_weights_from_tensor",
-                        named_tensors=payloads,
-                        load_format="flattened_bucket",
-                        flush_cache=False,
-                    )
-                    sending.check(result, "update_weights_from_tensor")
+        while self._send_next(buckets, coverage):  # nothing of a bucket is kept while the next is gathered
+            pass
+
+    def _send_next(self, buckets: Iterator[Sequence[tuple[str, torch.Tensor]]], coverage: Coverage) -> bool:
+        """Send a bucket, if there is one more."""
+        with self._together("weights were not sent", WeightSyncError) as outcome:
+            bucket = next(buckets, None)
+            fitting = [one for one in bucket or () if coverage.fits(one[0], tuple(one[1].shape), one[1].dtype)]
+            coverage.check(whole=bucket is None)
+            kept = [one for one in fitting if not coverage.is_copy(one[0])]
+            flat = sending.flattened(self._sglang, kept) if kept and self._has_share else None
+            if flat is not None and self._settings.device.type != "cpu":
+                outcome.mine = sending.serialized(self._sglang, flat)
+        if bucket is None:
+            return False
+        with self._together("weights were not sent", WeightSyncError):
+            if flat is not None and self._launched is not None:
+                payloads = [each or sending.serialized(self._sglang, flat) for each in self._shares(outcome)]
+                result = self._ask(
+                    "update_weights_from_tensor",
+                    named_tensors=payloads,
+                    load_format="flattened_bucket",
+                    flush_cache=False,
+                )
+                sending.check(result, "update_weights_from_tensor")
+        return True
 
     @property
     def _has_share(self) -> bool:

@@ -15,6 +15,7 @@ from lightrft.errors import ConfigError
 from lightrft.strategy.extras import naming_extras
 from lightrft.strategy.sglang_utils.host import put_back, set_aside
 from lightrft.strategy.sglang_utils.processes import EngineProcesses, bury, end_processes, ignore_signal, new_children
+from lightrft.strategy.sglang_utils.telling import TELL
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from lightrft.strategy.engine_settings import EngineSettings
     from lightrft.strategy.model_files import ModelFiles
 
-__all__ = ["Launched", "launch", "library"]
+__all__ = ["Launched", "launch", "library", "tells"]
 
 _MARGIN = 8
 """SGLang cuts a completion so that some positions of the context stay free."""
@@ -80,6 +81,12 @@ def launch(sglang: Any, settings: EngineSettings, files: ModelFiles) -> Launched
     )
 
 
+def tells(sglang: Any, settings: EngineSettings) -> bool:
+    """Whether the processes of an engine with these settings can be asked what they hold; the same on all ranks."""
+    loaders = settings.options.get("custom_weight_loader", [TELL]) or ()
+    return TELL in loaders and "custom_weight_loader" in _fields(sglang.ServerArgs)
+
+
 def _started(sglang: Any, given: dict[str, Any]) -> tuple[Any, list[BaseProcess]]:
     children: list[BaseProcess] = []
     try:
@@ -89,7 +96,7 @@ def _started(sglang: Any, given: dict[str, Any]) -> tuple[Any, list[BaseProcess]
     except BaseException as error:
         end_processes(children)
         bury(error)  # its traceback holds the half of an engine
-        if isinstance(error, (TypeError, ValueError)):
+        if isinstance(error, (TypeError, ValueError)) and not isinstance(error, ConfigError):
             raise ConfigError(f"SGLang refuses its settings: {error}") from error
         raise
     _let_signals_go(engine)
@@ -113,6 +120,7 @@ def _arguments(settings: EngineSettings, files: ModelFiles, known: set[str]) -> 
         "log_level": "error",
         "skip_tokenizer_init": files.has_tokenizer is False,
         "custom_sigquit_handler": ignore_signal,
+        "custom_weight_loader": [TELL],
         **(_on_cpu(settings) if on_cpu else _on_gpu(settings)),
     }
     return {name: value for name, value in {**ours, **settings.options}.items() if name in known}

@@ -8,19 +8,19 @@ import hashlib
 import importlib
 import inspect
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
+from lightrft.errors import ConfigError, EngineStateError, LightRFTError, WeightSyncError
 from lightrft.strategy.coverage import Coverage
 from lightrft.strategy.engine import StatefulEngine
 from lightrft.strategy.extras import naming_extras
 from lightrft.strategy.model_files import ModelFiles
 from lightrft.strategy.request_seeds import content_of, derived_seed, seeds_for
+from lightrft.strategy.utils import held_weights
 from lightrft.strategy.utils.agreement import Ranks, check_same
 from lightrft.strategy.vllm_utils.arguments import environment, llm_arguments, log_probs_mode
 from lightrft.strategy.vllm_utils.cpu import pack_output_layer, remove_names_of_shared_memory
@@ -28,11 +28,15 @@ from lightrft.strategy.vllm_utils.exchange import check_media, check_tokens, com
 from lightrft.strategy.vllm_utils.process_state import ProcessState, keeping_the_default_group
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
     from lightrft.strategy.engine_settings import EngineSettings
     from lightrft.strategy.requests import Completion, Request
     from lightrft.strategy.sampling import SamplingParams
 
 __all__ = ["VLLMEngine", "start"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def start(settings: EngineSettings) -> VLLMEngine:
@@ -78,12 +82,13 @@ class VLLMEngine(StatefulEngine):
         grouped = dist.is_available() and dist.is_initialized()
         rank = dist.get_rank() if grouped else None
         self._process = ProcessState(environment(settings, rank))
-        with self._process.entered():
+        with self._process.entered(starts=True):
             with naming_extras("engine_type vllm"):
                 self.vllm: Any = importlib.import_module("vllm")
             known = {each.name for each in dataclasses.fields(self.vllm.EngineArgs)}
             self._files = ModelFiles.of(settings.model)
             arguments = llm_arguments(settings, self._files, known, grouped=grouped)
+            self._dtype: torch.dtype | None = _DTYPES.get(str(arguments["dtype"]).removeprefix("torch."))
             self._log_probs_mode = log_probs_mode(arguments)
             with _refusals("the settings"):
                 self._llm: Any = self.vllm.LLM(**arguments)
@@ -173,6 +178,7 @@ class VLLMEngine(StatefulEngine):
                     self._reload(_copies(buckets, coverage))
             except BaseException:
                 self._mend()
+                coverage.check(whole=False)  # which says better what does not fit
                 raise
             coverage.check()
 
@@ -206,6 +212,26 @@ class VLLMEngine(StatefulEngine):
             if hasattr(owner, name):  # not in every version
                 getattr(owner, name)()
 
+    @property
+    def weights_dtype(self) -> torch.dtype | None:
+        """That of the settings."""
+        return self._dtype
+
+    @property
+    def tells_weights(self) -> bool:
+        """Whether the names of the weights are known, and vLLM gives access to its model."""
+        return self._files.shapes is not None and hasattr(self._llm, "apply_model")
+
+    def _fingerprints(self) -> Mapping[str, str] | None:
+        gather = self._ranks.gather if self._ranks.world_size > 1 else None
+
+        def told(model: torch.nn.Module) -> dict[str, str] | None:
+            return held_weights.fingerprints(model, self._files.told_shapes(), dtype=self._dtype, gather=gather)
+
+        with self._ranks.together("vLLM did not tell its weights", EngineStateError), self._process.entered():
+            found: list[Mapping[str, str] | None] = self._llm.apply_model(told)
+        return found[0]
+
     def _shutdown(self) -> None:
         self._llm = None
         self._end()
@@ -228,16 +254,22 @@ def _copies(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What fits of ``buckets``, copied: vLLM keeps tensors until it has all that it fuses, longer than buckets last."""
     for bucket in buckets:
-        for name, tensor in bucket:
-            if coverage.fits(name, tuple(tensor.shape)):
-                yield name, tensor.detach().clone()
+        yield from _copied(bucket, coverage)  # nothing of it is kept here while the next is gathered
+
+
+def _copied(bucket: Sequence[tuple[str, torch.Tensor]], coverage: Coverage) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in bucket:
+        if coverage.fits(name, tuple(tensor.shape), tensor.dtype):
+            yield name, tensor.detach().clone()
 
 
 @contextmanager
 def _refusals(what: str) -> Iterator[None]:
-    """Turn what vLLM raises of a wrong input into a ``ConfigError`` with its message."""
+    """Turn what vLLM raises of a wrong input into a ``ConfigError`` with its message; errors of our own pass."""
     try:
         yield
+    except LightRFTError:
+        raise
     except Exception as error:
         own = {each.__name__ for each in type(error).__mro__}
         if isinstance(error, (TypeError, ValueError, OSError)) or "VLLMClientError" in own:

@@ -41,9 +41,14 @@ class ProcessState:
         self._group: dist.ProcessGroup | None = None
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Be in the engine's process for a while."""
-        outside = _Outside()
+    def entered(self, *, starts: bool = False) -> Iterator[None]:
+        """Be in the engine's process for a while.
+
+        Args:
+            starts: whether the engine is started inside, which is when it freezes the garbage collector. To see that
+                takes as long as there are frozen objects.
+        """
+        outside = _Outside(frozen=gc.get_freeze_count() if starts else None)
         os.environ.update(self._environ)
         if self._set_num_threads is not None:
             torch.set_num_threads = self._set_num_threads
@@ -77,7 +82,7 @@ class _Outside:
     group: dist.ProcessGroup | None = field(default_factory=_default_group)
     start_method: str | None = field(default_factory=lambda: multiprocessing.get_start_method(allow_none=True))
     excepthook: Any = field(default_factory=lambda: sys.excepthook)
-    frozen: int = field(default_factory=gc.get_freeze_count)
+    frozen: int | None = None
 
     def changed_environ(self) -> dict[str, str]:
         return {name: value for name, value in os.environ.items() if self.environ.get(name) != value}
@@ -101,7 +106,7 @@ class _Outside:
             multiprocessing.set_start_method(self.start_method, force=True)
         if sys.excepthook is not self.excepthook:
             sys.excepthook = self.excepthook
-        if not self.frozen and gc.get_freeze_count():
+        if self.frozen == 0 and gc.get_freeze_count():
             gc.unfreeze()  # or garbage of the trainer that was frozen is never collected
 
 

@@ -106,9 +106,9 @@ def _actor(seed: int, tied: bool) -> Transformer:
 
 @contract.check(503)
 def check_the_engine_gets_all_weights_of_the_actor(subject: Subject) -> None:
-    """`update_engine_weights` wakes the engine, sends the present weights of the actor that it is given, trained and frozen, each whole and once under its own name, and resets the caches (F02, F05, F06, K07, K18)."""  # noqa: E501
+    """`update_engine_weights` wakes the weights of the engine and nothing else, sends the present weights of the actor that it is given, trained and frozen, each whole and once under its own name, and resets the caches (F02, F03, F05, F06, K07, K18)."""  # noqa: E501
     sent = [word for version in (1, 2, 3, 4, 5) for word in (f"update {version}", "reset")]
-    calls = ["sleep 1", "wake", *sent[:8], "sleep 1", "wake", *sent[8:]]
+    calls = ["sleep 1", "wake weights", *sent[:8], "wake", "sleep 1", "wake weights", *sent[8:]]
     for tied in (False, True):
         first, second = (_told(_actor(seed, tied)) for seed in (0, 1))
         trained = workload.plain(Recipe(steps=1, tied=tied)).weights

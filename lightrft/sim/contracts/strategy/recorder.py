@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import EngineStateError
 from lightrft.strategy.engine import EngineStatus, RolloutEngine
+from lightrft.strategy.engine_state import TAGS
 from lightrft.strategy.utils.fingerprints import fingerprint
 
 if TYPE_CHECKING:
@@ -33,13 +34,21 @@ class Recorder(RolloutEngine):
         self.weights: dict[str, Tensor] = {}
         self.buckets: list[int] = []
         self.failure: Exception | None = None
-        self._status = EngineStatus.AWAKE
+        self._asleep: frozenset[str] = frozenset()
+        self._dead = False
         self._version = 0
 
     @property
     def status(self) -> EngineStatus:
-        """Awake or asleep."""
-        return self._status
+        """Awake, asleep or dead."""
+        if self._dead:
+            return EngineStatus.DEAD
+        return EngineStatus.ASLEEP if self._asleep else EngineStatus.AWAKE
+
+    @property
+    def asleep(self) -> frozenset[str]:
+        """The tags that sleep."""
+        return self._asleep
 
     @property
     def weight_version(self) -> int:
@@ -49,7 +58,7 @@ class Recorder(RolloutEngine):
     def generate(self, requests: Any, sampling_params: Any) -> list[Any]:
         """The requests with the parameters, each ``n`` times."""
         self.asked.append("generate")
-        self._must_be_awake("generate")
+        self._must_be_awake("generate", *self._asleep)
         self.requests.append(list(requests))
         if self.failure is not None:
             raise self.failure
@@ -58,17 +67,17 @@ class Recorder(RolloutEngine):
     def sleep(self, level: int = 1) -> None:
         """Go to sleep."""
         self.asked.append(f"sleep {level}")
-        self._status = EngineStatus.ASLEEP
+        self._asleep = frozenset(TAGS)
 
-    def wake_up(self, tags: Any = None) -> None:  # noqa: ARG002
-        """Wake up."""
-        self.asked.append("wake")
-        self._status = EngineStatus.AWAKE
+    def wake_up(self, tags: Any = None) -> None:
+        """Wake up, wholly or in part."""
+        self.asked.append(" ".join(["wake", *(tags or ())]))
+        self._asleep -= frozenset(TAGS if tags is None else tags)
 
     def update_weights(self, buckets: Any, version: int) -> None:
         """Copy them."""
         self.asked.append(f"update {version}")
-        self._must_be_awake("update_weights")
+        self._must_be_awake("update_weights", "weights")
         self.buckets, told = [], []
         for bucket in buckets:
             if self.failure is not None:
@@ -85,8 +94,8 @@ class Recorder(RolloutEngine):
 
     def shutdown(self) -> None:
         """End."""
-        self._status = EngineStatus.DEAD
+        self._dead = True
 
-    def _must_be_awake(self, call: str) -> None:
-        if self._status is not EngineStatus.AWAKE:
-            raise EngineStateError(f"{call}: the engine is {self._status}; wake it first")
+    def _must_be_awake(self, call: str, *tags: str) -> None:
+        if self._dead or self._asleep & frozenset(tags):
+            raise EngineStateError(f"{call}: the engine is {self.status}; wake it first")

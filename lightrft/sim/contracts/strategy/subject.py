@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +13,12 @@ from unittest import SkipTest
 
 import torch.distributed as dist
 
+from lightrft.sim.contracts.findings import refused
 from lightrft.strategy import get_strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
-    from lightrft.errors import LightRFTError
     from lightrft.strategy.strategy_base import StrategyBase
 
 __all__ = ["Make", "Subject", "refused"]
@@ -102,16 +101,3 @@ def _on_rank(program: Callable[..., Any], make: Make, args: tuple[Any, ...]) -> 
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-
-
-def refused(call: Callable[[], Any], *kinds: type[LightRFTError]) -> str:
-    """The message with which ``call`` is refused, by an error of one of ``kinds``.
-
-    Raises:
-        AssertionError: it is not refused.
-    """
-    try:
-        result = call()
-    except kinds as error:
-        return str(error)
-    raise AssertionError(f"expected {' or '.join(kind.__name__ for kind in kinds)}, and it returned {result!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,9 +12,10 @@ from typing import Any, NamedTuple
 from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
 from lightrft.sim.engine.building import build, model_config, tokenizer_of
 from lightrft.sim.engine.core import Core
-from lightrft.sim.engine.media import expanded, media_digest
+from lightrft.sim.engine.lacking import Surface, lacks, lacks_text
+from lightrft.sim.engine.media import expanded
 from lightrft.sim.engine.numbers import digest
-from lightrft.sim.engine.samples import Drawn, Sample
+from lightrft.sim.engine.samples import Drawn, Medium, Sample
 from lightrft.sim.engine.sglang_face.buckets import FlattenedTensorBucket, MultiprocessingSerializer
 from lightrft.sim.engine.sglang_face.sampling_params import SamplingParams
 from lightrft.sim.engine.sglang_face.server_args import ServerArgs
@@ -60,7 +62,17 @@ _ARGUMENTS: dict[str, Any] = {
     "cache_salt": None,
 }
 
-_NOT_THERE = {name: default for name, default in _ARGUMENTS.items() if name not in _THERE}
+CALL = Surface(
+    engine="SGLang",
+    honoured=frozenset(_THERE),
+    idle={
+        "rid": "how a request is called",
+        "priority": "when requests are computed: completions do not depend on it",
+        "external_trace_header": "what is logged",
+        "routed_experts_start_len": "where routed experts begin, which are not returned",
+    },
+)
+"""Of ``generate``."""
 
 _GENERATE = inspect.Signature(
     [
@@ -93,7 +105,7 @@ class Asked(NamedTuple):
     tokens: tuple[int, ...]
     seen: tuple[int, ...]
     params: SamplingParams
-    media: tuple[int, ...]
+    media: tuple[Medium, ...]
 
 
 class Engine:
@@ -114,14 +126,14 @@ class Engine:
             dummy=given.load_format == "dummy",
         )
         self._core = Core(network, "the fake SGLang engine", Ranks(rank=0, world_size=1))
-        self._tokenizer = None
+        self._tokenizer: Any = None
         if not given.skip_tokenizer_init:
             self._tokenizer = tokenizer_of(given.tokenizer_path or given.model_path)
-            if self._tokenizer is None:
+            if self._tokenizer is None and config:  # in hash mode there need not be a model at all
                 raise ConfigError(f"there is no tokenizer in {given.model_path}: set skip_tokenizer_init")
-            if hasattr(network, "decode"):
-                network.decode = self._tokenizer.decode
+            network.decode = getattr(self._tokenizer, "decode", None)
         self._media_tokens = {kind: config.get(f"{kind}_token_id") for kind in ("image", "video")}
+        self._deterministic = given.enable_deterministic_inference or given.rl_on_policy_target is not None
         self._released: dict[str, str] = {}
         self._updating = ""
         self._arrived: set[str] = set()
@@ -140,9 +152,7 @@ class Engine:
         bound = _GENERATE.bind(self, *args, **kwargs)
         bound.apply_defaults()
         given = dict(bound.arguments)
-        lacking = [name for name, default in _NOT_THERE.items() if given[name] != default]
-        if lacking:
-            raise NotImplementedError(f"the fake engine has no {', '.join(lacking)}")
+        CALL.check({name: given[name] for name in _ARGUMENTS}, _ARGUMENTS)
         return self._generate(*(given[name] for name in _THERE))
 
     def _generate(
@@ -182,13 +192,15 @@ class Engine:
         for tokens, one, *several in zip(prompts, params, *media, strict=True):
             made = SamplingParams(**(one or {}))
             made.verify(self._core.model.vocabulary)
+            if made.texts and self._tokenizer is None:
+                raise ConfigError(lacks_text("SGLang", f"stop={made.stop!r}"))
             digests, seen = self._media(tuple(tokens), *several)
             self._check(seen)
             found.append(Asked(tuple(tokens), seen, made, digests))
         return found
 
-    def _media(self, tokens: tuple[int, ...], images: Any, videos: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        found: list[int] = []
+    def _media(self, tokens: tuple[int, ...], images: Any, videos: Any) -> tuple[tuple[Medium, ...], tuple[int, ...]]:
+        found: list[Medium] = []
         for kind, given in (("image", images), ("video", videos)):
             several = given if isinstance(given, (list, tuple)) else [] if given is None else [given]
             token = self._media_tokens[kind]
@@ -198,8 +210,9 @@ class Engine:
                 self._die(
                     f"was given {tokens.count(token)} {kind} tokens for {len(several)} {kind}s, and waits for ever"
                 )
-            found.extend(media_digest(one) for one in several)
-            tokens = tokens if token is None else expanded(tokens, token)
+            media = [self._core.model.medium(kind, one) for one in several]
+            tokens = tokens if token is None else expanded(tokens, token, [one.tokens for one in media])
+            found += media
         return tuple(found), tokens
 
     def _check(self, tokens: Sequence[int]) -> None:
@@ -212,7 +225,7 @@ class Engine:
 
     def _sample(self, asked: Asked, index: int) -> Sample:
         self._requests += 1
-        own = asked.params.sampling_seed if self.server_args.enable_deterministic_inference else None
+        own = asked.params.sampling_seed if self._deterministic else None
         seed = digest([self.server_args.random_seed, self._requests]) if own is None else own + index
         ours = asked.params.ours(self._limit - len(asked.seen))
         return Sample(tokens=asked.seen, params=ours, seed=seed, media=asked.media)
@@ -240,8 +253,17 @@ class Engine:
             "meta_info": meta,
         }
         if self._tokenizer is not None:
-            output["text"] = self._tokenizer.decode(kept, skip_special_tokens=asked.params.skip_special_tokens)
+            output["text"] = self._text(asked.params, kept, reason.get("matched"))
         return output
+
+    def _text(self, params: SamplingParams, tokens: Sequence[int], matched: int | str | None) -> str:
+        """Without what ended the completion, unless ``no_stop_trim`` asks for it."""
+        trims = not params.no_stop_trim
+        kept = tokens[:-1] if trims and isinstance(matched, int) else tokens
+        text: str = self._tokenizer.decode(list(kept), skip_special_tokens=params.skip_special_tokens)
+        if not isinstance(matched, str) or (place := text.find(matched)) < 0:
+            return text
+        return text[: place + (0 if trims else len(matched))]
 
     def flush_cache(self) -> FlushCacheOutput:
         """Forget prompts, images and videos that were seen."""
@@ -288,8 +310,10 @@ class Engine:
 
     # -- Weights ------------------------------------------------------------------------------------------------------
 
-    def begin_weight_update(self, selector: str = "all") -> tuple[bool, str]:  # noqa: ARG002 - there is one model
+    def begin_weight_update(self, selector: str = "all") -> tuple[bool, str]:
         """Updates come after it."""
+        if selector != "all":
+            raise ConfigError(lacks("SGLang", f"selector={selector!r} in begin_weight_update: there is one model"))
         self._check_alive("begin_weight_update")
         if self._updating:
             return False, f"an update is in progress, since {self._updating}"
@@ -305,8 +329,11 @@ class Engine:
             return False, "no update is in progress: begin_weight_update comes before"
         if "weights" in self._released:
             self._die(f"was sent weights while its own are released, since {self._released['weights']}")
+        if load_format in (self.server_args.custom_weight_loader or ()):
+            pkgutil.resolve_name(str(load_format))(self._core.model.module(), named_tensors)
+            return True, "loaded"
         if load_format not in (None, "flattened_bucket"):
-            raise NotImplementedError(f"the fake engine has no load_format={load_format!r}")
+            raise ConfigError(lacks("SGLang", f"load_format={load_format!r} in update_weights_from_tensor"))
         if load_format is None:
             weights = named_tensors
         else:
@@ -336,6 +363,9 @@ class Engine:
     def shutdown(self) -> None:
         """End the engine."""
         self._core.state.end("was shut down")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(lacks("SGLang", f"Engine.{name}"))
 
     def _check_alive(self, call: str) -> None:
         self._core.state.check(call)

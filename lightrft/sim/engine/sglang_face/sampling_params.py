@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from lightrft.sim.engine.lacking import Surface
 from lightrft.strategy import sampling
 
 __all__ = ["TOP_K_ALL", "SamplingParams"]
@@ -15,6 +16,23 @@ TOP_K_ALL = 1 << 30
 """All tokens."""
 
 _GREEDY = 1e-6
+
+FIELDS = Surface(
+    engine="SGLang",
+    honoured=frozenset(
+        {
+            "max_new_tokens", "stop", "stop_token_ids", "temperature", "top_p", "top_k", "min_p", "frequency_penalty",
+            "presence_penalty", "repetition_penalty", "min_new_tokens", "n", "ignore_eos", "skip_special_tokens",
+            "no_stop_trim", "logit_bias", "sampling_seed", "stop_strs",
+        }
+    ),
+    idle={
+        "stream_interval": "when results are returned: a call returns them all at its end",
+        "stop_str_max_len": "how far back texts that end a completion are looked for, which follows from them",
+        "is_normalized": "whether other fields were worked out already",
+    },
+)  # fmt: skip
+"""``sampling_seed`` counts with ``enable_deterministic_inference``, as in SGLang."""
 
 
 @dataclass(kw_only=True)
@@ -66,6 +84,11 @@ class SamplingParams:
         if self.top_k == -1:
             self.top_k = TOP_K_ALL
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Those that end a completion."""
+        return (self.stop_strs,) if isinstance(self.stop_strs, str) else tuple(self.stop_strs or ())
+
     def verify(self, vocab_size: int) -> None:
         """Refuse values that are not allowed.
 
@@ -91,15 +114,14 @@ class SamplingParams:
         yield "logit_bias", all(0 <= token < vocab_size for token in bias), f"token ids below {vocab_size}"
 
     def ours(self, max_tokens: int) -> sampling.SamplingParams:
-        """What the core understands; ``max_tokens`` is the most that fits."""
-        lacking = [
-            name
-            for name in ("beam_width", "json_schema", "regex", "ebnf", "structural_tag", "stop_regex_strs", "watermark")
-            if getattr(self, name)
-        ]
-        if lacking:
-            raise NotImplementedError(f"the fake engine has no {', '.join(lacking)}")
-        texts = [self.stop_strs] if isinstance(self.stop_strs, str) else self.stop_strs or ()
+        """What the core understands; ``max_tokens`` is the most that fits.
+
+        SGLang looks for no token that ends a completion if it is told ``ignore_eos``, whichever it is.
+
+        Raises:
+            ConfigError: something of it is lacking.
+        """
+        FIELDS.check({one.name: getattr(self, one.name) for one in fields(self)}, _PLAIN)
         greedy = self.top_k == 1
         most = max_tokens if self.max_new_tokens is None else min(self.max_new_tokens, max_tokens)
         return sampling.SamplingParams(
@@ -109,8 +131,8 @@ class SamplingParams:
             min_p=self.min_p,
             max_tokens=most,
             min_tokens=min(self.min_new_tokens, most),
-            stop=tuple(texts),
-            stop_token_ids=tuple(sorted(self.stop_token_ids or ())),
+            stop=self.texts,
+            stop_token_ids=() if self.ignore_eos else tuple(sorted(self.stop_token_ids or ())),
             ignore_eos=self.ignore_eos,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
@@ -119,5 +141,6 @@ class SamplingParams:
         )
 
 
+_PLAIN = {one.name: getattr(SamplingParams(), one.name) for one in fields(SamplingParams)}
 SamplingParams.__struct_fields__ = tuple(one.name for one in fields(SamplingParams))
 SamplingParams.__module__ = "sglang.srt.sampling.sampling_params"

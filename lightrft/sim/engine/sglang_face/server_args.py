@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from lightrft.sim.engine.lacking import Surface
+
 __all__ = ["ServerArgs"]
+
+_MEMORY = "how much memory is taken"
+_SPEED = "how it is computed"
+
+ARGUMENTS = Surface(
+    engine="SGLang",
+    honoured=frozenset(
+        {
+            "model_path", "tokenizer_path", "skip_tokenizer_init", "load_format", "context_length", "dtype", "tp_size",
+            "random_seed", "disable_radix_cache", "enable_memory_saver", "enable_weights_cpu_backup",
+            "enable_deterministic_inference", "rl_on_policy_target", "weight_version", "custom_weight_loader",
+        }
+    ),
+    idle={
+        "mem_fraction_static": _MEMORY, "max_total_tokens": _MEMORY,
+        "attention_backend": _SPEED, "mm_attention_backend": _SPEED, "sampling_backend": _SPEED,
+        "disable_cuda_graph": _SPEED, "device": "where it is computed", "base_gpu_id": "where it is computed",
+        "max_running_requests": "when requests are computed: completions do not depend on it",
+        "log_level": "what is logged",
+        "custom_sigquit_handler": "what happens when one of its processes fails: it has none",
+        "trust_remote_code": "whether code of a model may run: models are those of transformers",
+    },
+    values={"load_format": ("safetensors", "dummy")},
+)  # fmt: skip
 
 
 @dataclass
 class ServerArgs:
-    """Settings of an engine: those of SGLang that trainers use. They choose a model; the rest is for real ones."""
+    """Settings of an engine: those of SGLang that trainers use.
+
+    Raises:
+        ConfigError: one has a value that the fake engine lacks.
+    """
 
     model_path: str
     tokenizer_path: str | None = None
@@ -39,6 +69,11 @@ class ServerArgs:
     rl_on_policy_target: str | None = None
     custom_sigquit_handler: Callable[..., Any] | None = None
     weight_version: str = "default"
+    custom_weight_loader: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        defaults = {one.name: one.default for one in fields(self)}
+        ARGUMENTS.check({name: getattr(self, name) for name in defaults}, defaults)
 
 
 ServerArgs.__module__ = "sglang.srt.server_args"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from lightrft.errors import ConfigError, EngineStateError
-from lightrft.sim.engine.building import build, model_config, tokenizer_of
+from lightrft.sim.engine.building import build, model_config, sampling_defaults, tokenizer_of
 from lightrft.sim.engine.core import Core
+from lightrft.sim.engine.lacking import Surface, lacks, lacks_text
 from lightrft.sim.engine.numbers import digest
 from lightrft.sim.engine.samples import Drawn, Sample
+from lightrft.sim.engine.vllm_face import arguments
+from lightrft.sim.engine.vllm_face.arguments import EngineArgs
 from lightrft.sim.engine.vllm_face.exceptions import VLLMValidationError
 from lightrft.sim.engine.vllm_face.outputs import CompletionOutput, Logprob, RequestOutput
-from lightrft.sim.engine.vllm_face.prompts import Prompt, Prompts
+from lightrft.sim.engine.vllm_face.prompts import Prompt, Prompts, media_limits
 from lightrft.sim.engine.vllm_face.sampling_params import SamplingParams
 from lightrft.strategy.engine_state import EngineStatus
 from lightrft.strategy.utils.agreement import Ranks
@@ -28,75 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "EngineArgs"]
 
-_DEFAULTS: dict[str, Any] = {
-    "runner": "auto",
-    "convert": "auto",
-    "tokenizer": None,
-    "tokenizer_mode": "auto",
-    "skip_tokenizer_init": False,
-    "trust_remote_code": False,
-    "allowed_local_media_path": "",
-    "allowed_media_domains": None,
-    "tensor_parallel_size": 1,
-    "dtype": "auto",
-    "quantization": None,
-    "revision": None,
-    "tokenizer_revision": None,
-    "chat_template": None,
-    "seed": 0,
-    "gpu_memory_utilization": 0.92,
-    "cpu_offload_gb": 0,
-    "offload_group_size": 0,
-    "offload_num_in_group": 1,
-    "offload_prefetch_step": 1,
-    "offload_params": None,
-    "enforce_eager": False,
-    "enable_return_routed_experts": False,
-    "return_sampling_mask": False,
-    "disable_custom_all_reduce": False,
-    "hf_token": None,
-    "hf_overrides": None,
-    "mm_processor_kwargs": None,
-    "pooler_config": None,
-    "structured_outputs_config": None,
-    "profiler_config": None,
-    "attention_config": None,
-    "kv_cache_memory_bytes": None,
-    "compilation_config": None,
-    "quantization_config": None,
-    "logits_processors": None,
-    "spec_method": None,
-    "spec_model": None,
-    "spec_tokens": None,
-}
-"""Arguments of the constructor that it names; it takes the others of ``EngineArgs`` too."""
-
-_MORE: dict[str, Any] = {
-    "distributed_executor_backend": None,
-    "enable_prefix_caching": None,
-    "enable_sleep_mode": False,
-    "limit_mm_per_prompt": None,
-    "load_format": "auto",
-    "logprobs_mode": "raw_logprobs",
-    "max_model_len": None,
-    "max_num_batched_tokens": None,
-    "max_num_seqs": None,
-    "disable_log_stats": True,
-    "worker_extension_cls": "",
-    "enable_chunked_prefill": None,
-    "block_size": None,
-    "generation_config": "auto",
-    "override_generation_config": None,
-    "async_scheduling": None,
-}
-"""Those of ``EngineArgs`` alone."""
-
-_OF_ENGINE_ARGS = {name: default for name, default in {**_DEFAULTS, **_MORE}.items() if name != "chat_template"}
-
-EngineArgs = dataclasses.make_dataclass(
-    "EngineArgs",
-    [("model", str), *((name, Any, field(default=default)) for name, default in _OF_ENGINE_ARGS.items())],
-)
+_GENERATE = Surface(engine="vLLM", honoured=frozenset(), idle={})
+"""Arguments of ``generate`` that there are not."""
 
 
 class LLM:
@@ -107,12 +41,7 @@ class LLM:
     """
 
     def __init__(self, model: str, **kwargs: Any) -> None:
-        unknown = sorted(set(kwargs) - set(_DEFAULTS) - set(_MORE))
-        if unknown:
-            raise TypeError(
-                f"LLM got an unexpected keyword argument {unknown[0]!r}, which the fake engine does not know"
-            )
-        given = {**_DEFAULTS, **_MORE, **kwargs}
+        given = arguments.read(kwargs)
         config = model_config(model)
         self._given = given
         self._limit = given["max_model_len"] or config.get("max_position_embeddings") or 2048
@@ -120,9 +49,10 @@ class LLM:
         network = build(model, given["dtype"], prefix_caching=caching, dummy=given["load_format"] == "dummy")
         self._core = Core(network, "the fake vLLM engine", _ranks(given))
         tokenizer = None if given["skip_tokenizer_init"] else tokenizer_of(given["tokenizer"] or model)
-        self._prompts = Prompts(tokenizer, network.vocabulary, self._limit, config)
-        if tokenizer is not None and hasattr(network, "decode"):
-            network.decode = tokenizer.decode
+        limits = media_limits(given["limit_mm_per_prompt"])
+        self._prompts = Prompts(tokenizer, network.vocabulary, self._limit, config, limits, network.medium)
+        network.decode = None if tokenizer is None else tokenizer.decode
+        self._defaults = sampling_defaults(model) if given["generation_config"] == "auto" else {}
         self._requests = 0
         self.model_config = ModelConfig(self._limit, network.vocabulary)
         self.llm_engine = LLMEngine(self._core, tokenizer, self.model_config)
@@ -135,14 +65,22 @@ class LLM:
         use_tqdm: bool | Callable[..., Any] = True,  # noqa: ARG002 - there is no bar
         lora_request: Any = None,
         priority: Any = None,  # noqa: ARG002 - all run at once
-        tokenization_kwargs: Any = None,  # noqa: ARG002
-        mm_processor_kwargs: Any = None,  # noqa: ARG002
+        tokenization_kwargs: Any = None,
+        mm_processor_kwargs: Any = None,
     ) -> list[RequestOutput]:
         """Completions of the prompts, in their order."""
-        if lora_request is not None:
-            raise NotImplementedError("the fake engine has no lora_request: send merged weights")
+        _GENERATE.check(
+            {
+                "lora_request": lora_request,
+                "tokenization_kwargs": tokenization_kwargs,
+                "mm_processor_kwargs": mm_processor_kwargs,
+            },
+            {"lora_request": None, "tokenization_kwargs": None, "mm_processor_kwargs": None},
+        )
         wanted = self._prompts.read(prompts)
         several = self._params_of(sampling_params, len(wanted))
+        for params in {id(one): one for one in several}.values():
+            params.verify(self._core.model.vocabulary)
         samples, owners = self._samples(wanted, several)
         drawn = self._core.generate(samples) if samples else []
         found: list[list[Drawn]] = [[] for _ in wanted]
@@ -150,10 +88,9 @@ class LLM:
             found[owner].append(one)
         return [self._output(*each) for each in zip(wanted, several, found, strict=True)]
 
-    @staticmethod
-    def _params_of(given: Any, count: int) -> list[SamplingParams]:
+    def _params_of(self, given: Any, count: int) -> list[SamplingParams]:
         if given is None:
-            return [SamplingParams()] * count
+            return [self.get_default_sampling_params()] * count
         if isinstance(given, SamplingParams):
             return [given] * count
         several = list(given)
@@ -169,6 +106,8 @@ class LLM:
             room = self._limit - len(prompt.tokens)
             ours = known.get((id(params), room))
             if ours is None:
+                if params.stop and self._prompts.tokenizer is None:
+                    raise ConfigError(lacks_text("vLLM", f"stop={params.stop!r}"))
                 ours = known[id(params), room] = params.ours(room)
             for index in range(params.n):
                 seed = self._seed(params, index)
@@ -245,7 +184,7 @@ class LLM:
             return [method(worker, *args, **(kwargs or {}))]
         found = getattr(worker, method, None)
         if found is None:
-            raise NotImplementedError(f"the worker of the fake engine has no {method}")
+            raise ConfigError(lacks("vLLM", f"method {method!r} of its worker"))
         return [found(*args, **(kwargs or {}))]
 
     def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
@@ -259,20 +198,14 @@ class LLM:
         return self._prompts.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Those of vLLM."""
-        return SamplingParams()
+        """Those of vLLM, and over them those in the generation configuration of the model."""
+        return SamplingParams(**self._defaults)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(lacks("vLLM", f"LLM.{name}"))
 
 
-LLM.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [
-        inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD),
-        *(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-            for name, default in _DEFAULTS.items()
-        ),
-        inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
-    ]
-)
+LLM.__signature__ = arguments.signature  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +287,7 @@ class Worker:
     ) -> None:
         """Replace all weights."""
         if weights_iterator is None or weights_path is not None or not is_checkpoint_format:
-            raise NotImplementedError("the fake engine reloads weights from an iterator, by the names of a checkpoint")
+            raise ConfigError(lacks("vLLM", "reload_weights but from an iterator, by the names of a checkpoint"))
         weights = iter(weights_iterator)
         first = next(weights, None)
         if first is not None:  # else it ends a reload that was broken off, and leaves everything as it is
@@ -379,5 +312,4 @@ def _ranks(given: dict[str, Any]) -> Ranks:
     return Ranks(groups[dist.get_rank() // size])
 
 
-EngineArgs.__module__ = "vllm.engine.arg_utils"
 LLM.__module__ = "vllm.entrypoints.llm"  # what tells engines of vLLM from others

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightrft.sim.engine.media import expanded, media_digest
+from lightrft.errors import ConfigError
+from lightrft.sim.engine.lacking import lacks
+from lightrft.sim.engine.media import expanded
 from lightrft.sim.engine.vllm_face.exceptions import VLLMValidationError
 
-__all__ = ["Prompt", "Prompts"]
+if TYPE_CHECKING:
+    from lightrft.sim.engine.samples import Medium
+
+__all__ = ["Prompt", "Prompts", "media_limits"]
+
+_KEYS = frozenset({"prompt", "prompt_token_ids", "multi_modal_data"})
+_MOST_MEDIA = 999
+"""Of one kind in a prompt, where ``limit_mm_per_prompt`` does not say."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt, image tokens expanded; ``media`` are digests."""
+    """One prompt, image tokens expanded."""
 
     tokens: tuple[int, ...]
     text: str | None
-    media: tuple[int, ...]
+    media: tuple[Medium, ...]
 
 
 class Prompts:
@@ -29,12 +38,24 @@ class Prompts:
         vocabulary: how many tokens there are.
         limit: most tokens of prompt and completion.
         config: of the model; its ``image_token_id`` and ``video_token_id`` stand for images and videos.
+        media_limits: most images and videos of a prompt.
+        medium: see ``LanguageModel``.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int, limit: int, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocabulary: int,
+        limit: int,
+        config: Mapping[str, Any],
+        media_limits: Mapping[str, int],
+        medium: Callable[[str, Any], Medium],
+    ) -> None:
         self.tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._limit = limit
+        self._media_limits = media_limits
+        self._medium = medium
         self._media_tokens = {
             kind: token for kind in ("image", "video") if (token := config.get(f"{kind}_token_id")) is not None
         }
@@ -53,6 +74,8 @@ class Prompts:
             given = {"prompt": given}
         elif not isinstance(given, Mapping):
             given = {"prompt_token_ids": given}
+        if lacking := sorted(key for key in given.keys() - _KEYS if given[key] is not None):
+            raise ConfigError(lacks("vLLM", f"{', '.join(lacking)} in a prompt"))
         text, tokens = given.get("prompt"), given.get("prompt_token_ids")
         if tokens is None:
             if self.tokenizer is None:
@@ -62,20 +85,24 @@ class Prompts:
         self._check(seen)
         return Prompt(seen, text, media)
 
-    def _media(self, given: Mapping[str, Any], tokens: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Digests of images and videos, and the tokens with one expanded for each."""
-        found: list[int] = []
+    def _media(self, given: Mapping[str, Any], tokens: tuple[int, ...]) -> tuple[tuple[Medium, ...], tuple[int, ...]]:
+        """Images and videos, and the tokens with one expanded for each."""
+        found: list[Medium] = []
         for kind, entries in given.items():
             if kind not in self._media_tokens:
                 raise VLLMValidationError(f"this model takes no {kind}: its configuration has no {kind}_token_id")
             several = entries if isinstance(entries, (list, tuple)) else [entries]
             token = self._media_tokens[kind]
+            most = self._media_limits.get(kind, _MOST_MEDIA)
+            if len(several) > most:
+                raise VLLMValidationError(f"{len(several)} {kind}s in a prompt: limit_mm_per_prompt allows {most}")
             if tokens.count(token) != len(several):
                 raise VLLMValidationError(
                     f"the prompt has {tokens.count(token)} {kind} tokens for {len(several)} {kind}s: expected one each"
                 )
-            found.extend(media_digest(one) for one in several)
-            tokens = expanded(tokens, token)
+            media = [self._medium(kind, one) for one in several]
+            tokens = expanded(tokens, token, [one.tokens for one in media])
+            found += media
         return tuple(found), tokens
 
     def _check(self, tokens: tuple[int, ...]) -> None:
@@ -97,3 +124,15 @@ class Prompts:
             end = text.index(stop) + (len(stop) if params.include_stop_str_in_output else 0)
             text = text[:end]
         return text
+
+
+def media_limits(given: Any) -> dict[str, int]:
+    """``limit_mm_per_prompt`` as numbers by kind.
+
+    Raises:
+        ConfigError: it says more than numbers.
+    """
+    limits = dict(given or {})
+    if not all(isinstance(most, int) and kind in ("image", "video") for kind, most in limits.items()):
+        raise ConfigError(lacks("vLLM", f"limit_mm_per_prompt={given!r} but numbers of images and videos"))
+    return limits

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from lightrft.sim.engine.lacking import Surface
 from lightrft.sim.engine.vllm_face.exceptions import VLLMValidationError
 from lightrft.strategy import sampling
 
@@ -17,6 +18,25 @@ _COLDEST = 1e-2
 """A temperature below it, and not 0, is raised to it."""
 
 _GREEDY = 1e-5
+
+_RETURNED = "when results are returned: a call returns them all at its end"
+
+FIELDS = Surface(
+    engine="vLLM",
+    honoured=frozenset(
+        {
+            "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k",
+            "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "logprobs",
+            "detokenize", "skip_special_tokens", "include_stop_str_in_output", "logit_bias",
+        }
+    ),
+    idle={
+        "output_kind": _RETURNED, "stream_interval": _RETURNED, "output_text_buffer_length": _RETURNED,
+        "skip_clone": "whether the object is copied",
+    },
+    values={"logprobs": (0,)},
+)  # fmt: skip
+"""Of ``logprobs``, 0 gives those of the tokens that were drawn, and more would give further tokens."""
 
 
 class RequestOutputKind(enum.Enum):
@@ -114,19 +134,30 @@ class SamplingParams:
         yield "stop", self.detokenize or not self.stop, "none where detokenize is False"
         yield "bad_words", all(self.bad_words), "no empty text"
 
+    def verify(self, vocab_size: int) -> None:
+        """Refuse token ids that the model does not have.
+
+        Raises:
+            VLLMValidationError: there are some.
+        """
+        for name, tokens in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias or {})):
+            outside = [token for token in tokens if not 0 <= int(token) < vocab_size]
+            if outside:
+                raise VLLMValidationError(
+                    f"{name} has {outside}: expected token ids below {vocab_size}", parameter=name, value=outside
+                )
+
     def clone(self) -> SamplingParams:
         """A copy."""
         return SamplingParams(**{one.name: getattr(self, one.name) for one in fields(self)})
 
     def ours(self, max_tokens: int) -> sampling.SamplingParams:
-        """What the core understands; ``max_tokens`` where none are given."""
-        lacking = [
-            name
-            for name in ("prompt_logprobs", "structured_outputs", "allowed_token_ids", "bad_words", "logprob_token_ids")
-            if getattr(self, name)
-        ]
-        if lacking:
-            raise NotImplementedError(f"the fake engine has no {', '.join(lacking)}")
+        """What the core understands; ``max_tokens`` where none are given.
+
+        Raises:
+            ConfigError: something of it is lacking.
+        """
+        FIELDS.check({one.name: getattr(self, one.name) for one in fields(self)}, _PLAIN)
         return sampling.SamplingParams(
             temperature=0.0 if self.temperature < _GREEDY else self.temperature,
             top_p=self.top_p,
@@ -144,6 +175,7 @@ class SamplingParams:
         )
 
 
+_PLAIN = {**{one.name: getattr(SamplingParams(), one.name) for one in fields(SamplingParams)}, "logprobs": None}
 SamplingParams.__struct_fields__ = tuple(one.name for one in fields(SamplingParams))
 
 for _each in (RequestOutputKind, SamplingParams):

@@ -1,0 +1,76 @@
+"""The command line of a run: every flag of strategy, trainer, models and data, and a file with the same names."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightrft.errors import ConfigError
+from lightrft.strategy.arguments import add_arguments, add_settings
+from lightrft.strategy.config import StrategyConfig
+from lightrft.strategy.extras import naming_extras
+from lightrft.trainer.arguments import add_trainer_arguments
+from lightrft.trainer.inputs import InputConfig
+from lightrft.trainer.settings import TrainerConfig
+
+__all__ = ["parse_run_arguments", "run_parser"]
+
+
+def run_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """A parser of all flags of a run, and ``--config``."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML with flags by name, without the dashes; those of the command line win"
+    )
+    add_settings(parser, InputConfig, "run_parser")
+    add_arguments(parser)
+    return add_trainer_arguments(parser)
+
+
+def parse_run_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line, and the file that ``--config`` names; what cannot work ends the process with a message.
+
+    Nothing is loaded for it, so that a mistake is told at once.
+
+    Args:
+        parser: as ``run_parser`` makes it; it may have flags beside.
+        arguments: the words of the command line, ``sys.argv[1:]`` if ``None``.
+    """
+    try:
+        file = parser.parse_args(arguments).config
+        if file is not None:
+            parser.set_defaults(**_read(Path(file), parser))
+        args = parser.parse_args(arguments)
+        for config in (StrategyConfig, TrainerConfig, InputConfig):
+            config.from_args(args)
+    except ConfigError as error:
+        parser.error(str(error))
+    return args
+
+
+def _read(file: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The entries of ``file``, with the names that ``parser`` has for them."""
+    with naming_extras("--config"):
+        import yaml
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {file}: {error}") from error
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"--config {file}: expected names with values, such as `zero_stage: 3`")
+    known = {action.dest: action for action in parser._actions if action.dest not in {"help", "config"}}
+    return {name: _value(file, name, value, known) for name, value in found.items()}
+
+
+def _value(file: Path, name: Any, value: Any, known: Mapping[str, argparse.Action]) -> Any:
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        raise ConfigError(f"--config {file}: no flag --{name}" + (f"; did you mean {near[0]}?" if near else ""))
+    action = known[name]
+    takes_text = action.nargs is None and not isinstance(value, (bool, list, dict, type(None)))
+    return str(value) if takes_text and action.type is not None else value  # argparse reads it as a word of its own

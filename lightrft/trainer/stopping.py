@@ -1,0 +1,45 @@
+"""Ending a run when somebody asks for it: Ctrl-C, or the signal that a job is about to be ended."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+__all__ = ["StopRequest"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Notes a request to stop, so that an iteration can end before the run does.
+
+    As a context, in the main thread, it takes SIGINT (Ctrl-C) and SIGTERM. The first one is noted; the second acts as
+    it did before, which for Ctrl-C means ``KeyboardInterrupt``.
+    """
+
+    def __init__(self) -> None:
+        self.is_made = False
+        self._before: dict[int, Any] = {}
+
+    def make(self) -> None:
+        """Ask the run to end after this iteration."""
+        self.is_made = True
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - what a handler is called with
+        self.make()
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._before = {}

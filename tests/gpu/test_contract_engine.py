@@ -1,0 +1,44 @@
+"""The contracts of engines and of sending weights, checked of the engines that are installed, on one GPU."""
+
+import importlib.util
+
+import pytest
+import torch
+from engines import tiny
+
+from lightrft.sim.contracts import engine as engine_contract
+from lightrft.sim.contracts import weight_sync as weight_sync_contract
+from lightrft.sim.contracts.engine import LACKS
+from lightrft.strategy import engine as engines
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:::lightrft")]
+
+CHECKS = [*engine_contract.CHECKS, *weight_sync_contract.CHECKS]
+OPTIONS = {"vllm": {}, "sglang": {"enable_deterministic_inference": True}}
+NAMES = {"vllm": "vLLM", "sglang": "SGLang, on a CPU"}
+ALONE = {"shared": "one GPU serves one rank"}
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def subject(request, gpus, tmp_path_factory):
+    kind = request.param
+    if importlib.util.find_spec(kind) is None:
+        pytest.skip(f"{kind} is not installed")
+    models = [model.bfloat16() for model in tiny.pair(tie_word_embeddings=True)]
+    folders = [tiny.save(model, tmp_path_factory.mktemp("model"), tiny.tokenizer()) for model in models]
+
+    def start(index):
+        settings = tiny.settings(
+            folders[index], dtype="bfloat16", memory_share=0.3, device=torch.device("cuda:0"), options=OPTIONS[kind]
+        )
+        return tiny.counting(engines.start(kind, settings))
+
+    lacks = {name: why for name, why in LACKS[NAMES[kind]].items() if name != "seeds"} | ALONE
+    made = tiny.subject(NAMES[kind], start, models, lacks=lacks, within=0.05)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=str)
+def test_an_engine_keeps_the_contract_on_a_gpu(subject, check):
+    check(subject)
