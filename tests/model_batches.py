@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightrft.models import tiny
 
-LENGTHS = (9, 4, 1, 0, 12)
+LENGTHS = (9, 3, 1, 0, 12, 4, 5)
 
 
 def batch(lengths=LENGTHS, width=14, side="right", seed=0):
@@ -64,7 +64,7 @@ class Images:
 
 def seen_batch(width=24, side="right"):
     images = Images()
-    samples = [[9, *images.tokens(0), 10, *images.tokens(1), 11], [12, 13, 14], [*images.tokens(2), 15, 16]]
+    samples = [[9, *images.tokens(0), 10, *images.tokens(1), 11], [12, 13, 14], [*images.tokens(2), 15, 16, 17, 18]]
     ids = torch.full((len(samples), width), 77)
     mask = torch.zeros_like(ids)
     each = [images.given(0, 1), {}, images.given(2)]

@@ -192,6 +192,23 @@ def test_f15_samples_without_images_of_a_model_that_sees(packed):
     torch.testing.assert_close(found, one_by_one(model, ids, mask)[0], atol=5e-5, rtol=1e-5)
 
 
+def test_a_blank_image_stands_in_for_one_kind_and_not_for_two():
+    model, settings = tiny.vision_model(), StrategyConfig(mixed_mm_data=True)
+    ids, mask, given, _ = seen_batch()
+    videos = {"pixel_values_videos": given["pixel_values"], "video_grid_thw": given["image_grid_thw"]}
+    kinds = (ids == tiny.IMAGE).int()
+    with pytest.raises(ConfigError, match="mixed_mm_data: got images and videos in one batch"):
+        Actor(model, settings)(
+            *map(torch.cat, ((ids, ids), (mask, mask))),
+            **given,
+            **videos,
+            mm_token_type_ids=torch.cat((kinds, 2 * kinds)),
+        )
+    plain, ids, mask = Actor(model), *batch()
+    torch.testing.assert_close(Actor(model, settings)(ids, mask).log_probs, plain(ids, mask).log_probs)
+    assert not model.get_input_embeddings()._forward_hooks
+
+
 def test_images_that_do_not_fit_are_refused():
     model = tiny.vision_model()
     ids, mask, given, _ = seen_batch()
