@@ -1,5 +1,7 @@
 """The actor alone: its log-probs are those of each sample by itself, however a batch is laid out."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from torch import nn
 
 from lightrft.errors import ConfigError
 from lightrft.models import Actor, tiny
+from lightrft.models.forward_pass import ForwardPass
 from lightrft.strategy import StrategyConfig
 
 transformers = pytest.importorskip("transformers")
@@ -122,6 +125,27 @@ def test_a_model_that_changes_its_logits_is_computed_right_or_refused():
 def test_what_is_no_language_model_is_refused():
     with pytest.raises(ConfigError, match="Qwen2Model has no output layer"):
         Actor(MODEL.model)(*batch())
+
+
+def test_flash_attention_gets_all_samples_in_one_row_and_others_rows_of_the_longest_sample():
+    ids, mask = batch()
+    shapes = {}
+    for attention in ("sdpa", "flash_attention_2"):
+        model = tiny.text_model()
+        model.config._attn_implementation = attention
+        run = ForwardPass.of(model, ids, mask, settings=StrategyConfig(), packed=True, images={})
+        assert run.inputs["attention_mask"] is None
+        shapes[attention] = tuple(run.inputs["input_ids"].shape)
+    assert shapes == {"sdpa": (3, 12), "flash_attention_2": (1, sum(LENGTHS))}
+
+
+def test_a_copy_is_an_actor_of_its_own():
+    actor = Actor(tiny.text_model(), FUSED)
+    other = copy.deepcopy(actor)
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    assert not torch.equal(other(*batch()).log_probs, actor(*batch()).log_probs)
+    assert other._settings == FUSED
 
 
 # -- Adapters ---------------------------------------------------------------------------------------------------------

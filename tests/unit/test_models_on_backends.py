@@ -172,6 +172,17 @@ def test_f14_ranks_may_share_sequences(name, kind, untied):
     same(in_world(trained, name, kind, untied, settings), plainly(kind, untied, ranks=1))
 
 
+@pytest.mark.parametrize("name", [usual((name,), ("FSDP",)) for name in SETTINGS])
+@pytest.mark.parametrize("kind", [Actor, Critic])
+def test_in_16_bits_numbers_come_in_32_and_are_nearly_the_same(name, kind, untied):
+    settings = {"bf16": True, "fused_linear_logprob": True, "packing_samples": True}
+    expected, norm, _ = plainly(kind, untied)
+    for rank, (got, got_norm, _) in enumerate(in_world(trained, name, kind, untied, settings)):
+        assert got[0].dtype == torch.float32
+        torch.testing.assert_close(got[0], expected[rank][0], atol=0.3, rtol=0.1)
+        assert got_norm == pytest.approx(norm, rel=0.15)
+
+
 @pytest.mark.parametrize("name", ["FSDP", "ZeRO-3"])
 def test_a_frozen_reference_shares_sequences_too(name, untied):
     def program():
