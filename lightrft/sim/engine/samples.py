@@ -45,7 +45,7 @@ class Sample:
     media: tuple[Medium, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # with slots it would be slower to pickle
 class Drawn:
     """A completion.
 
