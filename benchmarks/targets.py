@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import engines
+from benchmarks import engines, models
 from benchmarks.measurements import DEADLOCKS, compared, deadlock, many_worlds, start_and_end
 from benchmarks.strategies import BACKENDS, RANKS, fake, median, metrics, overhead
 from benchmarks.training import commands, shares
@@ -145,6 +145,17 @@ TARGETS = (
     _update("time beside one copy of them", "ratio", 20, "sglang", source="guard"),
     *(_update("memory meanwhile, in buckets", "buckets", 2, engine) for engine in engines.FACES),
     *(_update("calls to the engine for each parameter", "calls", 1 / 10, engine) for engine in engines.FACES),
+    Target(
+        what="memory of log-probs of 4096 tokens among 150k, fused with the output layer, as a fraction of plain ones",
+        limit=1 / 8,
+        measured=lambda: models.fused("mib"),
+    ),
+    Target(what="and their processor time", limit=1.2, measured=lambda: models.fused("seconds")),
+    Target(
+        what="a step of an actor on samples of long-tailed lengths, packed, as a fraction of padded",
+        limit=1 / 2,
+        measured=lambda: median(models.packing(), "ratio"),
+    ),
     Target(what="threads left by 900 worlds of 4 ranks", limit=0, measured=lambda: many_worlds()["threads"]),
     Target(
         what="objects left by 900 worlds of 4 ranks, for 100 worlds",
