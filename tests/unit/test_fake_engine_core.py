@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lightrft.errors import EngineStateError, RankFailedError, StaleWeightsError, WeightSyncError
 from lightrft.models.tiny import VOCABULARY, tiny_text_model
 from lightrft.sim import SimWorld
+from lightrft.sim.engine import drawing
 from lightrft.sim.engine.core import Core
 from lightrft.sim.engine.drawing import Drawer
 from lightrft.sim.engine.hash_model import HashModel
@@ -348,3 +349,49 @@ def test_numbers_are_uniform_and_follow_from_key_and_counter():
         6457827717110365317,
         3203168211198807973,
     ]
+
+
+def near(row, seed=0, **params):
+    """Whether rounding might have decided about the token."""
+    drawer = Drawer([sample([2], seed, **params)], [frozenset()])
+    return bool(drawer.draw(torch.tensor([row]), np.zeros((1, 0), dtype=np.int64)).close)
+
+
+@pytest.mark.parametrize(
+    ("row", "params", "close"),
+    [
+        ([1.0, 1.000001, 0.0], {"temperature": 0}, True),
+        ([1.0, 1.001, 0.0], {"temperature": 0}, False),
+        ([1.0, 2.0, 2.000001], {"top_k": 1}, True),
+        ([1.0, 2.0, 2.001], {"top_k": 1}, False),
+        ([0.0, 0.0], {"top_p": 0.5}, True),
+        ([0.0, 0.0], {"top_p": 0.6}, False),
+        ([2.0, 2.0 + float(np.log(0.25)), -9.0], {"min_p": 0.25}, True),
+        ([2.0, 2.0 + float(np.log(0.25)), -9.0], {"min_p": 0.3}, False),
+    ],
+)
+def test_a_token_about_which_rounding_might_decide_is_told_from_others(row, params, close):
+    assert near(row, **params) is close
+
+
+def test_a_number_near_the_border_of_two_tokens_is_told_from_others():
+    number = float(uniform(mixed(np.array([7], dtype=np.uint64), 0))[0])
+    border = float(np.log(number / (1 - number)))  # the first of two tokens has this probability
+    assert near([border, 0.0], seed=7)
+    assert not near([border + 0.01, 0.0], seed=7)
+
+
+def test_where_rounding_might_decide_a_token_is_drawn_alone_and_in_double_precision(trained, folder, monkeypatch):
+    asked = [sample(range(3, 3 + count), count, ignore_eos=True, max_tokens=9) for count in (1, 2, 5, 9, 20)]
+    tokens = [one.tokens for one in make("model", folder).draw(asked)]
+    monkeypatch.setattr(drawing, "_ROUNDING", 1e9)  # everywhere
+    model = make("model", folder)
+    together = model.draw(asked)
+    assert [one.tokens for one in together] == tokens
+    assert [model.draw([one])[0] for one in asked] == together  # to the last digit of log-probs
+    weights = {name: tensor * 1.5 for name, tensor in checkpoint_tensors(folder)}
+    model.load(weights.items())
+    model.forget()
+    fresh = make("model", folder)
+    fresh.load(weights.items())
+    assert model.draw(asked) == fresh.draw(asked) != together
