@@ -10,7 +10,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightrft.errors import EngineStateError, RankFailedError, StaleWeightsError, WeightSyncError
+from lightrft.errors import ConfigError, EngineStateError, RankFailedError, StaleWeightsError, WeightSyncError
 from lightrft.models.tiny import VOCABULARY, tiny_text_model
 from lightrft.sim import SimWorld
 from lightrft.sim.engine import drawing
@@ -395,3 +395,50 @@ def test_where_rounding_might_decide_a_token_is_drawn_alone_and_in_double_precis
     fresh = make("model", folder)
     fresh.load(weights.items())
     assert model.draw(asked) == fresh.draw(asked) != together
+
+
+SMALL = {
+    "vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "initializer_range": 0.2, "eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings_"),
+    [
+        ("Llama", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True}),
+        ("Llama", {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True}),
+        ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16}),
+        ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+        ("GPTNeoX", {}),
+    ],
+)
+def test_models_of_several_builds_complete_as_transformers_does(kind, settings_, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{kind}Config")(**{**SMALL, **settings_})
+        theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    theirs.save_pretrained(tmp_path)
+    model = make("model", str(tmp_path))
+    asked = [sample(range(5, 5 + count), temperature=0, max_tokens=24, ignore_eos=True) for count in (1, 3, 20)]
+    for one, found in zip(asked, model.draw(asked), strict=True):
+        ids = torch.tensor([one.tokens])
+        output = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=None
+        )
+        assert found.tokens == tuple(output[0, len(one.tokens) :].tolist())
+        logits = theirs(output).logits[0, len(one.tokens) - 1 : -1].log_softmax(-1)
+        expected = logits.gather(1, torch.tensor(found.tokens).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(torch.tensor(found.raw), expected, atol=1e-5, rtol=0)
+
+
+def test_layers_that_see_a_part_are_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    transformers.MistralConfig(**SMALL, sliding_window=16).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="whose layers have sliding_attention: use its hash mode"):
+        TransformerModel(str(tmp_path), torch.float32)

@@ -67,7 +67,7 @@ class TransformerModel(LanguageModel):
                 )  # type: ignore[no-untyped-call, unused-ignore]
         except (OSError, ValueError) as error:
             raise ConfigError(f"the fake engine cannot build the model in {path}: {error}") from error
-        kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
+        kinds = _kinds(config.get_text_config()) - {"full_attention"}
         if kinds:
             raise ConfigError(
                 f"the fake engine cannot run {path}, whose layers have {', '.join(sorted(kinds))}: use its hash mode"
@@ -180,6 +180,14 @@ class TransformerModel(LanguageModel):
     def _ends_of(self, sample: Sample) -> frozenset[int]:
         own = frozenset() if sample.params.ignore_eos else self.ends
         return own | frozenset(sample.params.stop_token_ids)
+
+
+def _kinds(config: Any) -> set[str]:
+    """Of attention, of all layers."""
+    named = getattr(config, "layer_types", None)
+    if named is None and getattr(config, "sliding_window", None):
+        return {"sliding_attention"}
+    return set(named or ())
 
 
 def _in_checkpoint(model: torch.nn.Module) -> dict[str, str]:
