@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -123,9 +124,11 @@ def send(
     try:
         engine.update_weights(buckets, sent.version)
         unread = next(buckets, None)
-    finally:
-        for _ in buckets:  # gathering is collective: a rank whose engine fails goes through all of it nevertheless
-            pass
+    except BaseException:
+        with suppress(Exception):  # of the source, which may fail too: the first error is told
+            _gather_rest(buckets)
+        raise
+    _gather_rest(buckets)
     if unread is not None:
         raise WeightSyncError(
             f"the engine stopped reading after bucket {sent.buckets - 1}: it holds a part of the weights"
@@ -137,6 +140,12 @@ def send(
             raise _untold(engine)
         _compare(digests, held)
     return sent
+
+
+def _gather_rest(buckets: Iterator[list[Named]]) -> None:
+    """Gathering is collective: a rank whose engine fails goes through all of it nevertheless."""
+    for _ in buckets:
+        pass
 
 
 def _untold(engine: RolloutEngine) -> ConfigError:

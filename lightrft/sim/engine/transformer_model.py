@@ -142,7 +142,8 @@ class TransformerModel(LanguageModel):
 
     def _draw_batch(self, samples: Sequence[Sample]) -> list[Drawn]:
         ends = [self._ends_of(sample) for sample in samples]
-        decoding, drawer = Decoding(samples, ends, self.stop_in), Drawer(samples, ends)
+        late = [self.ends | frozenset(sample.params.stop_token_ids) for sample in samples]
+        decoding, drawer = Decoding(samples, ends, self.stop_in), Drawer(samples, late)
         held, logits = self._prompts.computed(samples, decoding.most)
         rows = np.arange(len(samples))
         for count in range(decoding.most):

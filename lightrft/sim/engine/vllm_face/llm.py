@@ -149,7 +149,7 @@ class LLM:
             log_probs = [{t: Logprob(p)} for t, p in zip(drawn.tokens, found, strict=True)]
         return CompletionOutput(
             index=index,
-            text=self._prompts.text_of(drawn.tokens, params, drawn.stop) if params.detokenize else "",
+            text=self._prompts.text_of(drawn, params) if params.detokenize else "",
             token_ids=list(drawn.tokens),
             cumulative_logprob=None if log_probs is None else sum(found),
             logprobs=log_probs,
