@@ -210,6 +210,35 @@ def test_adapters_are_trained_the_same_everywhere(name, untied):
     assert not torch.equal(plain[0][0][1], scores[1])
 
 
+def with_nothing_on_one_rank(name, kind, folder, settings):
+    """Two steps in which rank 1 has nothing but padding."""
+    strategy = strategy_of(name, **settings)
+    model = kind.from_pretrained(folder, settings=strategy.config)
+    model, optimizer, _ = strategy.prepare((model, torch.optim.SGD(model.parameters(), lr=RATE), None))
+    ids, mask = batch((7, 3, 5) if strategy.get_rank() == 0 else (0, 0, 0), 8)
+    for _ in range(2):
+        scores = called(model, ids, mask)
+        strategy.backward(loss_of(scores), model, optimizer)
+        norm = strategy.optimizer_step(optimizer, model)
+    return numbers(scores), norm
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "way"),
+    [
+        usual((name, kind, way), ("FSDP", Actor, "packed"), ("ZeRO-3", Actor, "fused"))
+        for name in SETTINGS
+        for kind in (Actor, RewardModel)
+        for way in WAYS
+    ],
+)
+def test_k11_k23_a_rank_with_nothing_but_padding_keeps_step(name, kind, way, untied):
+    (first, norm), (second, other) = in_world(with_nothing_on_one_rank, name, kind, untied, WAYS[way])
+    assert first.abs().sum() > 0
+    assert second.abs().sum() == 0
+    assert norm == other > 0
+
+
 # -- Engines ----------------------------------------------------------------------------------------------------------
 
 
