@@ -370,3 +370,34 @@ def test_f11_k24_mixed_mm_data_keeps_ranks_with_and_without_images_together(name
 def test_f11_without_it_ranks_that_see_something_and_others_come_apart(name, sees):
     with pytest.raises((CollectiveMismatchError, DeadlockError, RankFailedError)):
         in_world(trained_on_images, name, Actor, sees, {})
+
+
+def saves_what_sees(name, kind, folder, lora, target):
+    strategy = strategy_of(name)
+    with strategy.init_model_context(meta_init=True):
+        model = kind.from_pretrained(folder, settings=strategy.config, lora=lora)
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=1e-3)
+    model, optimizer, _ = strategy.prepare((model, optimizer, None))
+    ids, mask, images, _ = seen_batch()
+    first = called(model, ids, mask, **images)
+    strategy.backward(loss_of(first), model, optimizer)
+    strategy.optimizer_step(optimizer, model)
+    strategy.save_model(model, None, target)
+    return numbers(first), numbers(called(model, ids, mask, **images))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "lora"),
+    [
+        usual((name, kind, lora), ("FSDP", Actor, None))
+        for name in SETTINGS
+        for kind in (Actor, Critic, RewardModel)
+        for lora in (None, 2)
+    ],
+)
+def test_a_model_that_sees_is_saved_and_loaded(name, kind, lora, sees, tmp_path):
+    (first, last), _ = in_world(saves_what_sees, name, kind, sees, lora and {"r": lora}, str(tmp_path))
+    assert not torch.allclose(first, last, atol=1e-4)
+    ids, mask, images, _ = seen_batch()
+    loaded = kind.from_pretrained(tmp_path)
+    torch.testing.assert_close(numbers(called(loaded, ids, mask, **images)), last, atol=5e-5, rtol=1e-5)
