@@ -45,19 +45,19 @@ def pictures(number):
     return tuple(Image.new("RGB", (28 * (1 + i), 28), (40 * number % 256, 90 * i, 7)) for i in range(number % 3))
 
 
-def prompts(count):
+def prompts(count, seen=True):
     """Prompts with none, one or two images; the first ones, of rank 0 without shuffling, among them."""
     from lightrft.models import tiny
 
     found = []
     for index in range(count):
-        images = pictures(index)
+        images = pictures(index) if seen else ()
         seen = (tiny.VISION_START, tiny.IMAGE, tiny.VISION_END) * len(images)
         found.append(Prompt(prompt=f"p{index}", token_ids=(*seen, 10 + index), images=images, index=index, label=index))
     return found
 
 
-def run(folder, size, steps=2, **given):
+def run(folder, size, steps=2, seen=True, **given):
     def program():
         from lightrft.models import Actor, tiny
 
@@ -76,7 +76,7 @@ def run(folder, size, steps=2, **given):
             actor_scheduler=actor[2], processor=tiny.image_processor(), advantage_estimator="reinforce++",
             max_steps=steps,
         )  # fmt: skip
-        metrics = trainer.fit(prompts(16))
+        metrics = trainer.fit(prompts(16, seen))
         dist.destroy_process_group()
         return {name: value for name, value in metrics.items() if not name.startswith(("time", "tokens_per"))}
 
@@ -101,3 +101,14 @@ def test_k06_images_in_the_loop_on_every_backend(backend, more, folder):
     run(folder, 2, engine_tp_size=2, **backend, **more)
     found = run(folder, 2, steps=1, **backend, **more)
     assert found == pytest.approx(run(folder, 2, steps=1, strategy="fake"), abs=1e-4, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backend", [{"strategy": "fake"}, {"fsdp": True}, {"zero_stage": 2}, {"zero_stage": 3}], ids=str
+)
+def test_k06_a_model_that_sees_learns_from_text_alone(backend, folder):
+    if "zero_stage" in backend:
+        pytest.importorskip("deepspeed")
+    found = run(folder, 2, steps=1, seen=False, **backend)
+    assert found == pytest.approx(run(folder, 2, steps=1, seen=False, strategy="fake"), abs=1e-4, rel=1e-3)
