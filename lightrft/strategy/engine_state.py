@@ -176,6 +176,10 @@ class EngineState:
         finally:
             self._updating_at = ""
 
+    def spoil(self, reason: str) -> None:
+        """The weights are of no use until the next update; ``reason`` completes "the engine ..."."""
+        self._stale = f"{reason} at {call_site()}"
+
     def end(self, reason: str) -> None:
         """The engine is dead from now on; ``reason`` completes "the engine ..."."""
         self._dead = self._dead or f"{reason} at {call_site()}"

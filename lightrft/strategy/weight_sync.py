@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from lightrft.strategy.utils.fingerprints import fingerprint
 if TYPE_CHECKING:
     from lightrft.strategy.engine import RolloutEngine
 
-__all__ = ["Sent", "in_buckets", "send"]
+__all__ = ["Sent", "in_buckets", "poisons", "send"]
 
 Named = tuple[str, Tensor]
 
@@ -39,6 +40,11 @@ class Sent:
     names: list[str] = field(default_factory=list)
     bytes: int = 0
     buckets: int = 0
+
+
+def poisons() -> bool:
+    """Whether the environment says that buckets are to be poisoned once they are used."""
+    return os.environ.get(_POISON) == "1"
 
 
 def in_buckets(
@@ -112,15 +118,17 @@ def send(
         raise _untold(engine)
     sent = Sent(version=engine.weight_version + 1)
     digests: dict[str, str] | None = {} if verify else None
-    poison = os.environ.get(_POISON) == "1" if poison is None else poison
+    poison = poisons() if poison is None else poison
     noted = _noted(sent, parameters, digests, dtype, engine.weights_dtype)
     buckets = _counted(sent, in_buckets(noted, bucket_bytes, dtype=dtype, poison=poison))
     try:
         engine.update_weights(buckets, sent.version)
         unread = next(buckets, None)
-    finally:
-        for _ in buckets:  # gathering is collective: a rank whose engine fails goes through all of it nevertheless
-            pass
+    except BaseException:
+        with suppress(Exception):  # of the source, which may fail too: the first error is told
+            _gather_rest(buckets)
+        raise
+    _gather_rest(buckets)
     if unread is not None:
         raise WeightSyncError(
             f"the engine stopped reading after bucket {sent.buckets - 1}: it holds a part of the weights"
@@ -132,6 +140,12 @@ def send(
             raise _untold(engine)
         _compare(digests, held)
     return sent
+
+
+def _gather_rest(buckets: Iterator[list[Named]]) -> None:
+    """Gathering is collective: a rank whose engine fails goes through all of it nevertheless."""
+    for _ in buckets:
+        pass
 
 
 def _untold(engine: RolloutEngine) -> ConfigError:

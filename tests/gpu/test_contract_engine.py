@@ -4,8 +4,9 @@ import importlib.util
 
 import pytest
 import torch
-from engines import tiny
+from engines import on_cpu
 
+from lightrft.models import tiny
 from lightrft.sim.contracts import engine as engine_contract
 from lightrft.sim.contracts import weight_sync as weight_sync_contract
 from lightrft.sim.contracts.engine import LACKS
@@ -24,17 +25,17 @@ def subject(request, gpus, tmp_path_factory):
     kind = request.param
     if importlib.util.find_spec(kind) is None:
         pytest.skip(f"{kind} is not installed")
-    models = [model.bfloat16() for model in tiny.pair(tie_word_embeddings=True)]
-    folders = [tiny.save(model, tmp_path_factory.mktemp("model"), tiny.tokenizer()) for model in models]
+    models = [model.bfloat16() for model in on_cpu.pair(tie_word_embeddings=True)]
+    folders = [on_cpu.save(model, tmp_path_factory.mktemp("model"), tiny.tokenizer()) for model in models]
 
     def start(index):
-        settings = tiny.settings(
+        settings = on_cpu.settings(
             folders[index], dtype="bfloat16", memory_share=0.3, device=torch.device("cuda:0"), options=OPTIONS[kind]
         )
-        return tiny.counting(engines.start(kind, settings))
+        return on_cpu.counting(engines.start(kind, settings))
 
     lacks = {name: why for name, why in LACKS[NAMES[kind]].items() if name != "seeds"} | ALONE
-    made = tiny.subject(NAMES[kind], start, models, lacks=lacks, within=0.05)
+    made = on_cpu.subject(NAMES[kind], start, models, lacks=lacks, within=0.05)
     yield made
     made.close()
 

@@ -198,7 +198,7 @@ def test_k10_f17_a_prompt_that_an_engine_refuses_is_an_error_on_its_group_and_no
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_f03_k07_an_update_wakes_the_weights_alone_and_all_of_it_sleeps_again(folder, engine):
+def test_f03_an_update_wakes_the_weights_alone_and_all_of_it_sleeps_again(folder, engine):
     def program():
         strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_tp_size=2)
         actor, optimizer = prepared(strategy, folder)
@@ -221,3 +221,115 @@ def test_f03_k07_an_update_wakes_the_weights_alone_and_all_of_it_sleeps_again(fo
 
     half, wholly = ("asleep", ["kv_cache"]), ("asleep", ["kv_cache", "weights"])
     assert SimWorld(SIZE).run(program) == [[half, half, wholly, half, ("awake", [])]] * SIZE
+
+
+CALLS = {
+    "vllm": {
+        "generate": ["generate"],
+        "sleep": ["sleep"],
+        "wake_up": ["wake_up"],
+        "update": ["collective_rpc"],
+        "reset_caches": ["reset_prefix_cache"],
+    },
+    "sglang": {
+        "generate": ["generate"],
+        "sleep": ["release_memory_occupation"],
+        "wake_up": ["resume_memory_occupation"],
+        "update": ["begin_weight_update", "update_weights_from_tensor", "end_weight_update"],
+        "reset_caches": ["flush_cache"],
+    },
+}
+USUAL = ("sleep", "end_weight_update")
+FAILING = [
+    pytest.param(kind, move, call, marks=() if call in USUAL else pytest.mark.slow)
+    for kind, moves in CALLS.items()
+    for move, calls in moves.items()
+    for call in calls
+]
+
+
+@pytest.mark.parametrize(("engine", "move", "call"), FAILING)
+def test_f17_a_call_of_the_library_that_fails_is_told_to_all_ranks_and_the_engine_goes_on(folder, engine, move, call):
+    def program():
+        strategy = strategy_of(folder, BACKENDS["fake"], train_batch_size=2, engine_type=engine, engine_tp_size=2)
+        actor, _ = prepared(strategy, folder)
+        made = strategy.setup_inference_engine()
+        prompts = [[3, 4 + strategy.get_rank()]]
+        moves = {
+            "generate": lambda: strategy.gather_and_generate(GREEDY, all_prompt_token_ids=prompts, sleep_engine=False),
+            "sleep": made.sleep,
+            "wake_up": made.wake_up,
+            "update": lambda: strategy.update_engine_weights(actor),
+            "reset_caches": made.reset_caches,
+        }
+        before = [one.output_token_ids for one in moves["generate"]()]
+        if move == "wake_up":
+            made.sleep()
+        library = made._llm if engine == "vllm" else made._launched and made._launched.engine
+        # Ranks of vLLM compute together: one that fails alone keeps the others until the group's timeout.
+        fails = strategy.get_rank() == (1 if engine == "vllm" else 0) or (engine, call) == ("vllm", "generate")
+        original = getattr(library, call, None)
+
+        def broken(*args, **kwargs):
+            setattr(library, call, original)
+            raise RuntimeError("the device is lost")
+
+        if fails:
+            setattr(library, call, broken)
+        with pytest.raises((EngineStateError, WeightSyncError), match="the device is lost") as caught:
+            moves[move]()
+        told = str(caught.value)
+        strategy.update_engine_weights(actor)
+        after = [one.output_token_ids for one in moves["generate"]()]
+        made.shutdown()
+        dist.destroy_process_group()
+        return told, before == after
+
+    first, second = SimWorld(2, engines="hash").run(program)
+    assert first == second
+    assert first[1]
+
+
+def test_f17_an_engine_that_one_rank_cannot_mend_is_dead_on_all_and_replaced(folder):
+    def program():
+        strategy = strategy_of(folder, BACKENDS["fake"], train_batch_size=2, engine_type="vllm", engine_tp_size=2)
+        actor, _ = prepared(strategy, folder)
+        made = strategy.setup_inference_engine()
+
+        def broken(*args, **kwargs):
+            raise RuntimeError("the device is lost")
+
+        if strategy.get_rank():
+            made._llm.collective_rpc = broken
+        with pytest.raises(WeightSyncError, match="vLLM is dead: a failed update could not be ended"):
+            strategy.update_engine_weights(actor)
+        status = str(strategy.inference_engine_status)
+        again = strategy.setup_inference_engine(actor=actor)
+        found = len(strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3]]))
+        again.shutdown()
+        dist.destroy_process_group()
+        return status, found
+
+    assert SimWorld(2, engines="hash").run(program) == [("dead", 1)] * 2
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_k07_each_update_is_of_the_actor_that_it_is_given(folder, engine):
+    def program():
+        strategy = strategy_of(folder, BACKENDS["fake"], train_batch_size=2, engine_type=engine, engine_tp_size=2)
+        first, second = prepared(strategy, folder), prepared(strategy, folder)
+        trained(strategy, *second)
+        strategy.setup_inference_engine()
+        found = []
+        for actor in (second[0], first[0], second[0], first[0]):
+            strategy.update_engine_weights(actor, verify=True)
+            (one,) = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3, 4]])
+            assert gap(actor, one) < 1e-4
+            found.append(one.output_token_ids)
+        strategy.inference_engine.shutdown()
+        dist.destroy_process_group()
+        return found
+
+    for found in SimWorld(2).run(program):
+        assert found[:2] == found[2:]
+        assert found[0] != found[1]

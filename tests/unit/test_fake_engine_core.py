@@ -1,6 +1,7 @@
 """The core of the fake engine: what it draws depends on weights, prompt, parameters and seed, and on nothing else."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,6 +153,15 @@ def test_penalties_and_least_lengths_change_logits():
     assert drawer._changed(logits, np.array([[2, 2, 3]])).tolist() == [[1.0, -2.0, 0.25 - 0.25 - 1.0, 0.0 - 0.25 - 0.5]]
     ends = Drawer([sample([1], temperature=0, min_tokens=2)], [frozenset({0})])
     assert [ends.draw(logits, np.full((1, count), 2)).tokens.item() for count in range(3)] == [2, 2, 0]
+
+
+def test_each_engine_has_its_order_of_penalties_and_biases():
+    logits = torch.tensor([[2.0, -1.0, 0.5, 0.0]], dtype=torch.float64)
+    one = sample([0, 1], temperature=0, repetition_penalty=2.0, logit_bias={2: 3.0})
+    drawn = np.array([[2, 3]])
+    assert Drawer([one], [frozenset()])._changed(logits, drawn).tolist() == [[1.0, -2.0, 1.75, 0.0]]
+    other = replace(one, penalties="SGLang")
+    assert Drawer([other], [frozenset()])._changed(logits, drawn).tolist() == [[2.0, -1.0, 3.25, 0.0]]
 
 
 @pytest.mark.parametrize("kind", ["hash", "model"])

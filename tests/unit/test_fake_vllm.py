@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lightrft.errors import ConfigError, EngineStateError, RankFailedError, StaleWeightsError
-from lightrft.models.tiny import VOCABULARY, text_model, tiny_text_model
+from lightrft.models.tiny import LETTERS, SPECIAL, VOCABULARY, text_model, tiny_text_model, tokenizer
 from lightrft.sim import SimWorld
 from lightrft.sim.engine.faces import MODES, faces
 
@@ -304,3 +304,47 @@ def test_folders_without_a_model_or_weights_are_refused(tmp_path):
             llm.generate([3])
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": [("w", torch.ones(3))]})
         assert llm.generate([3])
+
+
+def test_flat_log_probs_are_those_by_position(vllm, folder):
+    from vllm.logprobs import FlatLogprobs, Logprob
+
+    llm = vllm.LLM(folder)
+    plain, flat = (
+        llm.generate([3, 4], vllm.SamplingParams(seed=1, max_tokens=5, logprobs=0, flat_logprobs=flat))[0].outputs[0]
+        for flat in (False, True)
+    )
+    assert isinstance(flat.logprobs, FlatLogprobs)
+    assert [list(one) for one in flat.logprobs] == [[token] for token in plain.token_ids]
+    assert all(isinstance(each, Logprob) for one in flat.logprobs for each in one.values())
+    found = flat.logprobs
+    assert (found.token_ids, len(found), len(found[1:3])) == (list(plain.token_ids), len(plain.token_ids), 2)
+    for position, (start, end) in enumerate(zip(found.start_indices, found.end_indices, strict=True)):
+        assert found.token_ids[start:end] == list(found[position])
+    assert found.ranks == found.decoded_tokens == [None] * len(found)
+
+
+def test_a_text_has_what_ended_it_only_if_asked(tmp_path):
+    tiny_text_model(tmp_path)
+    with faces():
+        import vllm
+
+        llm = vllm.LLM(str(tmp_path))
+
+        letters = range(len(SPECIAL), len(SPECIAL) + len(LETTERS))
+        no_others = {token: -100.0 for token in range(VOCABULARY) if token not in letters}
+
+        def text(**params):
+            given = {"temperature": 0, "max_tokens": 8, "ignore_eos": True, "logit_bias": no_others, **params}
+            return llm.generate([[7, 8]], vllm.SamplingParams(**given))[0].outputs[0]
+
+        whole = text()
+        last = tokenizer().decode([whole.token_ids[-1]])
+        assert len(whole.text) == 8
+        before = whole.text[: whole.text.index(last)]
+        for ended in ({"stop": [last]}, {"stop_token_ids": [whole.token_ids[-1]]}):
+            found = text(**ended)
+            assert (found.text, found.finish_reason) == (before, "stop")
+            assert text(**ended, include_stop_str_in_output=True).text == before + last
+        early = text(stop=[whole.text[0]], min_tokens=3)
+        assert early.text.startswith(whole.text[:3]), "a text that had come before min_tokens ends nothing"

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightrft.errors import ConfigError, WeightSyncError
+from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
 from lightrft.strategy.engine import EngineStatus, StatefulEngine
 from lightrft.strategy.utils.fingerprints import fingerprint
 from lightrft.strategy.weight_sync import in_buckets, send
@@ -155,6 +155,17 @@ def test_f17_an_engine_that_stops_reading_is_stale_and_everything_is_gathered_ne
         send(engine, parameters(), bucket_bytes=8)
     assert gathered == list(range(6))
     assert engine.status is EngineStatus.STALE
+
+
+def test_f17_the_error_of_the_engine_is_told_although_the_source_fails_too():
+    def failing():
+        yield "w0", torch.ones(2)
+        raise OSError("the disk is gone")
+
+    engine = Holder()
+    engine.state.sleep(1, lambda: None)
+    with pytest.raises(EngineStateError, match="wake its weights up first"):
+        send(engine, failing(), bucket_bytes=8)
 
 
 def test_an_engine_that_cannot_tell_what_it_holds_is_not_verified():

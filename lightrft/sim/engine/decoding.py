@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from lightrft.sim.engine.drawing import Step
+    from lightrft.strategy.sampling import SamplingParams
 
 __all__ = ["Decoding"]
 
@@ -23,7 +24,7 @@ class Decoding:
     Args:
         samples: B of them.
         ends: token ids that end a completion of each.
-        stop_in: the text among some that is in the text of tokens, see ``LanguageModel.stop_in``.
+        stop_in: the text that the last token has completed, see ``LanguageModel.stop_in``.
 
     Attributes:
         tokens: that were drawn, (B, most tokens of any).
@@ -36,7 +37,7 @@ class Decoding:
         self,
         samples: Sequence[Sample],
         ends: Sequence[frozenset[int]],
-        stop_in: Callable[[Sequence[int], Sequence[str]], str | None],
+        stop_in: Callable[[Sequence[int], SamplingParams], str | None],
     ) -> None:
         self._samples = samples
         self._stop_in = stop_in
@@ -91,7 +92,7 @@ class Decoding:
         return found & (self.count > self._least[rows])
 
     def _text(self, row: int) -> str | None:
-        return self._stop_in(self.tokens[row, : self.count].tolist(), self._samples[row].params.stop)
+        return self._stop_in(self.tokens[row, : self.count].tolist(), self._samples[row].params)
 
     def _stop_of(self, row: int) -> int | str | None:
         """The token or text of the parameters that ended a completion, if it was one of them."""

@@ -53,8 +53,8 @@ class Drawer:
 
     Args:
         samples: B of them.
-        ends: token ids that end a completion of each, of the model and of the parameters; not drawn before
-            ``min_tokens``.
+        ends: token ids that are not drawn before ``min_tokens``: the end of the model, also where it ends nothing, and
+            those of the parameters.
     """
 
     def __init__(self, samples: Sequence[Sample], ends: Sequence[frozenset[int]]) -> None:
@@ -120,10 +120,13 @@ class Drawer:
             return logits
         logits = logits.clone()
         for row in self._special:
-            params = self._params[row]
-            _penalise(logits[row], params, self._samples[row].tokens, drawn[row].tolist())
+            params, sample = self._params[row], self._samples[row]
+            if sample.penalties == "SGLang":
+                _penalise(logits[row], params, (), drawn[row].tolist())
             for token, bias in (params.logit_bias or {}).items():
                 logits[row, int(token)] += bias
+            if sample.penalties == "vLLM":
+                _penalise(logits[row], params, sample.tokens, drawn[row].tolist())
             if drawn.shape[1] < params.min_tokens:
                 logits[row, sorted(self._ends[row])] = _NEVER
         return logits
@@ -136,7 +139,7 @@ def _penalises(params: SamplingParams) -> bool:
 def _penalise(logits: Tensor, params: SamplingParams, prompt: Sequence[int], drawn: Sequence[int]) -> None:
     """Change the logits (V,) of one sample.
 
-    The repetition penalty (Keskar et al., 2019) counts prompt and completion, the others the completion alone.
+    The repetition penalty (Keskar et al., 2019) counts ``prompt`` and completion, the others the completion alone.
     """
     if params.repetition_penalty != 1:
         seen = sorted({*prompt, *drawn})

@@ -164,7 +164,7 @@ class HashModel(LanguageModel):
                     drawn[length - 1] = stops[0]
                 stop = drawn[length - 1]
         for end in range(params.min_tokens + 1, length + 1) if params.stop else ():
-            if (text := self.stop_in(drawn[:end], params.stop)) is not None:
+            if (text := self.stop_in(drawn[:end], params)) is not None:
                 length, stop = end, text
                 break
         found = tuple(log_probs[:length].tolist())

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Size, Tensor
 
     from lightrft.sim.engine.samples import Drawn, Sample
+    from lightrft.strategy.sampling import SamplingParams
 
 __all__ = ["LanguageModel"]
 
@@ -34,7 +35,7 @@ class LanguageModel(ABC):
 
     vocabulary: int
     ends: frozenset[int]
-    decode: Callable[[Sequence[int]], str] | None = None
+    decode: Callable[..., str] | None = None
 
     @abstractmethod
     def shapes(self) -> Mapping[str, Size]:
@@ -68,12 +69,16 @@ class LanguageModel(ABC):
     def draw(self, samples: Sequence[Sample]) -> list[Drawn]:
         """A completion of each of ``samples``, which depends on the weights and on that sample alone."""
 
-    def stop_in(self, drawn: Sequence[int], stops: Sequence[str]) -> str | None:
-        """The first of some texts that is in the text of a completion; ``None`` if there is none."""
-        if not stops or self.decode is None:
+    def stop_in(self, drawn: Sequence[int], params: SamplingParams) -> str | None:
+        """The text of ``params.stop`` that the last token completes, the earliest one; ``None`` if there is none."""
+        if not params.stop or self.decode is None:
             return None
-        text = self.decode(drawn)
-        return next((stop for stop in stops if stop in text), None)
+        text, before = (
+            self.decode(tokens, skip_special_tokens=params.skip_special_tokens) for tokens in (drawn, drawn[:-1])
+        )
+        places = {stop: text.find(stop, max(0, len(before) - len(stop) + 1)) for stop in params.stop}
+        ends = {stop: place + len(stop) for stop, place in places.items() if place >= 0}
+        return min(ends, key=lambda stop: ends[stop], default=None)
 
     def medium(self, kind: str, given: Any) -> Medium:
         """An image or a video as the model takes it.
@@ -109,6 +114,7 @@ class LanguageModel(ABC):
                 raise WeightSyncError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(known[name])}")
             self.put(name, tensor)
             seen.add(name)
+            del tensor  # the next may be gathered only when it is gone
         missing = [name for name in known if name not in seen and name not in self.optional()]
         if whole and missing:
             raise WeightSyncError(f"{len(missing)} weights are missing: {_some(missing)}")

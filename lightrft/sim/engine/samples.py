@@ -37,15 +37,18 @@ class Sample:
         params: how to draw; ``max_tokens`` is set.
         seed: 64 bits that choose among the completions that are possible; none counts where the temperature is 0.
         media: images and videos of the prompt.
+        penalties: whose. Those of vLLM come after biases, and the one for repetition counts the prompt; those of SGLang
+            come before, and count what was drawn.
     """
 
     tokens: tuple[int, ...]
     params: SamplingParams
     seed: int = 0
     media: tuple[Medium, ...] = ()
+    penalties: Literal["vLLM", "SGLang"] = "vLLM"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # with slots it would be slower to pickle
 class Drawn:
     """A completion.
 

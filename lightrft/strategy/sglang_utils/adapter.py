@@ -75,6 +75,7 @@ class SGLangEngine(StatefulEngine):
         self._launched = launched
         self._dtype = str(settings.options.get("dtype", settings.dtype))
         self._released: list[str] = []
+        self._in_session = False
         self._used = True
 
     @property
@@ -245,9 +246,14 @@ class SGLangEngine(StatefulEngine):
             self._session("end_weight_update")
 
     def _session(self, method: str) -> None:
-        """Begin or end an update, for versions that want it."""
-        if self._launched is not None and hasattr(self._launched.engine, method):
-            sending.check(self._ask(method), method)
+        """Begin or end an update, for versions that want it; one whose end has failed is ended before the next."""
+        if self._launched is None or not hasattr(self._launched.engine, method):
+            return
+        begins = method == "begin_weight_update"
+        if begins and self._in_session:
+            sending.check(self._ask("end_weight_update"), "end_weight_update")
+        sending.check(self._ask(method), method)
+        self._in_session = begins
 
     def _flush(self) -> None:
         """Empty the caches, as soon as no request is in work: one that failed leaves others behind."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from lightrft.errors import ConfigError, EngineStateError, LightRFTError, WeightSyncError
 from lightrft.strategy.coverage import Coverage
-from lightrft.strategy.engine import StatefulEngine
+from lightrft.strategy.engine import EngineStatus, StatefulEngine
 from lightrft.strategy.extras import naming_extras
 from lightrft.strategy.model_files import ModelFiles
 from lightrft.strategy.request_seeds import content_of, derived_seed, seeds_for
@@ -161,8 +161,25 @@ class VLLMEngine(StatefulEngine):
     def _sleep(self, level: int) -> None:
         if not self._settings.sleeps:
             raise ConfigError("the engine was started with enable_engine_sleep off: it cannot be put to sleep")
-        with self._ranks.together("vLLM did not fall asleep", EngineStateError), self._process.entered():
-            self._llm.sleep(level=level)
+        asleep = False
+        try:
+            with self._ranks.together("vLLM did not fall asleep", EngineStateError), self._process.entered():
+                self._llm.sleep(level=level)
+                asleep = True
+        except LightRFTError:
+            self._rouse(level, asleep=asleep)
+            raise
+
+    def _rouse(self, level: int, *, asleep: bool) -> None:
+        """Wake the ranks that fell asleep where not all did."""
+        try:
+            with self._ranks.together("vLLM did not wake up again", EngineStateError), self._process.entered():
+                if asleep:
+                    self._llm.wake_up()
+        except LightRFTError as error:
+            self.state.end(f"fell asleep on some of its ranks, and could not be woken ({error})")
+        if level > 1:
+            self.state.spoil("has dropped its weights on some of its ranks, by a sleep at level 2 that failed")
 
     def _wake_up(self, tags: list[str]) -> None:
         with self._ranks.together("vLLM did not wake up", EngineStateError), self._process.entered():
@@ -171,16 +188,24 @@ class VLLMEngine(StatefulEngine):
             self._drop_caches()
 
     def _load(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]]) -> None:
-        with self._ranks.together("vLLM has not got new weights", WeightSyncError):
-            coverage = Coverage(self._files)
-            try:
-                with self._process.entered():
-                    self._reload(_copies(buckets, coverage))
-            except BaseException:
-                self._mend()
-                coverage.check(whole=False)  # which says better what does not fit
-                raise
-            coverage.check()
+        try:
+            with self._ranks.together("vLLM has not got new weights", WeightSyncError):
+                self._load_here(buckets)
+        except LightRFTError:
+            if any(self._ranks.gather(self.status is EngineStatus.DEAD)):
+                self.state.end("could not be mended after a failed update on some of its ranks")
+            raise
+
+    def _load_here(self, buckets: Iterable[Sequence[tuple[str, torch.Tensor]]]) -> None:
+        coverage = Coverage(self._files)
+        try:
+            with self._process.entered():
+                self._reload(_fitting(buckets, coverage, copied=not _copies_at_once(self._llm)))
+        except BaseException:
+            self._mend()
+            coverage.check(whole=False)  # which says better what does not fit
+            raise
+        coverage.check()
 
     def _reload(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -249,18 +274,25 @@ def _end(llm: Any, process: ProcessState) -> None:
             llm.llm_engine.engine_core.shutdown()
 
 
-def _copies(
-    buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], coverage: Coverage
+def _copies_at_once(llm: Any) -> bool:
+    """Whether an engine copies each weight before it asks for the next, as the fake one does and says."""
+    return bool(getattr(llm, "copies_weights_at_once", False))
+
+
+def _fitting(
+    buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], coverage: Coverage, *, copied: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """What fits of ``buckets``, copied: vLLM keeps tensors until it has all that it fuses, longer than buckets last."""
+    """What fits of ``buckets``; copied, as vLLM keeps tensors until it has all that it fuses, after they are gone."""
     for bucket in buckets:
-        yield from _copied(bucket, coverage)  # nothing of it is kept here while the next is gathered
+        yield from _fit(bucket, coverage, copied=copied)  # nothing of it is kept here while the next is gathered
 
 
-def _copied(bucket: Sequence[tuple[str, torch.Tensor]], coverage: Coverage) -> Iterator[tuple[str, torch.Tensor]]:
+def _fit(
+    bucket: Sequence[tuple[str, torch.Tensor]], coverage: Coverage, *, copied: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in bucket:
         if coverage.fits(name, tuple(tensor.shape), tensor.dtype):
-            yield name, tensor.detach().clone()
+            yield name, tensor.detach().clone() if copied else tensor.detach()
 
 
 @contextmanager

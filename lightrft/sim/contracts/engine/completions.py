@@ -103,7 +103,7 @@ def check_a_completion_ends_for_the_reason_that_it_gives(subject: Subject) -> No
         )
 
 
-@contract.check(106, "language_model")
+@contract.check(106, "language_model", probed=False)
 def check_tokens_before_the_end_are_the_same(subject: Subject) -> None:
     """A completion that is ended, by a token or its limit, begins as one that goes on; nothing comes after the first such token."""  # noqa: E501
     subject.fresh()

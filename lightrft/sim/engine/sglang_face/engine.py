@@ -228,7 +228,7 @@ class Engine:
         own = asked.params.sampling_seed if self._deterministic else None
         seed = digest([self.server_args.random_seed, self._requests]) if own is None else own + index
         ours = asked.params.ours(self._limit - len(asked.seen))
-        return Sample(tokens=asked.seen, params=ours, seed=seed, media=asked.media)
+        return Sample(tokens=asked.seen, params=ours, seed=seed, media=asked.media, penalties="SGLang")
 
     def _output(self, asked: Asked, log_probs: bool, drawn: Drawn) -> dict[str, Any]:
         kept = drawn.tokens

@@ -134,6 +134,7 @@ class SamplingParams:
             stop=self.texts,
             stop_token_ids=() if self.ignore_eos else tuple(sorted(self.stop_token_ids or ())),
             ignore_eos=self.ignore_eos,
+            skip_special_tokens=False,  # in what ends a completion
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,

@@ -12,7 +12,7 @@ from lightrft.sim.engine.media import expanded
 from lightrft.sim.engine.vllm_face.exceptions import VLLMValidationError
 
 if TYPE_CHECKING:
-    from lightrft.sim.engine.samples import Medium
+    from lightrft.sim.engine.samples import Drawn, Medium
 
 __all__ = ["Prompt", "Prompts", "media_limits"]
 
@@ -81,7 +81,7 @@ class Prompts:
             if self.tokenizer is None:
                 raise VLLMValidationError("a prompt is text, and there is no tokenizer: pass prompt_token_ids")
             tokens = self.tokenizer.encode(text)
-        media, seen = self._media(given.get("multi_modal_data") or {}, tuple(int(token) for token in tokens))
+        media, seen = self._media(given.get("multi_modal_data") or {}, tuple(tokens))
         self._check(seen)
         return Prompt(seen, text, media)
 
@@ -115,14 +115,22 @@ class Prompts:
         if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
             raise VLLMValidationError(f"a prompt has a token outside of the vocabulary of {self._vocabulary}")
 
-    def text_of(self, tokens: Sequence[int], params: Any, stop: int | str | None) -> str:
-        """The text of a completion; empty without a tokenizer."""
+    def text_of(self, drawn: Drawn, params: Any) -> str:
+        """The text of a completion, without the token or text that ended it; empty without a tokenizer."""
         if self.tokenizer is None:
             return ""
+        ended, kept = drawn.finish_reason == "stop", params.include_stop_str_in_output
+        by_text = isinstance(drawn.stop, str)
+        tokens = drawn.tokens[:-1] if ended and not by_text and not kept else drawn.tokens
+        text: str = self._decode(tokens, params)
+        if isinstance(drawn.stop, str):
+            before = len(self._decode(drawn.tokens[:-1], params))
+            end = text.index(drawn.stop, max(0, before - len(drawn.stop) + 1))
+            text = text[: end + (len(drawn.stop) if kept else 0)]
+        return text
+
+    def _decode(self, tokens: Sequence[int], params: Any) -> str:
         text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=params.skip_special_tokens)
-        if isinstance(stop, str):
-            end = text.index(stop) + (len(stop) if params.include_stop_str_in_output else 0)
-            text = text[:end]
         return text
 
 

@@ -27,7 +27,7 @@ FIELDS = Surface(
         {
             "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k",
             "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "logprobs",
-            "detokenize", "skip_special_tokens", "include_stop_str_in_output", "logit_bias",
+            "flat_logprobs", "detokenize", "skip_special_tokens", "include_stop_str_in_output", "logit_bias",
         }
     ),
     idle={
@@ -168,6 +168,7 @@ class SamplingParams:
             stop=tuple(self.stop),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            skip_special_tokens=self.skip_special_tokens,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
