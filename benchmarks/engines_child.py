@@ -1,6 +1,7 @@
 """Measures the fake engine: ``python -m benchmarks.engines_child WHAT ...`` prints JSON.
 
-Where two things are compared, they take turns, and the time of the processor is taken, which other processes disturb least.
+Where two things are compared, they take turns, and the time of the processor is taken, which other processes disturb
+least.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def rollout(engine: str) -> dict[str, float]:
 def generation(spread: str) -> dict[str, float]:
     """Tokens a second of the fake engine and of ``generate`` of transformers, and the median of their ratios.
 
-    64 greedy completions by the same tiny model: prompts of 4 to 64 tokens, uniformly spread; completions of 4 to 128, as
-    ``spread`` says. Transformers gets all prompts in one batch, padded on the left, and goes on to the longest
+    64 greedy completions by the same tiny model: prompts of 4 to 64 tokens, uniformly spread; completions of 4 to 128,
+    as ``spread`` says. Transformers gets all prompts in one batch, padded on the left, and goes on to the longest
     completion; only the tokens that were asked for count. The fake engine has forgotten all prompts.
     """
     draws = torch.Generator().manual_seed(0)
@@ -111,8 +112,8 @@ def generation(spread: str) -> dict[str, float]:
 def update(engine: str) -> dict[str, float]:
     """``update_engine_weights`` of a model of 100M parameters in this process, without a world.
 
-    ``ratio``: its time beside that of one copy of each weight into memory that is there; ``buckets``: the memory that it
-    takes meanwhile, in buckets; ``calls``: to the engine, for each parameter.
+    ``ratio``: its time beside that of one copy of each weight into memory that is there; ``buckets``: the memory that
+    it takes meanwhile, in buckets; ``calls``: to the engine, for each parameter.
     """
     with tempfile.TemporaryDirectory(dir=_memory()) as folder:
         actor = tiny.tiny_text_model(folder, hidden_size=640, intermediate_size=1728, num_hidden_layers=12,
@@ -127,7 +128,7 @@ def update(engine: str) -> dict[str, float]:
         for weight, place in zip(weights, copies, strict=True):
             place.copy_(weight)
 
-    with _counted() as calls:
+    with Counted() as calls:
         strategy.update_engine_weights(actor)
     return {
         "calls": calls[0] / len(weights),
@@ -140,7 +141,7 @@ def update(engine: str) -> dict[str, float]:
 _BUCKET_MIB = 64
 
 
-class _counted:
+class Counted:
     """Calls that bring weights to an engine, or frame them."""
 
     def __enter__(self) -> list[int]:
