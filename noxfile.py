@@ -96,6 +96,13 @@ def sglang(session: nox.Session) -> None:
 
 
 @nox.session(python=PYTHONS[0])
+def demo(session: nox.Session) -> None:
+    """Watch a reward rise, on 8 simulated ranks; ``nox -s demo -- --help`` tells what else it takes."""
+    install(session, "-e", ".[deepspeed,plots,train]")
+    session.run("python", "examples/demo.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(python=PYTHONS[0])
 def gpu(session: nox.Session) -> None:
     """Tests that need a GPU. Without one they are skipped; with LIGHTRFT_REQUIRE_GPU=1 that is a failure."""
     install(session, "-e", ".[deepspeed,train]", "hypothesis", "pytest")

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from benchmarks import models
 from benchmarks.measurements import DEADLOCKS, compared, deadlock, many_worlds, start_and_end
 from benchmarks.strategies import BACKENDS, RANKS, fake, median, metrics, overhead
 from benchmarks.training import commands, shares
@@ -109,6 +110,17 @@ TARGETS = (
         what="collectives of all_reduce for a dict of 30 metrics, as a fraction of one for each",
         limit=1 / 10,
         measured=lambda: metrics()["dict"] / metrics()["single"],
+    ),
+    Target(
+        what="memory of log-probs of 4096 tokens among 150k, fused with the output layer, as a fraction of plain ones",
+        limit=1 / 8,
+        measured=lambda: models.fused("mib"),
+    ),
+    Target(what="and their processor time", limit=1.2, measured=lambda: models.fused("seconds")),
+    Target(
+        what="a step of an actor on samples of long-tailed lengths, packed, as a fraction of padded",
+        limit=1 / 2,
+        measured=lambda: median(models.packing(), "ratio"),
     ),
     Target(what="threads left by 900 worlds of 4 ranks", limit=0, measured=lambda: many_worlds()["threads"]),
     Target(

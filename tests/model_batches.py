@@ -1,10 +1,12 @@
 """Batches of samples for tests of models, and what each sample gives by itself."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightrft.models import tiny
 
-LENGTHS = (9, 4, 1, 0, 12)
+LENGTHS = (9, 3, 1, 0, 12, 4, 5)
 
 
 def batch(lengths=LENGTHS, width=14, side="right", seed=0):
@@ -62,7 +64,7 @@ class Images:
 
 def seen_batch(width=24, side="right"):
     images = Images()
-    samples = [[9, *images.tokens(0), 10, *images.tokens(1), 11], [12, 13, 14], [*images.tokens(2), 15, 16]]
+    samples = [[9, *images.tokens(0), 10, *images.tokens(1), 11], [12, 13, 14], [*images.tokens(2), 15, 16, 17, 18]]
     ids = torch.full((len(samples), width), 77)
     mask = torch.zeros_like(ids)
     each = [images.given(0, 1), {}, images.given(2)]
@@ -73,3 +75,16 @@ def seen_batch(width=24, side="right"):
         if each[row]:
             each[row]["mm_token_type_ids"] = (torch.tensor([sample]) == tiny.IMAGE).int()
     return ids, mask, images.given(0, 1, 2), each
+
+
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        self.seen |= {tuple(one.shape) for one in tree_leaves(found) if isinstance(one, torch.Tensor)}
+        return found

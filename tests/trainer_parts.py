@@ -1,12 +1,12 @@
 """What trainers are tested with: an actor and a critic around a tiny transformer, and an engine without a model."""
 
-import dataclasses
 import random
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from lightrft.datasets import Prompt
 from lightrft.sim.contracts.strategy import workload
 from lightrft.sim.contracts.strategy.recorder import Recorder
 from lightrft.strategy import get_strategy
@@ -57,9 +57,10 @@ class Draws(Recorder):
     def _drawn(self, request, params, digest, sample):
         chance = random.Random(repr((digest, request.prompt_token_ids, params.seed, sample)))
         length = chance.randint(1, params.max_tokens)
+        known = [token for token in range(2, workload.VOCABULARY) if token not in (params.logit_bias or {})]
         return Completion(
             prompt_token_ids=request.prompt_token_ids,
-            output_token_ids=tuple(chance.randrange(2, workload.VOCABULARY) for _ in range(length)),
+            output_token_ids=tuple(chance.choice(known) for _ in range(length)),
             log_probs=(-3.0,) * length,
             finish_reason="length" if length == params.max_tokens else "stop",
             weight_version=self.weight_version,
@@ -74,19 +75,13 @@ class EvenTokens(RewardSource):
 
     def __call__(self, samples):
         shares = torch.tensor(
-            [sum(token % 2 == 0 for token in one.output_token_ids) / len(one.output_token_ids) for one in samples],
+            [
+                sum(token % 2 == 0 for token in one.output_token_ids) / max(len(one.output_token_ids), 1)
+                for one in samples
+            ],
             dtype=torch.float32,
         )
         return Rewards(rewards=shares, metrics={"accuracy": shares.round()} if samples else {})
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    prompt: str
-    token_ids: tuple[int, ...]
-    label: object = None
-    images: tuple = ()
-    index: int = 0
 
 
 def prompts(count, longest=4):
@@ -96,7 +91,7 @@ def prompts(count, longest=4):
     ]
 
 
-def parts(*, critic=True, initial=True, ema=False, engine=None, lr=1e-2, dropout=0.0, **settings):
+def parts(*, critic=True, initial=True, ema=False, engine=None, lr=1e-2, dropout=0.0, sgd=False, **settings):
     """A strategy with an engine, and what a trainer is given beside it; the fake strategy unless settings say more."""
     strategy = get_strategy(
         {
@@ -112,7 +107,7 @@ def parts(*, critic=True, initial=True, ema=False, engine=None, lr=1e-2, dropout
     )
     trained = []
     for each in (Actor(dropout=dropout), Critic() if critic else None):
-        optimizer = None if each is None else strategy.create_optimizer(each, lr=lr)
+        optimizer = None if each is None else _optimizer(strategy, each, lr, sgd)
         rate = None if each is None else torch.optim.lr_scheduler.LambdaLR(optimizer, _falling)
         trained.append((each, optimizer, rate))
     (actor, optim, rate), (other, critic_optim, critic_rate) = strategy.prepare(*trained, is_rlhf=True)
@@ -128,6 +123,10 @@ def parts(*, critic=True, initial=True, ema=False, engine=None, lr=1e-2, dropout
         "actor_scheduler": rate,
         "critic_scheduler": critic_rate,
     }
+
+
+def _optimizer(strategy, model, lr, sgd):
+    return torch.optim.SGD(model.parameters(), lr=lr) if sgd else strategy.create_optimizer(model, lr=lr)
 
 
 def _falling(step):

@@ -26,7 +26,8 @@ class Actor(nn.Module):
     Args:
         model: of transformers, perhaps with adapters of PEFT.
         settings: pass ``strategy.config``; the defaults if ``None``. ``fused_linear_logprob``, ``chunk_size`` and
-            ``packing_samples`` say how log-probs are computed, and ``seed`` sets the first weights of adapters.
+            ``packing_samples`` say how log-probs are computed, ``mixed_mm_data`` lets samples of some ranks have images
+            and those of others none, and ``seed`` sets the first weights of adapters.
 
     Attributes:
         model: the same.
@@ -93,27 +94,28 @@ class Actor(nn.Module):
             ConfigError: shapes do not fit, or ``temperature`` is not positive.
         """
         check_temperature(temperature)
-        packed = self._settings.packing_samples if packed is None else packed
-        run = ForwardPass.of(self.model, sequences, attention_mask, packed=packed, images=images)
+        run = ForwardPass.of(
+            self.model, sequences, attention_mask, settings=self._settings, packed=packed, images=images
+        )
         labels = run.part.shift_labels
         assert labels is not None
         wanted = labels != NO_LABEL
         computes = self._fused if self._settings.fused_linear_logprob else self._plain
-        log_probs, spread = computes(run.inputs, wanted, labels[wanted], temperature, entropy)
+        log_probs, spread = computes(run, wanted, labels[wanted], temperature, entropy)
         return TokenScores(_over(wanted, log_probs, run), None if spread is None else _over(wanted, spread, run))
 
     def _plain(
-        self, inputs: dict[str, Any], wanted: Tensor, tokens: Tensor, temperature: float, entropy: bool
+        self, run: ForwardPass, wanted: Tensor, tokens: Tensor, temperature: float, entropy: bool
     ) -> TokenScores:
         """The output layer computes logits of the tokens that are asked for alone."""
         layer = self._output_layer()
         computes = layer.forward
         with in_place_of_forward(layer, lambda hidden: computes(hidden[wanted])):
-            logits = self.model(**inputs).logits
+            logits = run.output_of(self.model).logits
         return token_log_probs(logits, tokens, temperature=temperature, entropy=entropy)
 
     def _fused(
-        self, inputs: dict[str, Any], wanted: Tensor, tokens: Tensor, temperature: float, entropy: bool
+        self, run: ForwardPass, wanted: Tensor, tokens: Tensor, temperature: float, entropy: bool
     ) -> TokenScores:
         """The output layer gives log-probs (and entropies) where the model expects logits.
 
@@ -142,7 +144,7 @@ class Actor(nn.Module):
             return both
 
         with in_place_of_forward(layer, computes):
-            both = self.model(**inputs).logits
+            both = run.output_of(self.model).logits
         if both.data_ptr() not in given:
             raise ConfigError(
                 f"fused_linear_logprob: {type(self.model).__name__} changes what its output layer gives (a cap or a "

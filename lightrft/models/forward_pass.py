@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from lightrft.strategy.utils.sequence_parallel import SequenceParallelProcessor,
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from lightrft.strategy.config import StrategyConfig
 
 __all__ = ["ForwardPass", "in_place_of_forward"]
 
@@ -25,16 +27,25 @@ class ForwardPass:
         rows: that the ranks of one sequence-parallel group compute together.
         part: what this rank computes of them.
         inputs: arguments for the model.
+        mixed: whether other ranks may have images where this one has none, or the other way round.
     """
 
     rows: Rows
     part: SequenceSlice
     inputs: dict[str, Any]
+    mixed: bool
     _processor: SequenceParallelProcessor
 
     @classmethod
     def of(
-        cls, model: nn.Module, sequences: Tensor, attention_mask: Tensor, *, packed: bool, images: Mapping[str, Any]
+        cls,
+        model: nn.Module,
+        sequences: Tensor,
+        attention_mask: Tensor,
+        *,
+        settings: StrategyConfig,
+        packed: bool | None,
+        images: Mapping[str, Any],
     ) -> ForwardPass:
         """Prepare a pass of ``model``.
 
@@ -42,18 +53,25 @@ class ForwardPass:
             model: of transformers, or adapters of PEFT around one.
             sequences: token ids, shape (batch, length), padded on either side.
             attention_mask: of that shape, 1 for real tokens.
-            packed: let samples share rows.
+            settings: of which ``packing_samples`` and ``mixed_mm_data`` count.
+            packed: let samples share rows; as the settings say if ``None``.
             images: arguments of a model that sees, such as ``pixel_values`` and ``image_grid_thw``.
 
         Raises:
             ConfigError: the batch is no batch, or the images do not fit it.
         """
         real = check_batch(sequences, attention_mask)
-        rows = packed_rows(sequences, real, one_row=_is_flash(model)) if packed else padded_rows(sequences, real)
+        packs = settings.packing_samples if packed is None else packed
+        rows = packed_rows(sequences, real, one_row=_is_flash(model)) if packs else padded_rows(sequences, real)
         processor = SequenceParallelProcessor(group_of(model))
         part = processor.preprocess(rows.input_ids, rows.attention_mask, rows.position_ids, rows.labels)
         inputs = {**part.inputs, "use_cache": False, **pictures.inputs(model, sequences, rows, images)}
-        return cls(rows=rows, part=part, inputs=inputs, _processor=processor)
+        return cls(rows=rows, part=part, inputs=inputs, mixed=settings.mixed_mm_data, _processor=processor)
+
+    def output_of(self, model: nn.Module) -> Any:
+        """What ``model``, or the body of it, makes of the inputs."""
+        with pictures.blank_image(model, self.inputs) if self.mixed else nullcontext():
+            return model(**self.inputs)
 
     def of_batch(self, values: Tensor) -> Tensor:
         """One value for each token that this rank computed, as shape (batch, length); zero for padding."""

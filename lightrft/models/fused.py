@@ -14,7 +14,7 @@ from lightrft.models.log_probs import TokenScores, check_temperature, gradient_o
 
 __all__ = ["fused_linear_log_probs"]
 
-_ELEMENTS_ON_CPU = 1 << 20
+_ELEMENTS_ON_CPU = 1 << 22
 _ELEMENTS = 1 << 26
 """Logits that are computed at a time, on a CPU and elsewhere, where that is less than a chunk for all tokens."""
 

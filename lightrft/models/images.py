@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +14,55 @@ from lightrft.errors import ConfigError
 if TYPE_CHECKING:
     from lightrft.models.rows import Rows
 
-__all__ = ["inputs"]
+__all__ = ["blank_image", "inputs"]
 
 _KINDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 _NAMES = {*_KINDS, *_KINDS.values(), "mm_token_type_ids"}
 _IMAGE, _VIDEO = 1, 2
+
+
+@contextmanager
+def blank_image(model: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
+    """Let the part of ``model`` that sees run once, with a blank image if nothing is ``given`` for it.
+
+    Ranks whose samples have no images then gather the same weights in the same order as those whose samples have some.
+    Nothing of a blank image comes into the result.
+
+    Args:
+        model: of the Qwen2-VL family.
+        given: arguments of the model.
+
+    Raises:
+        ConfigError: there are images and videos, for which it runs twice; or it does not know blank images.
+    """
+    pixels = [name for name in _KINDS if given.get(name) is not None]
+    if len(pixels) > 1:
+        raise ConfigError(
+            "mixed_mm_data: got images and videos in one batch, which are seen one after the other, and other ranks "
+            "may have one of them: put them into batches of their own"
+        )
+    config: Any = getattr(model.config, "vision_config", None)
+    if pixels or config is None:
+        yield
+        return
+    seer: Any = next((one for one in model.modules() if hasattr(one, "get_rope_index")), None)
+    if seer is None:
+        raise ConfigError(
+            f"mixed_mm_data: {type(model).__name__} is not of the Qwen2-VL family, whose images are known"
+        )
+    side = config.spatial_merge_size
+    blank = torch.zeros(side * side, config.in_channels * config.temporal_patch_size * config.patch_size**2)
+
+    def see(_: nn.Module, __: Any, embedded: Tensor) -> Tensor:
+        grid = torch.tensor([[1, side, side]], device=embedded.device)
+        seen = seer.get_image_features(blank.to(embedded.device), grid, return_dict=True).pooler_output
+        return embedded + 0 * torch.cat(list(seen)).sum().to(embedded.dtype)
+
+    hook = seer.get_input_embeddings().register_forward_hook(see)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def inputs(model: nn.Module, sequences: Tensor, rows: Rows, given: Mapping[str, Any]) -> dict[str, Any]:

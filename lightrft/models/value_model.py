@@ -113,10 +113,11 @@ class ValueModel(nn.Module):
         self, sequences: Tensor, attention_mask: Tensor, packed: bool | None, images: Mapping[str, Any]
     ) -> Tensor:
         """A number for each token, shape (batch, length), in fp32; zero for padding."""
-        packed = self._settings.packing_samples if packed is None else packed
-        run = ForwardPass.of(self.model, sequences, attention_mask, packed=packed, images=images)
+        run = ForwardPass.of(
+            self.model, sequences, attention_mask, settings=self._settings, packed=packed, images=images
+        )
         body, head = self._parts()
-        found = head(body(**run.inputs).last_hidden_state).squeeze(-1)
+        found = head(run.output_of(body).last_hidden_state).squeeze(-1)
         return run.of_batch(found.to(score_dtype(found.dtype)))
 
     def _parts(self) -> tuple[Any, Any]:

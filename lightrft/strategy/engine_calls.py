@@ -131,6 +131,8 @@ class EngineCalls(ABC):
         all_images: Sequence[Any] | None = None,
         sleep_engine: bool = True,
         images_num: Sequence[int] | None = None,
+        all_videos: Sequence[Any] | None = None,
+        videos_num: Sequence[int] | None = None,
     ) -> list[Any]:
         """Generate for the prompts of this rank, together with the ranks of its engine group. *Collective*.
 
@@ -141,6 +143,8 @@ class EngineCalls(ABC):
             all_images: images of the prompts, in order.
             sleep_engine: put the engine to sleep afterwards.
             images_num: how many images each prompt has.
+            all_videos: videos of the prompts, in order.
+            videos_num: how many videos each prompt has.
 
         Returns:
             The completions of this rank's prompts, in their order.
@@ -149,7 +153,9 @@ class EngineCalls(ABC):
 
         def mine() -> list[requests.Request]:
             self.wakeup_inference_engine()  # here, so that a rank on which it fails keeps no other one waiting
-            return requests.requests_of(all_prompt_token_ids, all_prompts, all_images, images_num)
+            return requests.requests_of(
+                all_prompt_token_ids, all_prompts, all_images, images_num, all_videos, videos_num
+            )
 
         try:
             completions = rollout.gather_and_generate(

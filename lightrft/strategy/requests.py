@@ -62,7 +62,12 @@ class Completion:
 
 
 def requests_of(
-    token_ids: Any = None, prompts: Any = None, images: Any = None, images_num: Any = None, videos: Any = None
+    token_ids: Any = None,
+    prompts: Any = None,
+    images: Any = None,
+    images_num: Any = None,
+    videos: Any = None,
+    videos_num: Any = None,
 ) -> list[Request]:
     """Requests of the lists that a trainer has.
 
@@ -72,7 +77,8 @@ def requests_of(
         images: those of all prompts, one after the other if ``images_num`` is given; else one entry for each prompt:
             an image, a list of them, or ``None``.
         images_num: how many of ``images`` each prompt has.
-        videos: one entry for each prompt: a video, a list of them, or ``None``.
+        videos: as ``images``; a video is one object, not a list of its frames.
+        videos_num: how many of ``videos`` each prompt has.
 
     Raises:
         ConfigError: both or none of ``token_ids`` and ``prompts`` are given, or lengths do not fit.
@@ -81,14 +87,12 @@ def requests_of(
         raise ConfigError("pass all_prompt_token_ids or all_prompts, and not both")
     if isinstance(prompts, str):
         raise ConfigError("all_prompts is one text: expected a list of texts")
-    if images is None and images_num is not None and any(images_num):
-        raise ConfigError(f"images_num asks for {sum(images_num)} images, and there are none")
     count = len(token_ids if prompts is None else prompts)
-    pictures = _shared_out(images, images_num, count)
-    films = _each("videos", videos, count)
+    pictures = _shared_out("images", images, images_num, count)
+    films = _shared_out("videos", videos, videos_num, count)
     return [
         Request(
-            prompt_token_ids=None if token_ids is None else tuple(int(token) for token in token_ids[index]),
+            prompt_token_ids=None if token_ids is None else tuple(map(int, token_ids[index])),
             prompt=None if prompts is None else prompts[index],
             images=pictures[index],
             videos=films[index],
@@ -117,32 +121,35 @@ def request_of(entry: Any) -> Request:
     media = entry.get("multi_modal_data") or {}
     tokens = entry.get("prompt_token_ids")
     return Request(
-        prompt_token_ids=None if tokens is None else tuple(int(token) for token in tokens),
+        prompt_token_ids=None if tokens is None else tuple(map(int, tokens)),
         prompt=entry.get("prompt"),
         images=_several(media.get("image")),
         videos=_several(media.get("video")),
     )
 
 
-def _shared_out(images: Any, images_num: Any, count: int) -> list[tuple[Any, ...]]:
-    if images is None or images_num is None:
-        return _each("all_images", images, count)
-    if len(images_num) != count:
-        raise ConfigError(f"images_num has {len(images_num)} entries for {count} prompts: expected one for each")
-    flat = [image for entry in images for image in _several(entry)]
-    if sum(images_num) != len(flat):
-        raise ConfigError(f"images_num adds up to {sum(images_num)}, and there are {len(flat)} images")
-    ends = [sum(images_num[: index + 1]) for index in range(count)]
-    return [tuple(flat[end - number : end]) for number, end in zip(images_num, ends, strict=True)]
+def _shared_out(kind: str, media: Any, numbers: Any, count: int) -> list[tuple[Any, ...]]:
+    """Images or videos by prompt."""
+    if numbers is None:
+        return _each(kind, media, count)
+    if media is None and any(numbers):
+        raise ConfigError(f"{kind}_num asks for {sum(numbers)} {kind}, and there are none")
+    if len(numbers) != count:
+        raise ConfigError(f"{kind}_num has {len(numbers)} entries for {count} prompts: expected one for each")
+    flat = [one for entry in media or () for one in _several(entry)]
+    if sum(numbers) != len(flat):
+        raise ConfigError(f"{kind}_num adds up to {sum(numbers)}, and there are {len(flat)} {kind}")
+    ends = [sum(numbers[: index + 1]) for index in range(count)]
+    return [tuple(flat[end - number : end]) for number, end in zip(numbers, ends, strict=True)]
 
 
-def _each(name: str, entries: Any, count: int) -> list[tuple[Any, ...]]:
+def _each(kind: str, entries: Any, count: int) -> list[tuple[Any, ...]]:
     if entries is None:
         return [()] * count
     if len(entries) != count:
         raise ConfigError(
-            f"{name} has {len(entries)} entries for {count} prompts: expected one for each, None where there is none, "
-            "or images_num"
+            f"all_{kind} has {len(entries)} entries for {count} prompts: expected one for each, None where there is "
+            f"none, or {kind}_num"
         )
     return [_several(entry) for entry in entries]
 

@@ -17,7 +17,7 @@ from lightrft.strategy.utils.fingerprints import fingerprint
 if TYPE_CHECKING:
     from lightrft.strategy.engine import RolloutEngine
 
-__all__ = ["Sent", "in_buckets", "send"]
+__all__ = ["Sent", "in_buckets", "poisons", "send"]
 
 Named = tuple[str, Tensor]
 
@@ -40,6 +40,11 @@ class Sent:
     names: list[str] = field(default_factory=list)
     bytes: int = 0
     buckets: int = 0
+
+
+def poisons() -> bool:
+    """Whether the environment says that buckets are to be poisoned once they are used."""
+    return os.environ.get(_POISON) == "1"
 
 
 def in_buckets(
@@ -113,7 +118,7 @@ def send(
         raise _untold(engine)
     sent = Sent(version=engine.weight_version + 1)
     digests: dict[str, str] | None = {} if verify else None
-    poison = os.environ.get(_POISON) == "1" if poison is None else poison
+    poison = poisons() if poison is None else poison
     noted = _noted(sent, parameters, digests, dtype, engine.weights_dtype)
     buckets = _counted(sent, in_buckets(noted, bucket_bytes, dtype=dtype, poison=poison))
     try:

@@ -30,7 +30,7 @@ class Sample:
         label: what a reward may compare it with.
         index: of the prompt in its data set.
         prompt_token_ids: as the engine saw the prompt, image tokens expanded.
-        output_token_ids: what was generated; one token at least.
+        output_token_ids: what was generated.
         engine_log_probs: of each of ``output_token_ids``.
         truncated: whether generation ended at the limit.
         weight_version: of the weights that generated it.

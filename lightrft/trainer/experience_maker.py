@@ -96,8 +96,10 @@ class ExperienceMaker:
             step: number of the iteration.
             means: gets what is to be reported.
         """
+        if not self.config.dynamic_sampling:
+            return self.generated(stream.take(), step, 0, means)
         found = Rollout()
-        for turn in range(self.config.dynamic_sampling_rounds if self.config.dynamic_sampling else 1):
+        for turn in range(self.config.dynamic_sampling_rounds):
             found = found.joined(self._informative(self.generated(stream.take(), step, turn, means), means))
             if self._is_enough(found):
                 break
@@ -126,8 +128,6 @@ class ExperienceMaker:
         return self.strategy.config.rollout_batch_size // self.strategy.groups.dp_size * self.generation.n
 
     def _informative(self, found: Rollout, means: Means) -> Rollout:
-        if not self.config.dynamic_sampling:
-            return found
         stays = shaping.informative_groups(found.rewards, self.generation.n)
         means.add("informative_prompts", stays.sum(), len(stays))
         return found.chosen(stays)
@@ -202,7 +202,7 @@ class ExperienceMaker:
 
     def filler(self, samples: Sequence[Sample]) -> Experience | None:
         """A sequence with an image for batches without any, if models see and some rank has one. *Collective*."""
-        if self.generation.image_inputs is None:
+        if self.generation.reader is None:
             return None
         found = image_filler(samples, self.strategy)
         if found is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightrft.errors import ConfigError, EngineStateError, StaleWeightsError
 from lightrft.strategy.sampling import SamplingParams
@@ -13,8 +13,10 @@ from lightrft.strategy.utils.agreement import Ranks
 from lightrft.trainer.experience import Images, Sample
 
 if TYPE_CHECKING:
+    from lightrft.datasets import Prompt
     from lightrft.strategy.requests import Completion
     from lightrft.strategy.strategy_base import StrategyBase
+    from lightrft.trainer.images import ImageReader
 
 __all__ = ["Generation", "seed_of"]
 
@@ -29,7 +31,7 @@ class Generation:
         temperature: 0 is greedy.
         top_p: as in ``SamplingParams``.
         decode: token ids to text, where the engine gives none.
-        image_inputs: what the model takes of the images of a prompt.
+        reader: makes images what the model sees.
         forbidden: tokens that are never drawn.
         needs_log_probs: whether an engine that gives no log-probs of what it has drawn from is refused.
     """
@@ -39,27 +41,29 @@ class Generation:
     temperature: float = 1.0
     top_p: float = 1.0
     decode: Callable[[Sequence[int]], str] | None = None
-    image_inputs: Callable[[Any], Images] | None = None
+    reader: ImageReader | None = None
     forbidden: tuple[int, ...] = ()
     needs_log_probs: bool = False
 
-    def __call__(self, prompts: Sequence[Any], seed: int) -> list[Sample]:
+    def __call__(self, prompts: Sequence[Prompt], seed: int) -> list[Sample]:
         """Samples of this rank's prompts, those of one prompt one after the other. *Collective*.
 
         Prompts, labels and images stay with their samples. Ranks of one sequence-parallel group have the same prompts,
-        and get the same samples: the first of them generates. A prompt of more than ``prompt_max_len`` tokens has no
-        samples.
+        and get the same samples: the first of them generates. A prompt of more than ``prompt_max_len`` tokens,
+        those of its images included, has no samples.
 
         Args:
-            prompts: with ``prompt``, ``token_ids``, ``label``, ``images`` and ``index``; any number, none included.
+            prompts: of this rank; any number, none included.
             seed: of what is drawn, the same on all ranks, for an engine that takes seeds.
 
         Raises:
             EngineStateError: generation failed, on some rank of the engine.
             StaleWeightsError: completions came of other weights than the engine was given last.
         """
-        fitting = [one for one in prompts if len(one.token_ids) <= self.strategy.config.prompt_max_len]
-        mine = fitting if self._generates else []
+        with Ranks().together("prompts were not read", EngineStateError):
+            read = [(one, self._seen(one)) for one in prompts]
+            fitting = [(one, seen) for one, seen in read if self._fits(one, seen)]
+        mine = [one for one, _ in fitting] if self._generates else []
         completions = self.strategy.gather_and_generate(
             self._params(seed),
             all_prompt_token_ids=[list(one.token_ids) for one in mine],
@@ -71,7 +75,7 @@ class Generation:
             if len(completions) != self.n * len(fitting):
                 raise EngineStateError(f"{len(completions)} came for {len(fitting)} prompts, {self.n} samples each")
             self._check_versions(completions)
-            return [self._sample(fitting[place // self.n], one) for place, one in enumerate(completions)]
+            return [self._sample(*fitting[place // self.n], one) for place, one in enumerate(completions)]
 
     @property
     def _generates(self) -> bool:
@@ -89,7 +93,7 @@ class Generation:
             logit_bias=dict.fromkeys(self.forbidden, -100.0) or None,
         )
 
-    def _sample(self, prompt: Any, one: Completion) -> Sample:
+    def _sample(self, prompt: Prompt, seen: Images, one: Completion) -> Sample:
         return Sample(
             prompt=prompt.prompt,
             response=self._text(one),
@@ -100,7 +104,7 @@ class Generation:
             engine_log_probs=self._log_probs(one),
             truncated=one.finish_reason == "length",
             weight_version=one.weight_version,
-            images=self._images(prompt),
+            images=seen,
         )
 
     def _text(self, one: Completion) -> str:
@@ -128,12 +132,18 @@ class Generation:
                 "answered with what it held before"
             )
 
-    def _images(self, prompt: Any) -> Images:
+    def _seen(self, prompt: Prompt) -> Images:
         if not prompt.images:
             return {}
-        if self.image_inputs is None:
+        if self.reader is None:
             raise ConfigError("a prompt has images: give the trainer a processor, which makes them what the model sees")
-        return self.image_inputs(prompt.images)
+        return self.reader(prompt.images)
+
+    def _fits(self, prompt: Prompt, seen: Images) -> bool:
+        """Whether a prompt is short enough, with the tokens that its images become."""
+        images = len(prompt.images)
+        more = self.reader.tokens(seen, images) - images if self.reader is not None and images else 0
+        return len(prompt.token_ids) + more <= self.strategy.config.prompt_max_len
 
 
 def seed_of(*parts: int) -> int:

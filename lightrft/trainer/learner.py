@@ -74,12 +74,13 @@ class Learner:
             self._backward(self.critic, self._critic_loss(self.critic, batch, totals, means), means)
 
     def _backward(self, trained: Trained, loss: Tensor, means: Means) -> None:
+        rate = trained.optimizer.param_groups[0]["lr"]
         self.strategy.backward(loss, trained.model, trained.optimizer)
         norm = self.strategy.optimizer_step(trained.optimizer, trained.model, trained.scheduler, name=trained.name)
         means.expect([f"{trained.name}/grad_norm", f"{trained.name}/lr"])
         if norm is not None:
             means.add(f"{trained.name}/grad_norm", norm)
-            means.add(f"{trained.name}/lr", trained.optimizer.param_groups[0]["lr"])
+            means.add(f"{trained.name}/lr", rate)
 
     def _actor_loss(self, batch: Experience, totals: StepTotals, means: Means) -> Tensor:
         config, mask = self.config, batch.action_mask

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import ConfigError, EngineStateError
+from lightrft.strategy.utils.agreement import Ranks
 from lightrft.trainer.aggregation import step_totals
 from lightrft.trainer.evaluation import evaluate
 from lightrft.trainer.experience_maker import ExperienceMaker
 from lightrft.trainer.generation import Generation, seed_of
-from lightrft.trainer.images import image_inputs_of, media_tokens
+from lightrft.trainer.images import ImageReader, media_tokens
 from lightrft.trainer.kl import kl_controller
 from lightrft.trainer.learner import Learner, Trained
 from lightrft.trainer.metrics import Means, Stopwatch
@@ -98,7 +99,7 @@ class SPMDPPOTrainer:
         self._stop = StopRequest()
         self._watch = Stopwatch()
         self._rewards = reward_source(reward_model, strategy, self.config)
-        self._image_inputs = image_inputs_of(processor)
+        self._reader = None if processor is None else ImageReader(processor)
         self._learner = self._make_learner()
         self._maker = self._make_maker()
         self._checkpoints = RunCheckpoints(
@@ -123,14 +124,15 @@ class SPMDPPOTrainer:
         """
         resumed = self.config.resume and self._checkpoints.load(self.state)
         stream = PromptStream(self.strategy, prompts, self.state.consumed_prompts)
-        total = self._iterations(len(prompts))
+        total = self.config.iterations(len(prompts), self.strategy.config)
+        last = self.config.num_episodes * len(prompts) - stream.batch_size
         self._sync_engine()
         metrics: dict[str, float] = {}
         with self._stop, self._log(total) as log:
             self.strategy.print(f"resumed after iteration {self.state.step}" if resumed else "training begins")
             if eval_prompts is not None and self.config.eval_steps and not self.state.step:
                 log(0, self.evaluate(eval_prompts) | self._watch.taken())
-            while self.state.step < total and stream.consumed + stream.batch_size <= self._prompts(len(prompts)):
+            while self.state.step < total and stream.consumed <= last:
                 metrics = self.iteration(stream)
                 self.state.step += 1
                 self.state.consumed_prompts = stream.consumed
@@ -223,13 +225,6 @@ class SPMDPPOTrainer:
 
     # -- Parts of a run -----------------------------------------------------------------------------------------------
 
-    def _prompts(self, length: int) -> int:
-        return self.config.num_episodes * length
-
-    def _iterations(self, length: int) -> int:
-        """The most iterations that the run has."""
-        return self.config.iterations(length, self.strategy.config)
-
     def _is_due(self, every: int) -> bool:
         return bool(every) and self.state.step % every == 0
 
@@ -247,12 +242,13 @@ class SPMDPPOTrainer:
     @contextmanager
     def _log(self, total: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
         """Writes the metrics of an iteration, on rank 0; nothing on the others."""
-        if not self.strategy.is_rank_0():
-            yield _quiet
-            return
         folder, bar = self.strategy.config.log_dir, self.config.progress_bar
-        with RunLog(folder, self.strategy.print, total=total, done=self.state.step, bar=bar) as log:
-            yield log.step
+        log: RunLog | None = None
+        with Ranks().together("the log was not opened", ConfigError):
+            if self.strategy.is_rank_0():
+                log = RunLog(folder, self.strategy.print, total=total, done=self.state.step, bar=bar)
+        with log or nullcontext():
+            yield _quiet if log is None else log.step
 
     def _sync_engine(self) -> None:
         """Give the engine the weights of the actor, whatever it had."""
@@ -340,13 +336,7 @@ class SPMDPPOTrainer:
     def _generation(self, **sampling: Any) -> Generation:
         decode = None if self.tokenizer is None else _decoding(self.tokenizer)
         forbidden = media_tokens(self.strategy.unwrap_model(self.actor))
-        return Generation(
-            strategy=self.strategy,
-            decode=decode,
-            image_inputs=self._image_inputs,
-            forbidden=forbidden,
-            **sampling,
-        )
+        return Generation(strategy=self.strategy, decode=decode, reader=self._reader, forbidden=forbidden, **sampling)
 
 
 def _quiet(step: int, metrics: Mapping[str, float]) -> None:

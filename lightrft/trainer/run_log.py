@@ -24,6 +24,8 @@ class RunLog:
     ``reward.png`` (and ``accuracy.png``, if a reward reports ``accuracy``). A run that is resumed goes on in the same
     files, from where its checkpoint was: later lines are taken out.
 
+    What cannot be written once the run has begun is told, and the run goes on.
+
     Args:
         log_dir: the folder; ``None`` writes no files.
         say: prints a line.
@@ -70,7 +72,10 @@ class RunLog:
             self._bar.write(line)
             self._bar.update(step - self._bar.n)
         if self._folder is not None:
-            self._write(self._folder, step, metrics)
+            try:
+                self._write(self._folder, step, metrics)
+            except OSError as error:  # a full disk ends no run
+                self._say(f"the metrics of step {step} were not written to {self._folder}: {error}")
 
     def _write(self, folder: Path, step: int, metrics: Mapping[str, float]) -> None:
         from torch.utils.tensorboard import SummaryWriter

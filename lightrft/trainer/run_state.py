@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightrft.errors import CheckpointError
 from lightrft.strategy.utils.agreement import Ranks
 from lightrft.strategy.utils.checkpoints import CheckpointFolder
 from lightrft.trainer.shaping import RunningMoments
@@ -118,6 +119,11 @@ class RunCheckpoints:
         if self._saves_average:
             self.strategy.load_ckpt(self.ema_model, self._folder("ema"), tag=found.name)
         client_state = self._load(self.actor, "actor", found.name)
+        if "run" not in client_state:
+            raise CheckpointError(
+                f"{found} is no checkpoint of a run of the trainer: its client state has "
+                f"{', '.join(client_state) or 'nothing'}; choose another ckpt_path"
+            )
         state.load_state_dict(client_state["run"])
         if "ema" in client_state:
             self.ema_model.load_state_dict(client_state["ema"])

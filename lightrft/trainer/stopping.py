@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any, Self
 
@@ -15,12 +16,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """Notes a request to stop, so that an iteration can end before the run does.
 
-    As a context, in the main thread, it takes SIGINT (Ctrl-C) and SIGTERM. The first one is noted; the second acts as
-    it did before, which for Ctrl-C means ``KeyboardInterrupt``.
+    As a context, in the main thread, it takes SIGINT (Ctrl-C) and SIGTERM. The first one is noted. Others that come
+    soon after belong to it: a launcher passes on what its processes have got already. A later one acts as it did
+    before, which for Ctrl-C means ``KeyboardInterrupt``.
+
+    Args:
+        patience: seconds that are soon.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = 5.0) -> None:
         self.is_made = False
+        self._patience = patience
+        self._first = 0.0
         self._before: dict[int, Any] = {}
 
     def make(self) -> None:
@@ -28,6 +35,7 @@ class StopRequest:
         self.is_made = True
 
     def __enter__(self) -> Self:
+        self.is_made = False
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
@@ -36,8 +44,13 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - what a handler is called with
-        self.make()
-        self._restore()
+        now = time.monotonic()
+        if not self.is_made:
+            self._first = now
+            self.make()
+        elif now - self._first >= self._patience:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

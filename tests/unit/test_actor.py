@@ -1,5 +1,7 @@
 """The actor alone: its log-probs are those of each sample by itself, however a batch is laid out."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from torch import nn
 
 from lightrft.errors import ConfigError
 from lightrft.models import Actor, tiny
+from lightrft.models.forward_pass import ForwardPass
 from lightrft.strategy import StrategyConfig
 
 transformers = pytest.importorskip("transformers")
@@ -124,6 +127,27 @@ def test_what_is_no_language_model_is_refused():
         Actor(MODEL.model)(*batch())
 
 
+def test_flash_attention_gets_all_samples_in_one_row_and_others_rows_of_the_longest_sample():
+    ids, mask = batch()
+    shapes = {}
+    for attention in ("sdpa", "flash_attention_2"):
+        model = tiny.text_model()
+        model.config._attn_implementation = attention
+        run = ForwardPass.of(model, ids, mask, settings=StrategyConfig(), packed=True, images={})
+        assert run.inputs["attention_mask"] is None
+        shapes[attention] = tuple(run.inputs["input_ids"].shape)
+    assert shapes == {"sdpa": (3, 12), "flash_attention_2": (1, sum(LENGTHS))}
+
+
+def test_a_copy_is_an_actor_of_its_own():
+    actor = Actor(tiny.text_model(), FUSED)
+    other = copy.deepcopy(actor)
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    assert not torch.equal(other(*batch()).log_probs, actor(*batch()).log_probs)
+    assert other._settings == FUSED
+
+
 # -- Adapters ---------------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +214,23 @@ def test_f15_samples_without_images_of_a_model_that_sees(packed):
     ids, mask = batch()
     found = Actor(model)(ids, mask, packed=packed).log_probs
     torch.testing.assert_close(found, one_by_one(model, ids, mask)[0], atol=5e-5, rtol=1e-5)
+
+
+def test_a_blank_image_stands_in_for_one_kind_and_not_for_two():
+    model, settings = tiny.vision_model(), StrategyConfig(mixed_mm_data=True)
+    ids, mask, given, _ = seen_batch()
+    videos = {"pixel_values_videos": given["pixel_values"], "video_grid_thw": given["image_grid_thw"]}
+    kinds = (ids == tiny.IMAGE).int()
+    with pytest.raises(ConfigError, match="mixed_mm_data: got images and videos in one batch"):
+        Actor(model, settings)(
+            *map(torch.cat, ((ids, ids), (mask, mask))),
+            **given,
+            **videos,
+            mm_token_type_ids=torch.cat((kinds, 2 * kinds)),
+        )
+    plain, ids, mask = Actor(model), *batch()
+    torch.testing.assert_close(Actor(model, settings)(ids, mask).log_probs, plain(ids, mask).log_probs)
+    assert not model.get_input_embeddings()._forward_hooks
 
 
 def test_images_that_do_not_fit_are_refused():

@@ -11,8 +11,9 @@ from engines import on_cpu
 from lightrft.errors import ConfigError, StaleWeightsError
 from lightrft.models.tiny import tiny_text_model
 from lightrft.sim import SimWorld
+from lightrft.sim.engine import alone
 from lightrft.strategy import FakeStrategy, get_strategy, is_engine
-from lightrft.strategy.engine import ENGINE_TYPES
+from lightrft.strategy.engine import ENGINE_TYPES, RolloutEngine
 from lightrft.strategy.engine_calls import EngineCalls
 from lightrft.strategy.fsdp.fsdpv2 import FSDPV2Strategy
 
@@ -89,6 +90,11 @@ def test_an_iteration_without_a_world_is_that_of_one_in_it(engine_type, folder):
         return found
 
     assert SimWorld(1).run(program) == [(before, after)]
+
+
+def test_nothing_of_the_contract_of_engines_is_left_to_its_defaults():
+    public = {name for name in vars(RolloutEngine) if not name.startswith("_")}
+    assert public <= vars(alone._Alone).keys()
 
 
 @BOTH

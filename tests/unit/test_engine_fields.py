@@ -84,6 +84,7 @@ VLLM_HONOURED = {
     "max_tokens": ({}, 3),
     "min_tokens": ({"logit_bias": {tiny.EOS: 100.0}}, 3),
     "logprobs": ({}, 0),
+    "flat_logprobs": ({"logprobs": 0}, True),
     "detokenize": ({}, False),
     "skip_special_tokens": ({"logit_bias": {tiny.EOS: 100.0}, "ignore_eos": True}, False),
     "include_stop_str_in_output": ({**GREEDY, "stop": "text"}, True),

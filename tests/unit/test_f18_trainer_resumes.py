@@ -197,3 +197,20 @@ def test_checkpoints_are_rotated_and_one_that_is_not_whole_is_told(tmp_path):
     with pytest.raises(RankFailedError) as error:
         run(tmp_path, resume=True)
     assert isinstance(error.value.__cause__, CheckpointError)
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoints that have to stay")
+def test_k24_checkpoints_may_have_so_much_memory(tmp_path):
+    made = parts()
+    SPMDPPOTrainer(
+        reward_model=EvenTokens(), **made, ckpt_path=str(tmp_path), save_steps=1, max_ckpt_mem=1e-9, max_steps=2
+    ).fit(prompts(24))
+    assert [each.name for each in (tmp_path / "actor").glob("step_*")] == ["step_00000002"]
+
+
+def test_a_checkpoint_of_something_else_is_told(tmp_path):
+    made = parts(critic=False)
+    made["strategy"].save_ckpt(made["actor"], str(tmp_path / "actor"), client_state={"epoch": 3})
+    settings = {"advantage_estimator": "reinforce", "ckpt_path": str(tmp_path), "resume": True}
+    with pytest.raises(CheckpointError, match="no checkpoint of a run of the trainer: its client state has epoch"):
+        SPMDPPOTrainer(reward_model=EvenTokens(), **made, **settings).fit(prompts(8))

@@ -306,6 +306,24 @@ def test_folders_without_a_model_or_weights_are_refused(tmp_path):
         assert llm.generate([3])
 
 
+def test_flat_log_probs_are_those_by_position(vllm, folder):
+    from vllm.logprobs import FlatLogprobs, Logprob
+
+    llm = vllm.LLM(folder)
+    plain, flat = (
+        llm.generate([3, 4], vllm.SamplingParams(seed=1, max_tokens=5, logprobs=0, flat_logprobs=flat))[0].outputs[0]
+        for flat in (False, True)
+    )
+    assert isinstance(flat.logprobs, FlatLogprobs)
+    assert [list(one) for one in flat.logprobs] == [[token] for token in plain.token_ids]
+    assert all(isinstance(each, Logprob) for one in flat.logprobs for each in one.values())
+    found = flat.logprobs
+    assert (found.token_ids, len(found), len(found[1:3])) == (list(plain.token_ids), len(plain.token_ids), 2)
+    for position, (start, end) in enumerate(zip(found.start_indices, found.end_indices, strict=True)):
+        assert found.token_ids[start:end] == list(found[position])
+    assert found.ranks == found.decoded_tokens == [None] * len(found)
+
+
 def test_a_text_has_what_ended_it_only_if_asked(tmp_path):
     tiny_text_model(tmp_path)
     with faces():

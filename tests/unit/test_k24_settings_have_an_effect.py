@@ -6,8 +6,10 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from model_batches import Shapes, batch
 
 from lightrft.errors import ConfigError, RankFailedError
+from lightrft.models import Actor, Critic, tiny
 from lightrft.sim import SimWorld
 from lightrft.sim.contracts.strategy import SETTINGS, Subject, sequences, workload
 from lightrft.sim.contracts.strategy.training import accumulating
@@ -183,6 +185,51 @@ def _cannot(make):
 def test_gradient_checkpointing_of_a_model_without_it_is_refused(name):
     with pytest.raises(RankFailedError, match="Transformer has no gradient_checkpointing_enable"):
         run(name, _cannot)
+
+
+# -- Log-probs and values ---------------------------------------------------------------------------------------------
+
+
+def _computes(make, folder, kind, settings):
+    """The shape of the rows that the model computes, the shapes of all tensors of a pass, and what it says."""
+    strategy = make(**settings)
+    model = strategy.prepare(kind.from_pretrained(folder, settings=strategy.config))
+    rows = []
+    embeddings = strategy.unwrap_model(model).model.get_input_embeddings()
+    embeddings.register_forward_pre_hook(lambda _, given: rows.append(tuple(given[0].shape)))
+    with torch.no_grad(), Shapes() as shapes:
+        found = model(*batch((9, 1, 3, 12, 2), 12))
+    return rows, shapes.seen, found[0] if kind is Actor else found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    pytest.importorskip("transformers")
+    path = str(tmp_path_factory.mktemp("model"))
+    tiny.tiny_text_model(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["fake, as FSDP", "FSDP", "ZeRO-3"])
+@pytest.mark.parametrize("kind", [Actor, Critic])
+def test_packing_samples(name, kind, folder):
+    padded, _, expected = run(name, _computes, folder, kind, {})[0]
+    packed, _, found = run(name, _computes, folder, kind, {"packing_samples": True})[0]
+    assert (padded, packed) == ([(5, 12)], [(3, 12)])
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fake, as FSDP", "FSDP", "ZeRO-3"])
+def test_fused_linear_logprob_and_chunk_size(name, folder):
+    tokens = 8 + 2 + 11 + 1
+    plain, few, many = (
+        run(name, _computes, folder, Actor, settings)[0]
+        for settings in ({"chunk_size": 50}, *({"fused_linear_logprob": True, "chunk_size": size} for size in (50, 60)))
+    )
+    widths = [{width for width in (50, 60, tiny.VOCABULARY) if (tokens, width) in one[1]} for one in (plain, few, many)]
+    assert widths == [{tiny.VOCABULARY}, {50}, {60}]
+    for _, _, log_probs in (few, many):
+        torch.testing.assert_close(log_probs, plain[2], atol=2e-5, rtol=1e-5)
 
 
 # -- Precision --------------------------------------------------------------------------------------------------------

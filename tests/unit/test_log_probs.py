@@ -1,9 +1,12 @@
 """Log-probs and entropy of given tokens, from logits and fused with the output layer, against the plainest formula."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_batches import Shapes
 
 from lightrft.errors import ConfigError
 from lightrft.models import fused_linear_log_probs, token_log_probs
@@ -136,26 +139,13 @@ def test_a_token_outside_of_the_vocabulary_has_no_log_prob():
     assert found.isnan().tolist() == [place == 2 for place in range(TOKENS)]
 
 
-class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """The largest tensor that any operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        for one in torch.utils._pytree.tree_leaves(found):
-            if isinstance(one, torch.Tensor):
-                self.elements = max(self.elements, one.numel())
-        return found
-
-
 @pytest.mark.parametrize("entropy", [False, True])
 def test_all_logits_never_exist_at_once(entropy):
     hidden, weight, bias, ids = inputs(tokens=40, vocabulary=60)
-    with Largest() as seen:
+    with Shapes() as shapes:
         scores = fused(hidden, weight, bias, ids, entropy=entropy)
         gradients(sum(one.sum() for one in scores if one is not None), hidden, weight, bias)
-    assert seen.elements == max(40 * WIDTH, 60 * WIDTH, 40 * 6) < 40 * 60
+    assert max(math.prod(shape) for shape in shapes.seen) == max(40 * WIDTH, 60 * WIDTH, 40 * 6) < 40 * 60
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from model_batches import batch
+from model_batches import batch, seen_batch
 
+from lightrft.errors import CollectiveMismatchError, DeadlockError, RankFailedError
 from lightrft.models import Actor, Critic, RewardModel, tiny
 from lightrft.sim import SimWorld
 from lightrft.sim.contracts.strategy import SETTINGS
@@ -67,10 +68,11 @@ def loss_of(found):
     return found.log_probs.pow(2).mean() / 10 + found.entropy.mean()
 
 
-def called(model, ids, mask):
+def called(model, ids, mask, **images):
     """What ``model`` says; an actor inside of an engine of DeepSpeed too."""
     inner = getattr(model, "module", model)
-    return model(ids, mask, temperature=0.7, entropy=True) if isinstance(inner, Actor) else model(ids, mask)
+    more = {"temperature": 0.7, "entropy": True} if isinstance(inner, Actor) else {}
+    return model(ids, mask, **more, **images)
 
 
 def numbers(found):
@@ -170,6 +172,17 @@ def test_f14_ranks_may_share_sequences(name, kind, untied):
     same(in_world(trained, name, kind, untied, settings), plainly(kind, untied, ranks=1))
 
 
+@pytest.mark.parametrize("name", [usual((name,), ("FSDP",)) for name in SETTINGS])
+@pytest.mark.parametrize("kind", [Actor, Critic])
+def test_in_16_bits_numbers_come_in_32_and_are_nearly_the_same(name, kind, untied):
+    settings = {"bf16": True, "fused_linear_logprob": True, "packing_samples": True}
+    expected, norm, _ = plainly(kind, untied)
+    for rank, (got, got_norm, _) in enumerate(in_world(trained, name, kind, untied, settings)):
+        assert got[0].dtype == torch.float32
+        torch.testing.assert_close(got[0], expected[rank][0], atol=0.3, rtol=0.1)
+        assert got_norm == pytest.approx(norm, rel=0.15)
+
+
 @pytest.mark.parametrize("name", ["FSDP", "ZeRO-3"])
 def test_a_frozen_reference_shares_sequences_too(name, untied):
     def program():
@@ -259,3 +272,65 @@ def test_a_model_is_saved_and_loaded(name, kind, lora, untied, tmp_path):
     if kind is Actor and lora is None:
         plain = transformers.AutoModelForCausalLM.from_pretrained(target)
         torch.testing.assert_close(numbers(called(Actor(plain), ids, mask)), before, atol=2e-5, rtol=1e-5)
+
+
+# -- Images on some ranks ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sees(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("model"))
+    tiny.tiny_vision_model(path)
+    return path
+
+
+def trained_on_images(name, kind, folder, settings):
+    """Rank 0 has images, rank 1 has none; in the second step neither has."""
+    strategy = strategy_of(name, **settings)
+    model = kind.from_pretrained(folder, settings=strategy.config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    model, optimizer, _ = strategy.prepare((model, optimizer, None))
+    found = []
+    for step in range(2):
+        ids, mask, images, _ = seen_batch()
+        first = strategy.get_rank() == 0 and step == 0
+        own = slice(None) if first else slice(1, 2)
+        scores = called(model, ids[own], mask[own], **images if first else {})
+        found.append(numbers(scores))
+        strategy.backward(loss_of(scores), model, optimizer)
+        norm = strategy.optimizer_step(optimizer, model)
+    return found, norm, {key: one.detach().clone() for key, one in strategy.full_parameters(model)}
+
+
+def plainly_on_images(kind, folder):
+    model = kind.from_pretrained(folder)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    found = [[], []]
+    for step in range(2):
+        for rank in range(2):
+            ids, mask, images, _ = seen_batch()
+            first = rank == 0 and step == 0
+            own = slice(None) if first else slice(1, 2)
+            scores = called(model, ids[own], mask[own], **images if first else {})
+            found[rank].append(numbers(scores))
+            (loss_of(scores) / 2).backward()
+        grads = [one.grad for one in model.parameters() if one.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads).item()
+        optimizer.step()
+        optimizer.zero_grad()
+    return found, norm, {key: one.detach() for key, one in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [usual((name, kind), ("FSDP", Actor), ("ZeRO-3", Critic)) for name in SETTINGS for kind in (Actor, Critic)],
+)
+def test_f11_k24_mixed_mm_data_keeps_ranks_with_and_without_images_together(name, kind, sees):
+    settings = {"mixed_mm_data": True, "packing_samples": name == "FSDP"}
+    same(in_world(trained_on_images, name, kind, sees, settings), plainly_on_images(kind, sees))
+
+
+@pytest.mark.parametrize("name", ["FSDP", "ZeRO-3"])
+def test_f11_without_it_ranks_that_see_something_and_others_come_apart(name, sees):
+    with pytest.raises((CollectiveMismatchError, DeadlockError, RankFailedError)):
+        in_world(trained_on_images, name, Actor, sees, {})

@@ -1,6 +1,7 @@
 """Prompts from files: fields by name, templates, images, lengths, and where a bad record is."""
 
 import json
+import sys
 
 import pytest
 import torch.distributed as dist
@@ -276,6 +277,14 @@ def test_files_that_are_none_are_refused(tmp_path):
     }.items():
         with pytest.raises(ConfigError, match=message):
             PromptDataset.from_file(tmp_path / name, TOKENIZER)
+
+
+@pytest.mark.parametrize(("form", "package"), [("parquet", "pyarrow"), ("folder", "datasets")])
+def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(form, package, tmp_path, monkeypatch):
+    file = written(form, tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf'needs the package {package}, .*: pip install "lightrft\[data\]"'):
+        PromptDataset.from_file(file, TOKENIZER, input_key="question")
 
 
 # -- Batches and loaders ----------------------------------------------------------------------------------------------

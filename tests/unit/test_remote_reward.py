@@ -7,10 +7,14 @@ import threading
 import time
 
 import pytest
+import torch.distributed as dist
 
 from lightrft.errors import ConfigError, RewardError
+from lightrft.sim import SimWorld
+from lightrft.strategy import get_strategy
 from lightrft.trainer.experience import Sample
-from lightrft.trainer.rewards import RemoteReward
+from lightrft.trainer.rewards import RemoteReward, reward_source
+from lightrft.trainer.settings import TrainerConfig
 
 SAMPLES = [
     Sample(prompt=f"p{i}", response="é" * i, label={"n": i}, prompt_token_ids=(1,), output_token_ids=(2,))
@@ -216,3 +220,22 @@ def test_an_address_that_is_none_is_told(url):
 def test_numbers_that_cannot_work_are_told():
     with pytest.raises(ConfigError, match="attempts=0"):
         RemoteReward("http://h/", attempts=0)
+
+
+def test_k10_a_service_that_fails_one_rank_is_an_error_on_all(service):
+    """On simulated ranks, where pauses take no time and services are as real as ever."""
+    good, _ = service(close, reply([1, 2, 3]))
+    bad, _ = service(hang)
+
+    def program():
+        strategy = get_strategy({"strategy": "fake", "train_batch_size": 2})
+        rewards = reward_source(remote(good, backoff=20.0), strategy, TrainerConfig())(SAMPLES)
+        assert rewards.rewards.tolist() == [1, 2, 3]
+        url = [good, bad][strategy.get_rank()]
+        with pytest.raises(RewardError, match=f"rank 1: the reward service {bad[:20]}.* it did not answer in time"):
+            reward_source(remote(url, attempts=2, timeout=0.05), strategy, TrainerConfig())(SAMPLES)
+        dist.destroy_process_group()
+
+    begin = time.monotonic()
+    SimWorld(2, stall_limit=15).run(program)
+    assert time.monotonic() - begin < 10

@@ -1,5 +1,7 @@
 """Rewards of functions, of models and of mixtures."""
 
+import socket
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -222,6 +224,15 @@ def test_rewards_come_from_what_is_given_and_from_settings(tmp_path):
     mixture = reward_source(doubled, strategy, config)
     assert [type(each.source) for each in mixture.sources] == [FunctionReward, FunctionReward, RemoteReward]
     assert mixture.weights == [1, 2, 3]
+
+
+def test_k24_settings_of_services():
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # which never answers
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        strategy = get_strategy({"strategy": "fake", "train_batch_size": 1})
+        config = TrainerConfig(remote_reward_url=url, remote_reward_timeout=0.03, remote_reward_attempts=1)
+        with pytest.raises(RewardError, match="in 1 of 1 attempts of up to 0.03 s: the last time it did not answer"):
+            reward_source(None, strategy, config)(SAMPLES)
 
 
 def test_no_rewards_and_wrong_ones_are_told():

@@ -29,7 +29,7 @@ class Echo(Recorder):
         if self._fails_on == dist.get_rank():
             raise ValueError("no memory left")
         return [
-            (request.prompt if request.prompt_token_ids is None else request.prompt_token_ids, request.images, sample)
+            (request.prompt or request.prompt_token_ids, request.images + request.videos, sample)
             for request in requests
             for sample in range(sampling_params["n"])
         ]
@@ -72,12 +72,22 @@ def test_k05_every_rank_gets_the_completions_of_its_own_prompts(prompts, tp, n, 
         assert status == "asleep"
 
 
-def test_k06_text_and_images_mix_across_ranks():
-    found = generate(
-        2, 2, None,
-        all_prompts=[["a", "b"], ["c"]], all_images=[["i", "j", "k"], [None]], images_num=[[1, 2], None],
-    )  # fmt: skip
+@pytest.mark.parametrize("kind", ["images", "videos"])
+def test_k06_text_and_media_mix_across_ranks(kind):
+    media = {f"all_{kind}": [["i", "j", "k"], [None]], f"{kind}_num": [[1, 2], None]}
+    found = generate(2, 2, None, all_prompts=[["a", "b"], ["c"]], **media)
     assert [completions for completions, *_ in found] == [[("a", ("i",), 0), ("b", ("j", "k"), 0)], [("c", (), 0)]]
+
+
+def test_k06_images_and_videos_of_one_prompt():
+    (one, other) = requests_of(prompts=["a", "b"], images=["i", None], videos=["v", "w"], videos_num=[0, 2])
+    assert (one.images, one.videos, other.images, other.videos) == (("i",), (), (), ("v", "w"))
+    with pytest.raises(ConfigError, match="videos_num asks for 2 videos, and there are none"):
+        requests_of(prompts=["a"], videos_num=[2])
+    with pytest.raises(ConfigError, match="all_videos has 2 entries for 1 prompts: .* or videos_num"):
+        requests_of(prompts=["a"], videos=["v", "w"])
+    with pytest.raises(ConfigError, match="videos_num adds up to 3, and there are 2 videos"):
+        requests_of(prompts=["a"], videos=["v", "w"], videos_num=[3])
 
 
 @pytest.mark.parametrize("leads", [True, False])

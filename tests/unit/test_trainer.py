@@ -3,19 +3,23 @@
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from trainer_parts import Draws, EvenTokens, Prompt, parts, prompts, weights_of
+from trainer_parts import Draws, EvenTokens, parts, prompts, weights_of
 
+from lightrft.datasets import Prompt
 from lightrft.errors import ConfigError, EngineStateError, RankFailedError, RewardError, StaleWeightsError
 from lightrft.sim import SimWorld
 from lightrft.sim.contracts.strategy import workload
 from lightrft.strategy import get_strategy
 from lightrft.strategy.requests import Completion
+from lightrft.strategy.setting import settings_of
 from lightrft.trainer import SPMDPPOTrainer, TrainerConfig
 from lightrft.trainer.generation import Generation
+from lightrft.trainer.run_log import summary_line
 from lightrft.trainer.stopping import StopRequest
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
@@ -147,6 +151,44 @@ def test_the_reward_grows():
     assert rewards[-1]["reward"] > 0.8
 
 
+PARTITIONS = [(1, 4), (1, 1), (2, 4), (2, 1), (4, 2)]
+
+
+@pytest.fixture(scope="module")
+def big_batch():
+    return {name: partitioned(name, 1, 16) for name in WAYS}
+
+
+WAYS = {
+    "gae": {"advantage_estimator": "gae", "entropy_coef": 0.1, "value_clip": 0.01},
+    "reinforce++": {"advantage_estimator": "reinforce++", "use_kl_loss": True, "loss_aggregation": "sequence_mean"},
+    "grpo": {"advantage_estimator": "grpo", "policy_loss": "gspo", "normalize_reward": True},
+    "dr_grpo": {"advantage_estimator": "dr_grpo", "loss_aggregation": "constant", "high_entropy_token_ratio": 0.5},
+}
+
+
+def partitioned(name, size, micro):
+    """The weights of a run, its 16 samples an iteration spread over ranks and micro-batches; by SGD, not clipped."""
+
+    def program():
+        made = parts(
+            critic=name == "gae", sgd=True, lr=0.1, max_norm=0.0, train_batch_size=16, micro_train_batch_size=micro
+        )
+        settings = {"n_samples_per_prompt": 2, "max_epochs": 2, "max_steps": 1}
+        trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **made, **settings, **WAYS[name])
+        trainer.fit([too_long(i) if i in (2, 5) else one for i, one in enumerate(prompts(8))])
+        return weights_of(trainer)
+
+    return in_world(program, size)[0]
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(("size", "micro"), PARTITIONS)
+def test_f13_an_iteration_does_not_depend_on_how_it_is_cut(name, size, micro, big_batch):
+    for key, tensor in partitioned(name, size, micro).items():
+        torch.testing.assert_close(tensor, big_batch[name][key], atol=1e-6, rtol=0, msg=key)
+
+
 # -- The documented ways to use it ---------------------------------------------------------------------------------
 
 
@@ -222,6 +264,39 @@ def test_what_is_missing_or_needless_is_told():
     made["strategy"].inference_engine = Draws()
     with pytest.raises(ConfigError, match="7 prompts with rollout_batch_size=8"):
         trainer.fit(prompts(7))
+
+
+def test_the_optimizer_takes_as_many_steps_as_the_settings_say():
+    def program():
+        made = parts()
+        trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **made, n_samples_per_prompt=3, max_epochs=2, max_steps=2)
+        trainer.fit(prompts(32))
+        return made["actor_scheduler"].last_epoch, trainer.config.optimizer_steps(32, made["strategy"].config)
+
+    assert in_world(program) == [(12, 12)] * 2
+
+
+def test_the_interface_is_the_documented_one():
+    import inspect
+
+    given = inspect.signature(SPMDPPOTrainer).parameters
+    assert list(given) == [
+        "strategy", "actor", "critic", "reward_model", "initial_model", "ema_model", "actor_optim", "critic_optim",
+        "actor_scheduler", "critic_scheduler", "tokenizer", "processor", "config", "settings",
+    ]  # fmt: skip
+    assert [name for name in vars(SPMDPPOTrainer) if not name.startswith("_")] == [
+        "fit", "iteration", "ppo_train", "evaluate", "save", "request_stop"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_order_in_which_ranks_run_changes_nothing(seed):
+    def program():
+        trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **parts(), max_steps=2)
+        return plain(trainer.fit(prompts(16)))
+
+    expected = in_world(program, 4)
+    assert in_world(program, 4, schedule="random", seed=seed) == expected
 
 
 # -- K21: what belongs together stays together ---------------------------------------------------------------------
@@ -446,6 +521,34 @@ def test_k24_a_setting_changes_what_is_learned(settings, base_run):
         assert any(name.startswith("actor.") for name in changed)
 
 
+ELSEWHERE = {
+    "dynamic_sampling": "test_k11_dynamic_sampling_takes_every_rank_through_the_same_rounds",
+    "dynamic_sampling_rounds": "test_k11_dynamic_sampling_takes_every_rank_through_the_same_rounds",
+    "top_p": "test_k24_settings_of_sampling_reach_the_engine",
+    "eval_temperature": "test_k24_settings_of_sampling_reach_the_engine",
+    "eval_steps": "test_evaluations_are_due_every_few_iterations",
+    "progress_bar": "test_k24_a_progress_bar_is_for_terminals",
+    "save_path": "test_k24_the_trained_model_is_written_at_the_end",
+    "reward_function": "test_rewards_come_from_what_is_given_and_from_settings",
+    "remote_reward_url": "test_rewards_come_from_what_is_given_and_from_settings",
+    "reward_weights": "test_rewards_come_from_what_is_given_and_from_settings",
+    "remote_reward_timeout": "test_k24_settings_of_services",
+    "remote_reward_attempts": "test_k24_settings_of_services",
+    "offload_reward_models": "test_several_models_score_in_turn_and_ranks_pass_equally_often",
+    "ckpt_path": "test_f18_killed_anywhere_and_resumed_is_uninterrupted",
+    "save_steps": "test_f18_killed_anywhere_and_resumed_is_uninterrupted",
+    "resume": "test_f18_killed_anywhere_and_resumed_is_uninterrupted",
+    "max_ckpt_num": "test_checkpoints_are_rotated_and_one_that_is_not_whole_is_told",
+    "max_ckpt_mem": "test_k24_checkpoints_may_have_so_much_memory",
+}
+
+
+def test_k24_every_setting_has_a_test_of_its_effect():
+    assert {name for each in EFFECTS for name in each} | set(ELSEWHERE) == set(settings_of(TrainerConfig))
+    written = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
+    assert all(f"def {test}(" in written for test in ELSEWHERE.values())
+
+
 def test_the_same_settings_learn_the_same(base_run):
     found = weights_after({})
     assert all(torch.equal(tensor, base_run[name]) for name, tensor in found.items())
@@ -483,8 +586,9 @@ def test_k24_settings_of_sampling_reach_the_engine():
     settings = {"temperature": 0.7, "top_p": 0.9, "n_samples_per_prompt": 3, "eval_temperature": 0.25, "eval_steps": 1}
     SPMDPPOTrainer(reward_model=EvenTokens(), **made, **settings, max_steps=2).fit(prompts(16), prompts(2))
     found = [(one.temperature, one.top_p, one.n, one.max_tokens, one.logprobs) for one in asked]
-    assert found == [(0.7, 0.9, 3, 6, True), (0.25, 1.0, 1, 6, True)] * 2
-    assert asked[0].seed != asked[2].seed
+    training, evaluation = (0.7, 0.9, 3, 6, True), (0.25, 1.0, 1, 6, True)
+    assert found == [evaluation, training, evaluation, training, evaluation]
+    assert asked[1].seed != asked[3].seed
 
 
 def test_an_engine_that_takes_no_seeds_gets_none():
@@ -557,7 +661,7 @@ def test_evaluations_are_due_every_few_iterations(tmp_path):
 
     in_world(program)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "eval/reward" in line] == [2, 4]
+    assert [line["step"] for line in lines if "eval/reward" in line] == [0, 2, 4]
 
 
 def test_what_people_and_programs_see_of_a_run(tmp_path, capsys):
@@ -572,7 +676,7 @@ def test_what_people_and_programs_see_of_a_run(tmp_path, capsys):
     last = in_world(program)[0]
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in printed] == ["1/3", "2/3", "3/3"]
-    for word in ("reward 0.", "accuracy ", "kl ", "length ", "tokens/s ", "(generate ", "sync "):
+    for word in ("reward 0.", "accuracy ", "kl ", "length ", "policy loss", "value loss", "grad norm"):
         assert all(word in line for line in printed)
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [1, 2, 3]
@@ -583,6 +687,37 @@ def test_what_people_and_programs_see_of_a_run(tmp_path, capsys):
     assert [each.value for each in events.Scalars("reward")] == pytest.approx([entry["reward"] for entry in entries])
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_line_of_an_iteration_by_hand():
+    metrics = {"reward": 0.5, "kl": 0.25, "tokens_per_second": 1234.4, "time/generate": 1.5, "time/sync": 0.001}
+    expected = "step 3/8  reward 0.5000  kl 0.2500  tokens/s 1234  (generate 1.50s)"
+    assert summary_line(3, 8, metrics) == expected
+
+
+def test_a_log_that_cannot_be_opened_is_an_error_on_all_ranks(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "logs").write_text("a file")
+
+    def program():
+        trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **parts(log_dir=str(tmp_path / "logs")))
+        with pytest.raises(ConfigError, match="the log was not opened: rank 0: FileExistsError"):
+            trainer.fit(prompts(8))
+
+    in_world(program)
+
+
+def test_a_full_disk_ends_no_run(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tensorboard")
+    trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **parts(log_dir=str(tmp_path)), max_steps=2)
+
+    def full(self, folder, step, metrics):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lightrft.trainer.run_log.RunLog._write", full)
+    trainer.fit(prompts(16))
+    assert "the metrics of step 2 were not written" in capsys.readouterr().out
 
 
 def test_one_rank_may_ask_to_stop():
@@ -617,12 +752,21 @@ def test_ctrl_c_saves_and_ends(number, tmp_path):
     assert signal.getsignal(number) is before
 
 
-def test_the_second_ctrl_c_interrupts_at_once():
-    with StopRequest() as stop:
+def test_a_later_ctrl_c_interrupts_at_once():
+    with StopRequest(patience=0.0) as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.is_made
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_ctrl_c_that_a_launcher_passes_on_is_the_same_one():
+    with StopRequest() as stop:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        assert stop.is_made
+    with stop:
+        assert not stop.is_made
 
 
 def test_an_error_of_one_rank_ends_the_run_of_all():

@@ -1,6 +1,7 @@
 """Prompts with images beside prompts without, on ranks that share the weights of what sees."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from trainer_parts import Actor, Draws, EvenTokens, Scores, prompts
 
+from lightrft.datasets import Prompt
 from lightrft.errors import ConfigError, RankFailedError
 from lightrft.sim import SimWorld
 from lightrft.sim.contracts.strategy import workload
@@ -15,6 +17,8 @@ from lightrft.strategy import get_strategy
 from lightrft.trainer import SPMDPPOTrainer
 from lightrft.trainer.experience import Experience
 from lightrft.trainer.fillers import image_filler
+from lightrft.trainer.generation import Generation
+from lightrft.trainer.images import ImageReader, media_tokens
 from lightrft.trainer.rewards import ModelReward
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
@@ -125,12 +129,46 @@ def test_without_images_there_is_no_filler():
 
 
 def test_images_need_a_processor():
-    run = program(lambda i: True, {"strategy": "fake"})
+    strategy = get_strategy({"strategy": "fake", "train_batch_size": 1})
+    strategy.inference_engine = Draws()
+    given = [dataclasses.replace(one, images=(1.0,)) for one in prompts(1)]
+    with pytest.raises(ConfigError, match="prompts were not read: a prompt has images: give the trainer a processor"):
+        Generation(strategy=strategy)(given, 1)
 
-    def without():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lightrft.trainer.ppo_trainer.image_inputs_of", lambda processor: None)
-            with pytest.raises(ConfigError, match="give the trainer a processor"):
-                run()
 
-    without()
+def test_the_tokens_of_images_count_for_the_length_of_a_prompt():
+    class Reader:
+        merge_size = 2
+
+        def __call__(self, images, return_tensors):
+            grid = torch.tensor([[1, 2 * int(image), 4] for image in images])
+            return {"pixel_values": torch.zeros(int(grid.prod(-1).sum()), 3), "image_grid_thw": grid}
+
+    strategy = get_strategy({"strategy": "fake", "train_batch_size": 1, "prompt_max_len": 8, "generate_max_len": 4})
+    strategy.inference_engine = Draws()
+    # Of 4 tokens one is of the image, which becomes 2, 4 or 6.
+    given = [Prompt(prompt="p", token_ids=(3,) * 4, images=(size,), index=size) for size in (1, 2, 3)]
+    found = Generation(strategy=strategy, reader=ImageReader(Reader()))(given, 1)
+    assert [one.index for one in found] == [1, 2]
+    assert found[1].images["pixel_values"].shape == (16, 3)
+
+
+def test_tokens_that_stand_for_images_are_never_drawn():
+    asked = []
+
+    class Noting(Draws):
+        def generate(self, requests, sampling_params):
+            asked.append(sampling_params.logit_bias)
+            return super().generate(requests, sampling_params)
+
+    strategy = get_strategy({"strategy": "fake", "train_batch_size": 1, "prompt_max_len": 8, "generate_max_len": 6})
+    strategy.inference_engine = Noting()
+    Generation(strategy=strategy)(prompts(1), 1)
+    Generation(strategy=strategy, forbidden=(4, 5))(prompts(1), 1)
+    assert asked == [None, {4: -100.0, 5: -100.0}]
+
+
+def test_the_tokens_of_images_are_those_of_the_configuration():
+    model = SimpleNamespace(config=SimpleNamespace(image_token_id=4, video_token_id=5))
+    assert media_tokens(model) == (4, 5)
+    assert media_tokens(Seeing()) == ()

@@ -150,6 +150,14 @@ def test_settings_that_do_not_fit_the_strategy_are_told_at_once():
     TrainerConfig().check_strategy(StrategyConfig(rollout_batch_size=8), 4)
 
 
+def test_how_long_a_run_is():
+    config = StrategyConfig(rollout_batch_size=8, train_batch_size=12)
+    trainer = TrainerConfig(n_samples_per_prompt=4, max_epochs=2, num_episodes=3)
+    assert trainer.iterations(20, config) == 7  # 60 prompts, 8 at a time
+    assert trainer.optimizer_steps(20, config) == 7 * 2 * 3  # 32 samples, 12 at a time
+    assert trainer.replace(max_steps=2).optimizer_steps(20, config) == 2 * 2 * 3
+
+
 def test_the_documentation_has_a_table_of_the_flags():
     table = flag_table(TrainerConfig)
     assert all(f"`{flag}`" in table for flag in FLAGS)

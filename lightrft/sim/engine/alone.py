@@ -54,6 +54,26 @@ class _Alone(RolloutEngine):
         """See ``RolloutEngine``."""
         return self._engine.runs_on_all_ranks
 
+    @property
+    def asleep(self) -> frozenset[str]:
+        """See ``RolloutEngine``."""
+        return self._engine.asleep
+
+    @property
+    def takes_seeds(self) -> bool:
+        """See ``RolloutEngine``."""
+        return self._engine.takes_seeds
+
+    @property
+    def weights_dtype(self) -> torch.dtype | None:
+        """See ``RolloutEngine``."""
+        return self._engine.weights_dtype
+
+    @property
+    def tells_weights(self) -> bool:
+        """See ``RolloutEngine``."""
+        return self._engine.tells_weights
+
     def generate(self, requests: Sequence[Any], sampling_params: Any) -> list[Any]:
         """See ``RolloutEngine``."""
         with faces(self._mode):

@@ -40,7 +40,7 @@ _MODULES: Mapping[str, str] = {
 }
 """For each module of a face, which of ours have what is in it."""
 
-_LIBRARIES = {name.partition(".")[0] for name in _MODULES}
+_LIBRARIES = tuple({name.partition(".")[0] for name in _MODULES})
 
 _modes: list[str] = []
 
@@ -77,7 +77,7 @@ def faces(mode: str = "model") -> Iterator[None]:
 
 def _taken_out() -> dict[str, ModuleType]:
     """The modules of the libraries, which are no longer imported then."""
-    names = [name for name in sys.modules if name.partition(".")[0] in _LIBRARIES]
+    names = [name for name in sys.modules if name.startswith(_LIBRARIES) and name.partition(".")[0] in _LIBRARIES]
     return {name: sys.modules.pop(name) for name in names}
 
 

@@ -83,7 +83,8 @@ class General(Forward):
 
         super().__init__()
         AttentionInterface.register(_ATTENTION, _attention)
-        model.set_attn_implementation(_ATTENTION)  # type: ignore[operator]
+        parts = {"text_config": _ATTENTION} if hasattr(model.config, "text_config") else _ATTENTION
+        model.set_attn_implementation(parts)  # type: ignore[operator]
         self._model = model
         self._places_of_weights = [
             (module, name, weight)

@@ -114,6 +114,7 @@ class LanguageModel(ABC):
                 raise WeightSyncError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(known[name])}")
             self.put(name, tensor)
             seen.add(name)
+            del tensor  # the next may be gathered only when it is gone
         missing = [name for name in known if name not in seen and name not in self.optional()]
         if whole and missing:
             raise WeightSyncError(f"{len(missing)} weights are missing: {_some(missing)}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightrft.sim.engine.forward import Forward, General
 from lightrft.sim.engine.key_values import KeyValues, Pair
 from lightrft.sim.engine.llama import Llama
+from lightrft.sim.engine.vision import Features
 
 if TYPE_CHECKING:
     from lightrft.sim.engine.samples import Medium
@@ -23,10 +24,12 @@ class Network:
 
     Args:
         module: the model.
+        remembers: whether what the vision encoder made of an image is remembered.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, *, remembers: bool = False) -> None:
         self._module = module
+        self.features = Features(module, remembers=remembers)
         self._general = General(module)
         self._forward: Forward = Llama(module) if Llama.fits(module) else self._general
         self._axes = 3 if hasattr(getattr(module, "model", None), "get_rope_index") else 0
@@ -59,4 +62,5 @@ class Network:
 
     def seeing(self, tokens: tuple[int, ...], media: tuple[Medium, ...]) -> tuple[Tensor, Tensor, int]:
         """A prompt with images: its tokens as vectors, (1, Q, H), their positions, and what shifts later ones."""
-        raise NotImplementedError
+        ids = torch.tensor([tokens])
+        return self.features.placed(ids, self.embedded(ids), media)

@@ -48,7 +48,7 @@ class Sample:
     penalties: Literal["vLLM", "SGLang"] = "vLLM"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # with slots it would be slower to pickle
 class Drawn:
     """A completion.
 

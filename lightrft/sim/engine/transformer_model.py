@@ -20,13 +20,15 @@ from lightrft.sim.engine.language_model import LanguageModel
 from lightrft.sim.engine.network import Network
 from lightrft.sim.engine.numbers import digest
 from lightrft.sim.engine.prompts import Prompts
+from lightrft.sim.engine.vision import Patches
 from lightrft.sim.engine.weights import Weights
+from lightrft.strategy.utils.checkpoint_form import in_checkpoint_form
 from lightrft.strategy.utils.fingerprints import fingerprint
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lightrft.sim.engine.samples import Drawn, Sample
+    from lightrft.sim.engine.samples import Drawn, Medium, Sample
 
 __all__ = ["TransformerModel", "checkpoint_tensors"]
 
@@ -54,12 +56,15 @@ class TransformerModel(LanguageModel):
     """
 
     def __init__(self, path: str, dtype: torch.dtype, *, prefix_caching: bool = True) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
         try:
             config = AutoConfig.from_pretrained(path)
+            sees = hasattr(config, "vision_config")
             with torch.random.fork_rng(devices=[]):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call, unused-ignore]
+                model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(
+                    config, dtype=torch.float32
+                )  # type: ignore[no-untyped-call, unused-ignore]
         except (OSError, ValueError) as error:
             raise ConfigError(f"the fake engine cannot build the model in {path}: {error}") from error
         kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention"}
@@ -70,8 +75,10 @@ class TransformerModel(LanguageModel):
         self._model = model.eval().requires_grad_(False)
         self._tied = frozenset(getattr(model, "all_tied_weights_keys", None) or ())
         self._prefixes = PrefixCache() if prefix_caching else None
-        self._network = Network(model)
-        self._weights = Weights(model, dtype)
+        self._network = Network(model, remembers=True)
+        self._patches = Patches(path, config) if sees else None
+        self._names = _in_checkpoint(model)
+        self._weights = Weights(model, dtype, self._names.__getitem__)
         self._prompts = Prompts(self._network, self._prefixes)
         self._exactly: Prompts | None = None
         self.vocabulary = config.get_text_config().vocab_size
@@ -84,7 +91,7 @@ class TransformerModel(LanguageModel):
     def optional(self) -> frozenset[str]:
         """See ``LanguageModel``."""
         parameters = dict(self._model.named_parameters())
-        return self._tied | {name for name in self._weights.held if name not in parameters}
+        return frozenset(theirs for ours, theirs in self._names.items() if ours in self._tied or ours not in parameters)
 
     def put(self, name: str, tensor: Tensor) -> None:
         """See ``LanguageModel``."""
@@ -96,7 +103,9 @@ class TransformerModel(LanguageModel):
 
     def fingerprint(self) -> str:
         """See ``LanguageModel``."""
-        held = [(name, fingerprint(self._weights.held[name])) for name, _ in self._model.named_parameters()]
+        held = [
+            (name, fingerprint(self._weights.held[self._names[name]])) for name, _ in self._model.named_parameters()
+        ]
         return f"{digest(sorted(held)):016x}"
 
     def module(self) -> torch.nn.Module:
@@ -111,11 +120,17 @@ class TransformerModel(LanguageModel):
 
     def forget_media(self) -> None:
         """See ``LanguageModel``."""
+        self._network.features.forget()
+
+    def medium(self, kind: str, given: Any) -> Medium:
+        """See ``LanguageModel``."""
+        if self._patches is None:
+            raise ConfigError(f"this model takes no {kind}s")
+        with torch.inference_mode():
+            return self._patches.medium(kind, given)
 
     def draw(self, samples: Sequence[Sample]) -> list[Drawn]:
         """See ``LanguageModel``."""
-        if any(sample.media for sample in samples):
-            raise ConfigError("the fake engine in model mode reads no images or videos: use its hash mode")
         order = sorted(range(len(samples)), key=lambda row: len(samples[row].tokens))
         found: dict[int, Drawn] = {}
         with torch.inference_mode():
@@ -165,6 +180,23 @@ class TransformerModel(LanguageModel):
     def _ends_of(self, sample: Sample) -> frozenset[int]:
         own = frozenset() if sample.params.ignore_eos else self.ends
         return own | frozenset(sample.params.stop_token_ids)
+
+
+def _in_checkpoint(model: torch.nn.Module) -> dict[str, str]:
+    """What each weight of a model is called in its checkpoint.
+
+    Raises:
+        ConfigError: a checkpoint has one of them as several, or together with others.
+    """
+    marks = {name: torch.zeros(1) for name in model.state_dict()}
+    names = {id(mark): name for name, mark in in_checkpoint_form(model, marks.items())}
+    other = [name for name, mark in marks.items() if id(mark) not in names]
+    if other:
+        raise ConfigError(
+            f"the fake engine cannot run this model, whose {other[0]} a checkpoint has in another form: use its hash "
+            "mode"
+        )
+    return {name: names[id(mark)] for name, mark in marks.items()}
 
 
 def _ends(config: Any, path: str) -> frozenset[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,16 @@ class Weights:
     Args:
         model: what computes, in single precision; its weights are arbitrary until they are put in.
         dtype: that the engine holds weights in; they are rounded to it.
+        name_of: from a name of the model to that of the checkpoint.
 
     Attributes:
         held: by the names of a checkpoint; names that are tied have one tensor.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, name_of: Callable[[str], str] = str) -> None:
         self._model = model
-        self._used: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        used: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        self._used = {name_of(name): tensor for name, tensor in used.items()}
         made: dict[int, Tensor] = {}
         self.held: Mapping[str, Tensor] = {
             name: made.setdefault(id(tensor), tensor.detach().to(dtype)) for name, tensor in self._used.items()
@@ -67,6 +69,6 @@ class Weights:
         if self._exact is None:
             self._exact = copy.deepcopy(self._model).double()
         elif self._exact_is_old:
-            self._exact.load_state_dict(self._used)
+            self._exact.load_state_dict(self._model.state_dict())
         self._exact_is_old = False
         return self._exact

@@ -29,6 +29,8 @@ def partitioned_construction(settings: dict[str, Any], device: torch.device) -> 
     context. ``from_pretrained`` of transformers fills such modules from disk, one parameter whole at a time.
     """
     known = _known_to_transformers(settings)
+    # Models import it as they are built, and it looks at torch.Tensor.__new__, which DeepSpeed replaces meanwhile.
+    importlib.import_module("torch._dynamo")
     with runtime.launched(device), _zero_init(settings):
         yield
     del known  # transformers has a weak reference to it

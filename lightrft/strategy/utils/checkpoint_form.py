@@ -50,7 +50,12 @@ def _reverting(model: nn.Module | None) -> Any:
         from transformers.core_model_loading import revert_weight_conversion
     except ImportError:  # an older version, which changes names alone, or none
         return lambda name, tensor: [(name, tensor)]
-    if not isinstance(model, PreTrainedModel):
+    nothing: dict[str, Tensor] = {}
+    if (
+        not isinstance(model, PreTrainedModel)
+        or getattr(model, "_weight_conversions", None) == []
+        or revert_weight_conversion(model, nothing) is nothing
+    ):  # to find that out for each parameter would take longer than to send it
         return lambda name, tensor: [(name, tensor)]
     return lambda name, tensor: revert_weight_conversion(model, {name: tensor}).items()
 

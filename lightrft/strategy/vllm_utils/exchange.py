@@ -88,6 +88,8 @@ def sampling_for(params: SamplingParams, seeds: Sequence[int], cls: type[Any], *
             f"sampling parameters: {', '.join(ignored)} needs a tokenizer, and the engine was started without one "
             "(skip_tokenizer_init); use stop_token_ids"
         )
+    if params.logprobs and hasattr(plain, "flat_logprobs"):  # in later versions
+        plain.flat_logprobs = True
     return [_seeded(plain, seed) for seed in seeds]
 
 
@@ -128,6 +130,9 @@ def completions_of(
 def _log_probs(tokens: Sequence[int], steps: Any) -> tuple[float, ...] | None:
     if steps is None:
         return None
+    flat = getattr(steps, "logprobs", ())
+    if len(flat) == len(tokens) and steps.token_ids == list(tokens):  # without an object for each token
+        return tuple(flat)
     return tuple(float(step[token].logprob) for token, step in zip(tokens, steps, strict=True))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -18,11 +18,12 @@ from lightrft.sim.engine.samples import Drawn, Sample
 from lightrft.sim.engine.vllm_face import arguments
 from lightrft.sim.engine.vllm_face.arguments import EngineArgs
 from lightrft.sim.engine.vllm_face.exceptions import VLLMValidationError
-from lightrft.sim.engine.vllm_face.outputs import CompletionOutput, Logprob, RequestOutput
+from lightrft.sim.engine.vllm_face.outputs import CompletionOutput, FlatLogprobs, Logprob, RequestOutput
 from lightrft.sim.engine.vllm_face.prompts import Prompt, Prompts, media_limits
 from lightrft.sim.engine.vllm_face.sampling_params import SamplingParams
 from lightrft.strategy.engine_state import EngineStatus
 from lightrft.strategy.utils.agreement import Ranks
+from lightrft.strategy.weight_sync import poisons
 
 if TYPE_CHECKING:
     from lightrft.strategy import sampling
@@ -100,20 +101,22 @@ class LLM:
 
     def _samples(self, prompts: Sequence[Prompt], several: Sequence[SamplingParams]) -> tuple[list[Sample], list[int]]:
         """One for each completion, and the number of its prompt."""
-        known: dict[tuple[int, int], sampling.SamplingParams] = {}
+        former: tuple[Any, ...] = ()
         samples, owners = [], []
         for owner, (prompt, params) in enumerate(zip(prompts, several, strict=True)):
-            room = self._limit - len(prompt.tokens)
-            ours = known.get((id(params), room))
-            if ours is None:
-                if params.stop and self._prompts.tokenizer is None:
-                    raise ConfigError(lacks_text("vLLM", f"stop={params.stop!r}"))
-                ours = known[id(params), room] = params.ours(room)
+            alike = self._limit - len(prompt.tokens), {**vars(params), "seed": None}
+            if alike != former:
+                former, ours = alike, self._ours(params, alike[0])
             for index in range(params.n):
                 seed = self._seed(params, index)
                 samples.append(Sample(tokens=prompt.tokens, params=ours, seed=seed, media=prompt.media))
                 owners.append(owner)
         return samples, owners
+
+    def _ours(self, params: SamplingParams, room: int) -> sampling.SamplingParams:
+        if params.stop and self._prompts.tokenizer is None:
+            raise ConfigError(lacks_text("vLLM", f"stop={params.stop!r}"))
+        return params.ours(room)
 
     def _seed(self, params: SamplingParams, index: int) -> int:
         if params.seed is not None:
@@ -138,14 +141,18 @@ class LLM:
         )
 
     def _completion(self, index: int, params: SamplingParams, drawn: Drawn) -> CompletionOutput:
-        log_probs = drawn.processed if self._given["logprobs_mode"].startswith("processed") else drawn.raw
-        wanted = params.logprobs is not None
+        found = drawn.processed if self._given["logprobs_mode"].startswith("processed") else drawn.raw
+        log_probs: Sequence[dict[int, Logprob]] | None = None
+        if params.flat_logprobs and params.logprobs is not None:
+            log_probs = FlatLogprobs(list(drawn.tokens), list(found))
+        elif params.logprobs is not None:
+            log_probs = [{t: Logprob(p)} for t, p in zip(drawn.tokens, found, strict=True)]
         return CompletionOutput(
             index=index,
             text=self._prompts.text_of(drawn, params) if params.detokenize else "",
             token_ids=list(drawn.tokens),
-            cumulative_logprob=sum(log_probs) if wanted else None,
-            logprobs=[{t: Logprob(p)} for t, p in zip(drawn.tokens, log_probs, strict=True)] if wanted else None,
+            cumulative_logprob=None if log_probs is None else sum(found),
+            logprobs=log_probs,
             finish_reason=drawn.finish_reason,
             stop_reason=drawn.stop,
         )
@@ -190,6 +197,11 @@ class LLM:
     def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
         """Call a function with the module of this rank; what it returns."""
         return [func(self._core.model.module())]
+
+    @property
+    def copies_weights_at_once(self) -> bool:
+        """For the adapter, which then copies none; not where buckets are poisoned: there it does as with a real one."""
+        return not poisons()
 
     def get_tokenizer(self) -> Any:
         """The tokenizer of the model."""
@@ -289,9 +301,15 @@ class Worker:
         if weights_iterator is None or weights_path is not None or not is_checkpoint_format:
             raise ConfigError(lacks("vLLM", "reload_weights but from an iterator, by the names of a checkpoint"))
         weights = iter(weights_iterator)
-        first = next(weights, None)
-        if first is not None:  # else it ends a reload that was broken off, and leaves everything as it is
-            self._core.load(chain([first], weights))
+        first = list(islice(weights, 1))
+        if first:  # else it ends a reload that was broken off, and leaves everything as it is
+            self._core.load(chain(_popped(first), weights))
+
+
+def _popped(several: list[Any]) -> Iterator[Any]:
+    """What is in a list, which keeps it no longer."""
+    while several:
+        yield several.pop(0)
 
 
 def _ranks(given: dict[str, Any]) -> Ranks:

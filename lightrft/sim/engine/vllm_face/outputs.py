@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["CompletionOutput", "Logprob", "RequestOutput"]
+__all__ = ["CompletionOutput", "FlatLogprobs", "Logprob", "RequestOutput"]
 
 
 @dataclass
@@ -19,6 +19,42 @@ class Logprob:
 
 
 @dataclass
+class FlatLogprobs(Sequence[dict[int, Logprob]]):
+    """Log-probs of all positions in lists, where ``SamplingParams.flat_logprobs`` asks for them; one at each."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+
+    @property
+    def start_indices(self) -> list[int]:
+        """Where the log-probs of each position begin."""
+        return list(range(len(self.token_ids)))
+
+    @property
+    def end_indices(self) -> list[int]:
+        """Where they end."""
+        return list(range(1, len(self.token_ids) + 1))
+
+    @property
+    def ranks(self) -> list[int | None]:
+        """Unknown, as ``Logprob.rank``."""
+        return [None] * len(self.token_ids)
+
+    @property
+    def decoded_tokens(self) -> list[str | None]:
+        """Unknown, as ``Logprob.decoded_token``."""
+        return [None] * len(self.token_ids)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __getitem__(self, position: Any) -> Any:
+        if isinstance(position, slice):
+            return FlatLogprobs(self.token_ids[position], self.logprobs[position])
+        return {self.token_ids[position]: Logprob(self.logprobs[position])}
+
+
+@dataclass
 class CompletionOutput:
     """One sample of one prompt."""
 
@@ -26,7 +62,7 @@ class CompletionOutput:
     text: str
     token_ids: Sequence[int]
     cumulative_logprob: float | None
-    logprobs: list[dict[int, Logprob]] | None
+    logprobs: Sequence[dict[int, Logprob]] | None
     routed_experts: Any = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -63,4 +99,5 @@ class RequestOutput:
 
 for _each in (CompletionOutput, RequestOutput):
     _each.__module__ = "vllm.outputs"
-Logprob.__module__ = "vllm.logprobs"
+for _other in (FlatLogprobs, Logprob):
+    _other.__module__ = "vllm.logprobs"

@@ -81,7 +81,7 @@ class Prompts:
             if self.tokenizer is None:
                 raise VLLMValidationError("a prompt is text, and there is no tokenizer: pass prompt_token_ids")
             tokens = self.tokenizer.encode(text)
-        media, seen = self._media(given.get("multi_modal_data") or {}, tuple(int(token) for token in tokens))
+        media, seen = self._media(given.get("multi_modal_data") or {}, tuple(tokens))
         self._check(seen)
         return Prompt(seen, text, media)
 

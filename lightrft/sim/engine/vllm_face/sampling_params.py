@@ -27,7 +27,7 @@ FIELDS = Surface(
         {
             "n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k",
             "min_p", "seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "min_tokens", "logprobs",
-            "detokenize", "skip_special_tokens", "include_stop_str_in_output", "logit_bias",
+            "flat_logprobs", "detokenize", "skip_special_tokens", "include_stop_str_in_output", "logit_bias",
         }
     ),
     idle={

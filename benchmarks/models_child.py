@@ -1,0 +1,81 @@
+"""Log-probs in several ways: ``python -m benchmarks.models_child WHAT ...`` prints JSON.
+
+Time is the processor time of this process, memory the growth of its peak, so ``output`` measures one way a process.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightrft.models import Actor, fused_linear_log_probs, tiny
+
+VOCABULARY, TOKENS, WIDTH = 150_000, 4096, 512
+SAMPLES, LONGEST, ROUNDS = 48, 512, 3
+
+
+def output(way: str) -> dict[str, float]:
+    """Seconds, and MiB above inputs, of log-probs of given tokens from hidden states and back; plain or fused."""
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH).requires_grad_()
+    weight = torch.empty(VOCABULARY, WIDTH).normal_(std=0.05).requires_grad_()
+    tokens = torch.randint(VOCABULARY, (TOKENS,))
+    before, begin = _peak_mib(), time.process_time()
+    (plain if way == "plain" else fused)(hidden, weight, tokens).mean().backward()
+    return {"seconds": time.process_time() - begin, "mib": _peak_mib() - before}
+
+
+def plain(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+    return (hidden @ weight.T).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+
+
+def fused(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+    return fused_linear_log_probs(hidden, weight, tokens).log_probs
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def packing() -> dict[str, float]:
+    """Seconds of a step of an actor on samples with a long tail of lengths, padded and packed; medians of turns."""
+    actor = Actor(
+        tiny.text_model(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+                        num_key_value_heads=4, max_position_embeddings=LONGEST)
+    )  # fmt: skip
+    lengths = long_tail()
+    ids = torch.randint(tiny.VOCABULARY, (SAMPLES, LONGEST), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(LONGEST) < lengths[:, None]).long()
+    taken: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(1 + ROUNDS):
+        for packed, seconds in taken.items():
+            seconds.append(_seconds(lambda packed=packed: actor(ids, mask, packed=packed).log_probs.sum().backward()))
+    padded, together = (statistics.median(seconds[1:]) for seconds in taken.values())
+    return {"padded": padded, "packed": together, "ratio": together / padded, "real": mask.float().mean().item()}
+
+
+def long_tail() -> Tensor:
+    """Log-normal lengths as of answers: half of them below a tenth of the longest."""
+    spread = torch.randn(SAMPLES, generator=torch.Generator().manual_seed(0)).exp()
+    return (spread * LONGEST / 10).long().clamp(8, LONGEST)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    what, *arguments = sys.argv[1:]
+    print(json.dumps({"output": output, "packing": packing}[what](*arguments)))
