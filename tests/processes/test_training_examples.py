@@ -12,13 +12,17 @@ pytestmark = pytest.mark.processes
 DOCUMENTED = {
     "High-Throughput": (
         "examples/train.py",
-        "--zero_stage 2 --engine_tp_size 4 --engine_mem_util 0.9 --enable_engine_sleep --micro_train_batch_size 1 "
-        "--train_batch_size 128",
+        (
+            "--zero_stage 2 --engine_tp_size 4 --engine_mem_util 0.9 --enable_engine_sleep --micro_train_batch_size 1 "
+            "--train_batch_size 128"
+        ),
     ),
     "Memory-Efficient": (
         "examples/train.py",
-        "--fsdp --fsdp_cpu_offload --use_mp_opt --engine_tp_size 2 --engine_mem_util 0.85 --enable_engine_sleep "
-        "--micro_train_batch_size 1 --train_batch_size 64",
+        (
+            "--fsdp --fsdp_cpu_offload --use_mp_opt --engine_tp_size 2 --engine_mem_util 0.85 --enable_engine_sleep "
+            "--micro_train_batch_size 1 --train_batch_size 64"
+        ),
     ),
     "Vision-Language": (
         "examples/train_vl.py",
