@@ -1,6 +1,6 @@
 """Measures the fake engine: ``python -m benchmarks.engines_child WHAT ...`` prints JSON.
 
-Where two things are compared, they take turns, and the time of the processor is taken, which other processes disturb least.
+Where two things are compared, they take turns, and processor time is taken, which other processes disturb least.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +21,6 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from benchmarks.groups import now
 from lightrft.models import tiny
 from lightrft.sim import SimWorld
 from lightrft.sim.engine.samples import Sample
@@ -36,7 +36,8 @@ TURNS = 7
 def rollout(engine: str) -> dict[str, float]:
     """Seconds to gather, generate (by hash) and scatter 1,024 prompts of 256 tokens over 8 ranks, 4 to an engine.
 
-    Completions have 256 tokens and log-probs; it is the slowest rank's time, without setting up.
+    Completions have 256 tokens and log-probs. It is processor time of all ranks together, which run one at a time;
+    on an idle machine it passes as much. Setting up is not in it.
     """
     ranks, each = 8, 128
 
@@ -48,13 +49,13 @@ def rollout(engine: str) -> dict[str, float]:
         seconds = []
         for _ in range(TURNS):
             dist.barrier()
-            begin = now()
+            begin = _used()
             found = strategy.gather_and_generate(
                 {"max_tokens": 256, "logprobs": 0}, all_prompt_token_ids=prompts, sleep_engine=False
             )
             assert len(found) == each
             dist.barrier()
-            seconds.append(now() - begin)
+            seconds.append(_used() - begin)
         dist.destroy_process_group()
         return seconds
 
@@ -65,8 +66,8 @@ def rollout(engine: str) -> dict[str, float]:
 def generation(spread: str) -> dict[str, float]:
     """Tokens a second of the fake engine and of ``generate`` of transformers, and the median of their ratios.
 
-    64 greedy completions by the same tiny model: prompts of 4 to 64 tokens, uniformly spread; completions of 4 to 128, as
-    ``spread`` says. Transformers gets all prompts in one batch, padded on the left, and goes on to the longest
+    64 greedy completions by the same tiny model: prompts of 4 to 64 tokens, uniformly spread; completions of 4 to 128,
+    as ``spread`` says. Transformers gets all prompts in one batch, padded on the left, and goes on to the longest
     completion; only the tokens that were asked for count. The fake engine has forgotten all prompts.
     """
     draws = torch.Generator().manual_seed(0)
@@ -111,12 +112,11 @@ def generation(spread: str) -> dict[str, float]:
 def update(engine: str) -> dict[str, float]:
     """``update_engine_weights`` of a model of 100M parameters in this process, without a world.
 
-    ``ratio``: its time beside that of one copy of each weight into memory that is there; ``buckets``: the memory that it
-    takes meanwhile, in buckets; ``calls``: to the engine, for each parameter.
+    ``ratio``: its time beside that of one copy of each weight into memory that is there; ``buckets``: the memory that
+    it takes meanwhile, in buckets; ``calls``: to the engine, for each parameter.
     """
     with tempfile.TemporaryDirectory(dir=_memory()) as folder:
-        actor = tiny.tiny_text_model(folder, hidden_size=640, intermediate_size=1728, num_hidden_layers=12,
-                                     num_attention_heads=10, num_key_value_heads=10, vocab_size=32_000)  # fmt: skip
+        actor = tiny.tiny_text_model(folder, **_LARGER)
         settings = {"pretrain": folder, "engine_type": engine, "train_batch_size": 1}
         strategy = get_strategy({"strategy": "fake", "engine_update_bucket_mb": _BUCKET_MIB, **settings})
         strategy.setup_inference_engine()
@@ -127,46 +127,44 @@ def update(engine: str) -> dict[str, float]:
         for weight, place in zip(weights, copies, strict=True):
             place.copy_(weight)
 
-    with _counted() as calls:
+    def send() -> None:
         strategy.update_engine_weights(actor)
+
     return {
-        "calls": calls[0] / len(weights),
-        "buckets": _grown(lambda: strategy.update_engine_weights(actor)) / _BUCKET_MIB,
-        "ratio": statistics.median(mine / other for mine, other in _in_turns(
-            lambda: strategy.update_engine_weights(actor), copy)),
-    }  # fmt: skip
+        "calls": _calls(send) / len(weights),
+        "buckets": _grown(send) / _BUCKET_MIB,
+        "ratio": statistics.median(mine / other for mine, other in _in_turns(send, copy)),
+    }
 
 
 _BUCKET_MIB = 64
+_LARGER = {
+    "hidden_size": 640,
+    "intermediate_size": 1728,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 10,
+    "vocab_size": 32_000,
+}
+_CALLS = (
+    (LLM, "collective_rpc"),
+    (LLM, "apply_model"),
+    (Engine, "begin_weight_update"),
+    (Engine, "update_weights_from_tensor"),
+    (Engine, "end_weight_update"),
+)
+"""By which weights come to an engine."""
 
 
-class _counted:
-    """Calls that bring weights to an engine, or frame them."""
-
-    def __enter__(self) -> list[int]:
-        self._count = [0]
-        self._patches = [
-            mock.patch.object(owner, name, self._noting(getattr(owner, name)))
-            for owner, names in (
-                (LLM, ("collective_rpc", "apply_model")),
-                (Engine, ("begin_weight_update", "update_weights_from_tensor", "end_weight_update")),
-            )
-            for name in names
+def _calls(action: Callable[[], object]) -> int:
+    """How many of ``_CALLS`` there are during ``action``."""
+    with ExitStack() as stack:
+        spies = [
+            stack.enter_context(mock.patch.object(owner, name, autospec=True, side_effect=getattr(owner, name)))
+            for owner, name in _CALLS
         ]
-        for patch in self._patches:
-            patch.start()
-        return self._count
-
-    def _noting(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            self._count[0] += 1
-            return call(*args, **kwargs)
-
-        return noted
-
-    def __exit__(self, *_: object) -> None:
-        for patch in self._patches:
-            patch.stop()
+        action()
+    return sum(spy.call_count for spy in spies)
 
 
 def _in_turns(ours: Callable[[], object], theirs: Callable[[], object]) -> list[tuple[float, float]]:
@@ -175,9 +173,14 @@ def _in_turns(ours: Callable[[], object], theirs: Callable[[], object]) -> list[
 
 
 def _processor_seconds(action: Callable[[], object]) -> float:
-    begin = time.clock_gettime(time.CLOCK_PROCESS_CPUTIME_ID)
+    begin = _used()
     action()
-    return time.clock_gettime(time.CLOCK_PROCESS_CPUTIME_ID) - begin
+    return _used() - begin
+
+
+def _used() -> float:
+    """Processor seconds of this process."""
+    return time.clock_gettime(time.CLOCK_PROCESS_CPUTIME_ID)
 
 
 def _grown(action: Callable[[], object]) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import lightrft
+from benchmarks import engines
 from benchmarks.groups import ROOT
 from benchmarks.measurements import DEADLOCKS, Pair, compared, deadlock, gloo, many_worlds, parts, start_and_end
 from benchmarks.operations import COMPARED, GLOO_RANKS, ONE_CORE_RANKS, OPERATIONS
@@ -33,7 +34,7 @@ def write() -> None:
 
 
 def _sections() -> Iterator[str]:
-    measured = [_targets(), _training(), _collectives(), _gloo(), _worlds(), _parts()]
+    measured = [_targets(), _training(), _engines(), _collectives(), _gloo(), _worlds(), _parts()]
     yield "# Benchmarks"
     yield _where()
     yield from measured
@@ -100,6 +101,29 @@ same cores.
 
 A step of FSDP2 takes 8 simulated ranks together {step:.0f} ms of processor time, of which {share:.0%} is the
 simulator's: what ranks use inside the process group and its handles, switches of ranks included."""
+
+
+def _engines() -> str:
+    rows = [
+        [spread, *(_number(engines.median(engines.generation(spread), key)) for key in ("ours", "theirs"))]
+        for spread in engines.SPREADS
+    ]
+    vllm, sglang = (_number(engines.median(engines.rollout(engine), "seconds")) for engine in engines.FACES)
+    once, flat = (_number(engines.median(engines.update(engine), "ratio")) for engine in engines.FACES)
+    return f"""## The fake engine
+
+64 greedy completions by the same tiny model (two layers of width 64) on one core: prompts of 4 to 64 tokens, uniformly
+spread, and completions of 4 to 128, uniformly spread or so that each doubling is as likely. `generate` of transformers
+gets all prompts in one batch, padded on the left, and goes on to the longest completion; only the tokens that were
+asked for count. Both take turns, and the time of the processor is taken.
+
+{_table(["lengths of completions", "fake engine, `model` (tokens/s)", "`transformers.generate` (tokens/s)"], rows)}
+
+By hash, 1,024 prompts of 256 tokens with completions of 256 and their log-probs pass 8 ranks, 4 to an engine, in
+{vllm} s of processor time (vLLM's face) and {sglang} s (SGLang's).
+
+An update of 100M parameters takes {once} times as long as one copy of them for vLLM's face, which copies each weight
+once, and {flat} times for SGLang's, which makes buckets flat first, as the real one does."""
 
 
 def _collectives() -> str:

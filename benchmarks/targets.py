@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import models
+from benchmarks import engines, models
 from benchmarks.measurements import DEADLOCKS, compared, deadlock, many_worlds, start_and_end
 from benchmarks.strategies import BACKENDS, RANKS, fake, median, metrics, overhead
 from benchmarks.training import commands, shares
@@ -62,6 +62,32 @@ def _overhead(backend: str, ranks: int) -> Target:
         what=f"a training step through the strategy on {backend}, {ranks} rank{'s' * (ranks > 1)}, beside one without",
         limit=1.03,
         measured=lambda: median(overhead(backend, ranks), "ratio"),
+    )
+
+
+def _rollout(engine: str) -> Target:
+    return Target(
+        what=f"1024 prompts of 256 tokens, 8 ranks, tp=4, gathered, completed by hash, scattered: {engine} (s)",
+        limit=0.5,
+        measured=lambda: engines.median(engines.rollout(engine), "seconds"),
+    )
+
+
+def _generation(spread: str, limit: float = 1 / 3, source: str = "target") -> Target:
+    return Target(
+        what=f"a token of the fake engine, 64 prompts, {spread} lengths, as a fraction of transformers.generate",
+        limit=limit,
+        measured=lambda: engines.median(engines.generation(spread), "ratio"),
+        source=source,
+    )
+
+
+def _update(what: str, key: str, limit: float, engine: str = "vllm", source: str = "target") -> Target:
+    return Target(
+        what=f"update_engine_weights of 100M parameters, fake {engines.FACES[engine]}: {what}",
+        limit=limit,
+        measured=lambda: engines.median(engines.update(engine), key),
+        source=source,
     )
 
 
@@ -122,6 +148,14 @@ TARGETS = (
         limit=1 / 2,
         measured=lambda: median(models.packing(), "ratio"),
     ),
+    *(_rollout(engine) for engine in engines.FACES),
+    _generation("log-uniform"),
+    _generation("uniform", 0.37, source="guard"),  # about 1 / 3
+    _update("time beside one copy of them", "ratio", 1.5),
+    # It makes one bucket flat, as the real one wants it, in memory that it asks for anew.
+    _update("time beside one copy of them", "ratio", 20, "sglang", source="guard"),
+    *(_update("memory meanwhile, in buckets", "buckets", 2, engine) for engine in engines.FACES),
+    *(_update("calls to the engine for each parameter", "calls", 1 / 10, engine) for engine in engines.FACES),
     Target(what="threads left by 900 worlds of 4 ranks", limit=0, measured=lambda: many_worlds()["threads"]),
     Target(
         what="objects left by 900 worlds of 4 ranks, for 100 worlds",

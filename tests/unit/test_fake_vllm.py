@@ -318,9 +318,9 @@ def test_flat_log_probs_are_those_by_position(vllm, folder):
     assert [list(one) for one in flat.logprobs] == [[token] for token in plain.token_ids]
     assert all(isinstance(each, Logprob) for one in flat.logprobs for each in one.values())
     found = flat.logprobs
-    assert (found.token_ids, len(found), len(found[1:3])) == (list(plain.token_ids), len(plain.token_ids), 2)
+    assert (list(found.token_ids), len(found), len(found[1:3])) == (list(plain.token_ids), len(plain.token_ids), 2)
     for position, (start, end) in enumerate(zip(found.start_indices, found.end_indices, strict=True)):
-        assert found.token_ids[start:end] == list(found[position])
+        assert list(found.token_ids[start:end]) == list(found[position])
     assert found.ranks == found.decoded_tokens == [None] * len(found)
 
 

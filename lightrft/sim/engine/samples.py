@@ -48,7 +48,7 @@ class Sample:
     penalties: Literal["vLLM", "SGLang"] = "vLLM"
 
 
-@dataclass(frozen=True, kw_only=True)  # with slots it would be slower to pickle
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Drawn:
     """A completion.
 
@@ -67,3 +67,11 @@ class Drawn:
     tempered: tuple[float, ...]
     finish_reason: Literal["stop", "length"]
     stop: int | str | None = None
+
+    def __reduce__(self) -> Any:
+        """Faster than what a dataclass with slots does by itself; batches of these go from rank to rank."""
+        return _made, (self.tokens, self.raw, self.processed, self.tempered, self.finish_reason, self.stop)
+
+
+def _made(tokens: Any, raw: Any, processed: Any, tempered: Any, finish_reason: Any, stop: Any) -> Drawn:
+    return Drawn(tokens=tokens, raw=raw, processed=processed, tempered=tempered, finish_reason=finish_reason, stop=stop)

@@ -144,7 +144,7 @@ class LLM:
         found = drawn.processed if self._given["logprobs_mode"].startswith("processed") else drawn.raw
         log_probs: Sequence[dict[int, Logprob]] | None = None
         if params.flat_logprobs and params.logprobs is not None:
-            log_probs = FlatLogprobs(list(drawn.tokens), list(found))
+            log_probs = FlatLogprobs(drawn.tokens, found)
         elif params.logprobs is not None:
             log_probs = [{t: Logprob(p)} for t, p in zip(drawn.tokens, found, strict=True)]
         return CompletionOutput(

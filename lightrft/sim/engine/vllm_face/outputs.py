@@ -22,8 +22,8 @@ class Logprob:
 class FlatLogprobs(Sequence[dict[int, Logprob]]):
     """Log-probs of all positions in lists, where ``SamplingParams.flat_logprobs`` asks for them; one at each."""
 
-    token_ids: list[int]
-    logprobs: list[float]
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
 
     @property
     def start_indices(self) -> list[int]:
