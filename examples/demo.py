@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from lightrft.models import tiny
 
-RANKS, STEPS, BATCH, RATE = 8, 800, 128, 3e-3
+RANKS, SHOWN, BATCH, RATE = 8, 800, 128, 3e-3
 RIGHT = 0.4
 """Share of the shown answers that are right."""
 
@@ -57,14 +57,14 @@ def shown(problems, chance):
     return torch.tensor([[*letters.encode(text), tiny.EOS] for text in texts])
 
 
-def show_answers(folder):
+def show_answers(folder, batches):
     """Write a model to ``folder`` that has seen answers to the problems that are not held out."""
     problems = [json.loads(line) for line in arithmetic.TRAIN.read_text().splitlines()]
     model, chance = tiny.text_model(initializer_range=0.02, hidden_size=64), random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    for step in range(STEPS):
+    for step in range(batches):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / 50) * (1 - step / STEPS)
+            group["lr"] = RATE * min(1, (step + 1) / 50) * (1 - step / batches)
         tokens = shown(chance.sample(problems, BATCH), chance)
         logits = model(tokens[:, :-1]).logits[:, -2:]  # of the answer and of the end
         loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, -2:].flatten())
@@ -72,7 +72,7 @@ def show_answers(folder):
         loss.backward()
         optimizer.step()
         if (step + 1) % 100 == 0:
-            print(f"answers shown: {step + 1} of {STEPS} batches, loss {loss.item():.3f}", flush=True)
+            print(f"answers shown: {step + 1} of {batches} batches, loss {loss.item():.3f}", flush=True)
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
 
@@ -100,13 +100,20 @@ def accuracies(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where models, logs and curves go")
+    parser.add_argument(
+        "--shown",
+        type=int,
+        default=SHOWN,
+        metavar="N",
+        help="batches of answers shown first; 0: keep the model there is",
+    )
     parser.add_argument("--torchrun", type=int, metavar="N", help="train in N real processes instead")
     args, words = parser.parse_known_args()
 
     torch.manual_seed(0)
     begin = time.perf_counter()
-    if "--resume" not in words:
-        show_answers(args.folder / "start")
+    if args.shown and "--resume" not in words:
+        show_answers(args.folder / "start", args.shown)
     done = subprocess.run(command(args.folder, args.torchrun, words), check=False)
     if done.returncode:
         sys.exit(done.returncode)

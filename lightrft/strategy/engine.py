@@ -89,7 +89,8 @@ class RolloutEngine(ABC):
 
         Raises:
             EngineStateError: the engine is asleep or dead.
-            WeightSyncError: weights do not fit the model, or some are missing. The engine is stale then.
+            WeightSyncError: weights do not fit the model, or some are missing, or what gives the buckets fails. The
+                engine is stale then.
         """
 
     @abstractmethod

@@ -16,7 +16,7 @@ from lightrft.trainer.advantages import AdvantageInputs, estimate
 from lightrft.trainer.aggregation import data_parallel_sum
 from lightrft.trainer.correction import mismatch
 from lightrft.trainer.experience import Experience, Sample, join_images, padded
-from lightrft.trainer.fillers import image_filler
+from lightrft.trainer.fillers import blank, image_filler
 from lightrft.trainer.generation import Generation, seed_of
 from lightrft.trainer.kl import KLController, kl_estimate
 from lightrft.trainer.masking import masked_sum
@@ -201,10 +201,11 @@ class ExperienceMaker:
         return Experience.joined(parts) if parts else Experience.placeholder(self._device, rows=0)
 
     def filler(self, samples: Sequence[Sample]) -> Experience | None:
-        """A sequence with an image for batches without any, if models see and some rank has one. *Collective*."""
-        if self.generation.reader is None:
+        """A sequence with an image for batches without any, if models see. *Collective*."""
+        reader = self.generation.reader
+        if reader is None:
             return None
-        found = image_filler(samples, self.strategy)
+        found = image_filler(samples, self.strategy) or blank(reader, self.generation.forbidden)
         if found is None:
             return None
         batch = self._batch([found])

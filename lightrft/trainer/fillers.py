@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from lightrft.trainer.experience import Sample
+
 if TYPE_CHECKING:
     from lightrft.strategy.strategy_base import StrategyBase
-    from lightrft.trainer.experience import Sample
+    from lightrft.trainer.images import ImageReader
 
-__all__ = ["image_filler"]
+__all__ = ["blank", "image_filler"]
+
+
+_SIDE = 56
+"""Pixels of a blank image."""
 
 
 def image_filler(samples: Sequence[Sample], strategy: StrategyBase) -> Sample | None:
@@ -41,3 +47,21 @@ def image_filler(samples: Sequence[Sample], strategy: StrategyBase) -> Sample | 
         mine = box[0] if mine is None else mine
     assert mine is not None
     return dataclasses.replace(mine, output_token_ids=mine.output_token_ids[:1], engine_log_probs=None)
+
+
+def blank(reader: ImageReader, tokens: Sequence[int]) -> Sample | None:
+    """A sample with an empty image, for iterations in which no rank has any.
+
+    FSDP2 cannot accumulate gradients over micro-batches before every layer was in use once.
+
+    Args:
+        reader: makes images what the model sees.
+        tokens: those that stand for media, that for images first; without any there is no such sample.
+    """
+    if not tokens:
+        return None
+    from PIL import Image
+
+    seen = reader([Image.new("RGB", (_SIDE, _SIDE))])
+    prompt = (tokens[0],) * reader.tokens(seen, 1)
+    return Sample(prompt="", response="", prompt_token_ids=(0, *prompt), output_token_ids=(0,), images=seen)

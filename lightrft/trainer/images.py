@@ -38,7 +38,7 @@ class ImageReader:
 
 
 def media_tokens(model: Any) -> tuple[int, ...]:
-    """The tokens that stand for images and videos in ``model``, of which only prompts may have some."""
+    """The tokens that stand for images and videos in ``model``, in this order; only prompts may have some."""
     config = getattr(model, "config", None)
     found = (getattr(config, name, None) for name in _SPECIAL)
     return tuple(token for token in found if isinstance(token, int))

@@ -279,8 +279,8 @@ def halves(name):
     """One weight arrives with half of its value."""
 
     def broken(copied):
-        def made(bucket, coverage):
-            for each, tensor in copied(bucket, coverage):
+        def made(bucket, coverage, **how):
+            for each, tensor in copied(bucket, coverage, **how):
                 yield each, tensor / 2 if each == name else tensor
 
         return made
@@ -291,9 +291,9 @@ def halves(name):
 def keeping(copied):
     kept = []
 
-    def made(bucket, coverage):
+    def made(bucket, coverage, **how):
         kept.extend(tensor for _, tensor in bucket)
-        yield from copied(bucket, coverage)
+        yield from copied(bucket, coverage, **how)
 
     return made
 

@@ -194,9 +194,10 @@ def test_settings_of_adapters_that_are_none_are_named(folder):
 # -- Models that see --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("packed", "side", "fused"),
+    [(False, "right", True), (False, "left", False), (True, "right", False), (True, "left", True)],
+)
 def test_f15_samples_with_images_are_as_each_alone(packed, side, fused):
     model = tiny.vision_model()
     ids, mask, given, each = seen_batch(side=side)

@@ -108,3 +108,13 @@ def test_adapters_that_cannot_be_merged_are_refused(tmp_path):
     few = [(name, tensor) for name, tensor in lora.named_parameters() if "layers.1.self_attn.q_proj.lora_B" not in name]
     with pytest.raises(WeightSyncError, match="adapters of .*layers.1.self_attn.q_proj were not sent whole"):
         list(in_checkpoint_form(lora, few))
+
+
+@pytest.mark.parametrize("kind", ["text", "vision"])
+def test_f06_an_actor_has_the_names_of_the_checkpoint_that_it_was_read_from(tmp_path, kind):
+    from safetensors.torch import load_file
+
+    from lightrft.models import Actor, tiny_vision_model
+
+    (tiny_text_model if kind == "text" else tiny_vision_model)(tmp_path)
+    same(sent(Actor.from_pretrained(tmp_path)), load_file(tmp_path / "model.safetensors"))

@@ -162,7 +162,7 @@ MUTATIONS = {
         "EN702", "runs_on_all_ranks is None", (Engine, "runs_on_all_ranks", broken.says(None)),
     ),
     "one weight arrives otherwise": (
-        "WS101", "does not hold the weights", (adapter, "_copied", broken.halves("model.norm.weight")),
+        "WS101", "does not hold the weights", (adapter, "_fit", broken.halves("model.norm.weight")),
     ),
     "a tied output layer is refused": (
         "WS102", "unexpected: lm_head.weight", (Files, "copies_of_the_embedding", broken.returns({})),
@@ -175,7 +175,7 @@ MUTATIONS = {
         "WS104", "unexpected: actor.model", (checkpoint_form, "savable", broken.outermost),
     ),
     "adapters are left out": ("WS105", "does not hold the weights", (checkpoint_form, "_sum", broken.not_merged)),
-    "all buckets are kept": ("WS201", "bytes of gathered weights were kept", (adapter, "_copied", broken.keeping)),
+    "all buckets are kept": ("WS201", "bytes of gathered weights were kept", (adapter, "_fit", broken.keeping)),
     "poisoned buckets are read": ("WS202", "are off by nan", (Engine, "_load", broken.keeps_buckets)),
     "every weight is a bucket": (
         "WS203", "buckets for twice as much", (weight_sync, "in_buckets", broken.one_by_one),

@@ -172,8 +172,9 @@ def test_f14_ranks_may_share_sequences(name, kind, untied):
     same(in_world(trained, name, kind, untied, settings), plainly(kind, untied, ranks=1))
 
 
-@pytest.mark.parametrize("name", [usual((name,), ("FSDP",)) for name in SETTINGS])
-@pytest.mark.parametrize("kind", [Actor, Critic])
+@pytest.mark.parametrize(
+    ("name", "kind"), [usual((name, kind), ("FSDP", Actor)) for name in SETTINGS for kind in (Actor, Critic)]
+)
 def test_in_16_bits_numbers_come_in_32_and_are_nearly_the_same(name, kind, untied):
     settings = {"bf16": True, "fused_linear_logprob": True, "packing_samples": True}
     expected, norm, _ = plainly(kind, untied)
@@ -183,7 +184,7 @@ def test_in_16_bits_numbers_come_in_32_and_are_nearly_the_same(name, kind, untie
         assert got_norm == pytest.approx(norm, rel=0.15)
 
 
-@pytest.mark.parametrize("name", ["FSDP", "ZeRO-3"])
+@pytest.mark.parametrize("name", [usual((name,), ("FSDP",)) for name in ("FSDP", "ZeRO-3")])
 def test_a_frozen_reference_shares_sequences_too(name, untied):
     def program():
         strategy = strategy_of(name, sp_size=2)
@@ -207,6 +208,35 @@ def test_adapters_are_trained_the_same_everywhere(name, untied):
             torch.testing.assert_close(got_weights, expected_weights, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(plain[0][0][0], scores[0])
     assert not torch.equal(plain[0][0][1], scores[1])
+
+
+def with_nothing_on_one_rank(name, kind, folder, settings):
+    """Two steps in which rank 1 has nothing but padding."""
+    strategy = strategy_of(name, **settings)
+    model = kind.from_pretrained(folder, settings=strategy.config)
+    model, optimizer, _ = strategy.prepare((model, torch.optim.SGD(model.parameters(), lr=RATE), None))
+    ids, mask = batch((7, 3, 5) if strategy.get_rank() == 0 else (0, 0, 0), 8)
+    for _ in range(2):
+        scores = called(model, ids, mask)
+        strategy.backward(loss_of(scores), model, optimizer)
+        norm = strategy.optimizer_step(optimizer, model)
+    return numbers(scores), norm
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "way"),
+    [
+        usual((name, kind, way), ("FSDP", Actor, "packed"), ("ZeRO-3", Actor, "fused"))
+        for name in SETTINGS
+        for kind in (Actor, RewardModel)
+        for way in WAYS
+    ],
+)
+def test_k11_k23_a_rank_with_nothing_but_padding_keeps_step(name, kind, way, untied):
+    (first, norm), (second, other) = in_world(with_nothing_on_one_rank, name, kind, untied, WAYS[way])
+    assert first.abs().sum() > 0
+    assert second.abs().sum() == 0
+    assert norm == other > 0
 
 
 # -- Engines ----------------------------------------------------------------------------------------------------------
@@ -261,12 +291,18 @@ def saves(name, kind, folder, target, lora):
     return ids, mask, before
 
 
-@pytest.mark.parametrize("name", [usual((name,), ("FSDP",)) for name in SETTINGS])
-@pytest.mark.parametrize("kind", [Actor, Critic, RewardModel])
-@pytest.mark.parametrize("lora", [None, {"r": 2}], ids=["whole", "adapters"])
+@pytest.mark.parametrize(
+    ("name", "kind", "lora"),
+    [
+        usual((name, kind, lora), ("FSDP", Actor, None), ("FSDP", Critic, None), ("FSDP", Actor, 2))
+        for name in SETTINGS
+        for kind in (Actor, Critic, RewardModel)
+        for lora in (None, 2)
+    ],
+)
 def test_a_model_is_saved_and_loaded(name, kind, lora, untied, tmp_path):
     target = str(tmp_path)
-    for ids, mask, before in in_world(saves, name, kind, untied, target, lora):
+    for ids, mask, before in in_world(saves, name, kind, untied, target, lora and {"r": lora}):
         loaded = kind.from_pretrained(target)
         torch.testing.assert_close(numbers(called(loaded, ids, mask)), before, atol=2e-5, rtol=1e-5)
     if kind is Actor and lora is None:
@@ -334,3 +370,34 @@ def test_f11_k24_mixed_mm_data_keeps_ranks_with_and_without_images_together(name
 def test_f11_without_it_ranks_that_see_something_and_others_come_apart(name, sees):
     with pytest.raises((CollectiveMismatchError, DeadlockError, RankFailedError)):
         in_world(trained_on_images, name, Actor, sees, {})
+
+
+def saves_what_sees(name, kind, folder, lora, target):
+    strategy = strategy_of(name)
+    with strategy.init_model_context(meta_init=True):
+        model = kind.from_pretrained(folder, settings=strategy.config, lora=lora)
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=1e-3)
+    model, optimizer, _ = strategy.prepare((model, optimizer, None))
+    ids, mask, images, _ = seen_batch()
+    first = called(model, ids, mask, **images)
+    strategy.backward(loss_of(first), model, optimizer)
+    strategy.optimizer_step(optimizer, model)
+    strategy.save_model(model, None, target)
+    return numbers(first), numbers(called(model, ids, mask, **images))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "lora"),
+    [
+        usual((name, kind, lora), ("FSDP", Actor, None))
+        for name in SETTINGS
+        for kind in (Actor, Critic, RewardModel)
+        for lora in (None, 2)
+    ],
+)
+def test_a_model_that_sees_is_saved_and_loaded(name, kind, lora, sees, tmp_path):
+    (first, last), _ = in_world(saves_what_sees, name, kind, sees, lora and {"r": lora}, str(tmp_path))
+    assert not torch.allclose(first, last, atol=1e-4)
+    ids, mask, images, _ = seen_batch()
+    loaded = kind.from_pretrained(tmp_path)
+    torch.testing.assert_close(numbers(called(loaded, ids, mask, **images)), last, atol=5e-5, rtol=1e-5)

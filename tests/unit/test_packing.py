@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightrft.errors import ConfigError
@@ -12,6 +12,7 @@ from lightrft.models.rows import NO_LABEL, check_batch, packed_rows, padded_rows
 lengths = st.lists(st.integers(0, 20), max_size=30)
 
 
+@settings(max_examples=40, deadline=None)
 @given(lengths, st.integers(20, 50))
 def test_every_sample_is_in_one_row_that_holds_it(lengths, capacity):
     rows = pack(lengths, capacity)
@@ -27,6 +28,7 @@ def test_rows_are_as_few_as_can_be_where_that_takes_some_thought():
     assert pack([0, 0], 10) == []
 
 
+@settings(max_examples=40, deadline=None)
 @given(lengths.filter(any), st.integers(1, 8))
 def test_parts_are_balanced_as_well_as_the_longest_sample_allows(lengths, parts):
     shares = balance(lengths, parts)
@@ -35,6 +37,7 @@ def test_parts_are_balanced_as_well_as_the_longest_sample_allows(lengths, parts)
     assert max(totals) - min(totals) <= max(lengths)
 
 
+@settings(max_examples=40, deadline=None)
 @given(lengths, st.integers(20, 40), st.integers(1, 6))
 def test_f11_every_rank_runs_as_many_rows_as_the_others(lengths, capacity, ranks):
     shares = pack_for_ranks(lengths, capacity, ranks)
@@ -80,6 +83,7 @@ def batches(draw):
     return ids, mask
 
 
+@settings(max_examples=40, deadline=None)
 @given(batches(), st.booleans())
 def test_f15_tokens_go_into_rows_and_come_back(batch, one_row):
     ids, mask = batch
@@ -92,6 +96,7 @@ def test_f15_tokens_go_into_rows_and_come_back(batch, one_row):
     assert rows.input_ids.shape[1] <= max(1, int(mask.sum() if one_row else mask.sum(1).max()))
 
 
+@settings(max_examples=40, deadline=None)
 @given(batches())
 def test_f15_positions_and_labels_restart_with_each_sample(batch):
     ids, mask = batch

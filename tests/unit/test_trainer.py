@@ -139,12 +139,12 @@ def test_the_reward_grows():
     rewards = []
 
     def program():
-        made = parts(engine=Policy(), critic=False, initial=False, lr=5e-2)
+        made = parts(engine=Policy(), critic=False, initial=False, lr=5e-2, generate_max_len=3)
         settings = {"advantage_estimator": "grpo", "n_samples_per_prompt": 4, "init_kl_coef": 0.0}
         trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **made, **settings)
         once = trainer.iteration
         trainer.iteration = lambda stream: rewards.append(once(stream)) or rewards[-1]
-        trainer.fit(prompts(80))
+        trainer.fit(prompts(64))
 
     program()
     assert rewards[0]["reward"] < 0.6

@@ -29,6 +29,7 @@ from lightrft.strategy.deepspeed.deepspeed_utils import (
     training_config,
 )
 from lightrft.strategy.utils import activations
+from lightrft.strategy.utils.checkpoint_form import keep_used_conversions
 from lightrft.strategy.utils.optimizers import adamw_settings
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class DeepspeedStrategy(BackendStrategy):
         shard_size: int,
         reshard_after_forward: bool,
     ) -> tuple[torch.nn.Module, Optimizer | None]:
+        keep_used_conversions(model)
         if not training:
             return self._evaluating(model, shard_size, reshard_after_forward=reshard_after_forward), None
         optimizer = self.create_optimizer(model) if optimizer is None else optimizer

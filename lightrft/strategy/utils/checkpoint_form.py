@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightrft.errors import WeightSyncError
 from lightrft.strategy.utils.saving import savable
 
-__all__ = ["in_checkpoint_form"]
+__all__ = ["in_checkpoint_form", "keep_used_conversions"]
 
 Named = tuple[str, Tensor]
 
@@ -41,6 +41,18 @@ def in_checkpoint_form(model: nn.Module, parameters: Iterable[Named]) -> Iterato
     revert = _reverting(inner)
     for name, tensor in own:
         yield from revert(name, tensor)
+
+
+def keep_used_conversions(model: nn.Module) -> None:
+    """Let models of transformers forget conversions of names that loading them did not use.
+
+    Loading without ZeRO-3 does so. With it, all that are known would be undone when the model is saved or sent, and
+    give names that no checkpoint has.
+    """
+    for module in model.modules():
+        known = vars(module).get("_weight_conversions")
+        if known:
+            module._weight_conversions = [one for one in known if one.was_used()]  # type: ignore[assignment]
 
 
 def _reverting(model: nn.Module | None) -> Any:

@@ -1,0 +1,138 @@
+"""The scripts that train: the documented commands, the demonstration, and a run that is killed and goes on."""
+
+import json
+import re
+import sys
+
+import pytest
+from launches import kill_with_children, output_of, simulated, start, torchrun
+
+pytestmark = pytest.mark.processes
+
+DOCUMENTED = {
+    "High-Throughput": (
+        "examples/train.py",
+        (
+            "--zero_stage 2 --engine_tp_size 4 --engine_mem_util 0.9 --enable_engine_sleep --micro_train_batch_size 1 "
+            "--train_batch_size 128"
+        ),
+    ),
+    "Memory-Efficient": (
+        "examples/train.py",
+        (
+            "--fsdp --fsdp_cpu_offload --use_mp_opt --engine_tp_size 2 --engine_mem_util 0.85 --enable_engine_sleep "
+            "--micro_train_batch_size 1 --train_batch_size 64"
+        ),
+    ),
+    "Vision-Language": (
+        "examples/train_vl.py",
+        "--fsdp --engine_tp_size 4 --mixed_mm_data --packing_samples --enable_engine_sleep --plot_every 20",
+    ),
+}
+
+
+LESS = ("--max_steps", "1")
+
+
+def steps(told):
+    """The iterations that a run tells of, and how many it has."""
+    return [(int(step), int(total)) for step, total in re.findall(r"^step (\d+)/(\d+)  ", told, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_a_documented_command_runs_as_it_is_written(command, tmp_path):
+    script, flags = DOCUMENTED[command]
+    found = steps(output_of(simulated(8, script, *flags.split(), *LESS, "--log_dir", str(tmp_path)), seconds=250))
+    assert found == [(1, 1)]
+    assert (tmp_path / "reward.png").exists()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a model lies that was shown some answers."""
+    path = tmp_path_factory.mktemp("demo")
+    output_of(demo(path, "--shown", "60", "--max_steps", "1"), seconds=250)
+    return path
+
+
+def demo(folder, *flags):
+    return [sys.executable, "examples/demo.py", "--folder", str(folder), *flags]
+
+
+def trained(folder, *flags, name):
+    """What a run of four iterations from the model in ``folder`` notes of each, but for times."""
+    kept = folder / name
+    (kept / "start").parent.mkdir(exist_ok=True)
+    if not (kept / "start").exists():
+        (kept / "start").symlink_to(folder / "start")
+    told = output_of(demo(kept, "--shown", "0", "--max_steps", "4", "--save_steps", "1", *flags), seconds=250)
+    assert re.search(r"^held-out accuracy: 0\.\d+ before, 0\.\d+ after 4 iterations", told, re.MULTILINE)
+    return noted(kept)
+
+
+def noted(folder):
+    entries = map(json.loads, (folder / "logs" / "metrics.jsonl").read_text().splitlines())
+    return [
+        {name: value for name, value in entry.items() if not name.startswith(("time/", "tokens_per"))}
+        for entry in entries
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    found = trained(folder, name="first")
+    assert [entry["step"] for entry in found] == [0, 1, 2, 3, 4]
+    return found
+
+
+def test_the_demonstration_tells_the_same_every_time(folder, expected):
+    assert trained(folder, name="again") == expected
+
+
+def test_the_demonstration_has_nearly_the_same_curve_in_real_processes(folder, expected):
+    found = trained(folder, "--torchrun", "2", name="torchrun")
+    assert found[0]["eval/accuracy"] == expected[0]["eval/accuracy"]
+    assert found[1]["reward"] == pytest.approx(expected[1]["reward"], abs=0.1)
+
+
+@pytest.mark.parametrize("launcher", [[], ["--torchrun", "2"]], ids=["simulated", "torchrun"])
+def test_f18_a_demonstration_that_is_killed_goes_on_to_the_same_end(folder, expected, launcher):
+    kept = folder / f"killed-{len(launcher)}"
+    kept.mkdir()
+    (kept / "start").symlink_to(folder / "start")
+    flags = ["--shown", "0", "--max_steps", "4", "--save_steps", "1", *launcher]
+    process = start(demo(kept, *flags))
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            kill_with_children(process)
+            break
+    told = output_of(demo(kept, *flags, "--resume"), seconds=250)
+    assert re.search(r"^resumed after iteration [12]$", told, re.MULTILINE)
+    if not launcher:
+        assert noted(kept) == expected
+    assert [entry["step"] for entry in noted(kept)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--bf16", "--fp16"], "bf16"),
+        (["--advantage_estimator", "grpo"], "n_samples_per_prompt is 1: set it to 2 or more"),
+        (["--config", "no_such.yaml"], "no_such.yaml"),
+    ],
+)
+def test_flags_that_cannot_work_are_told_at_once(flags, message):
+    process = start(simulated(2, "examples/train.py", *flags))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_a_file_has_flags_and_the_command_line_wins(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "fsdp: true\nmax_steps: 2\nrollout_batch_size: 16\ntrain_batch_size: 16\nactor_learning_rate: 1e-5\n"
+    )
+    told = output_of(torchrun(1, "examples/train.py", "--config", str(file), "--max_steps", "1", "--fake_engine"))
+    assert steps(told) == [(1, 1)]
