@@ -29,7 +29,13 @@ def subject(name, most_ranks=None, **options):
     )
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+# What the strict profile takes, it takes on every backend: the usual tests take the one of both.
+SLOW = ("strict, on gloo", "strict, on nccl")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in SUBJECTS]
+)
 @contracts.process_group.parametrize()
 def test_simulated_ranks_keep_the_contract(check, name):
     check(subject(name))
