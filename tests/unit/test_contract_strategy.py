@@ -6,9 +6,9 @@ from lightrft.sim import SimWorld
 from lightrft.sim.contracts.strategy import CHECKS, LACKS, SETTINGS, Subject
 
 GROUPS = ("ST101", "ST102", "ST106", "ST204", "ST801")
-"""Checks that meet something on 4 ranks which there is not on 2: groups within the world. The usual tests take them with 2
-and 4 ranks and the others with 2; the slow ones take the rest of 1, 2, 4 and 8, and ZeRO-1, which is ZeRO-2 with whole
-gradients."""
+"""Checks that meet something on 4 ranks which there is not on 2: groups within the world. The usual tests take them
+with 2 and 4 ranks and the others with 2; the slow ones take the rest of 1, 2, 4 and 8, and ZeRO-1, which is ZeRO-2 with
+whole gradients."""
 
 
 def sized(check, size, name):
