@@ -5,8 +5,9 @@ Importing this package loads nothing else; each name loads what it needs when it
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightrft.lazy import lazily
 
 if TYPE_CHECKING:
     from lightrft.datasets.prompt_dataset import PromptDataset as PromptDataset
@@ -16,19 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Prompt", "PromptBatch", "PromptDataset", "collate"]
 
-_HOMES = {
-    "Prompt": "prompts",
-    "PromptBatch": "prompts",
-    "PromptDataset": "prompt_dataset",
-    "collate": "prompts",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "Prompt": ".prompts",
+        "PromptBatch": ".prompts",
+        "PromptDataset": ".prompt_dataset",
+        "collate": ".prompts",
+    },
+)

@@ -5,8 +5,9 @@ Importing this package loads nothing else; each name loads what it needs when it
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightrft.lazy import lazily
 
 if TYPE_CHECKING:
     from lightrft.models.actor import Actor as Actor
@@ -35,26 +36,19 @@ __all__ = [
     "token_log_probs",
 ]
 
-_HOMES = {
-    "Actor": "actor",
-    "Critic": "critic",
-    "RewardModel": "reward_model",
-    "TokenScores": "log_probs",
-    "balance": "packing",
-    "fused_linear_log_probs": "fused",
-    "pack": "packing",
-    "pack_for_ranks": "packing",
-    "tiny_text_model": "tiny",
-    "tiny_vision_model": "tiny",
-    "token_log_probs": "log_probs",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "Actor": ".actor",
+        "Critic": ".critic",
+        "RewardModel": ".reward_model",
+        "TokenScores": ".log_probs",
+        "balance": ".packing",
+        "fused_linear_log_probs": ".fused",
+        "pack": ".packing",
+        "pack_for_ranks": ".packing",
+        "tiny_text_model": ".tiny",
+        "tiny_vision_model": ".tiny",
+        "token_log_probs": ".log_probs",
+    },
+)

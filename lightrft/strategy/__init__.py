@@ -6,8 +6,9 @@ package loads nothing else; each name loads what it needs when it is first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightrft.lazy import lazily
 
 if TYPE_CHECKING:
     from lightrft.strategy.config import StrategyConfig as StrategyConfig
@@ -19,21 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["FakeStrategy", "StrategyBase", "StrategyConfig", "get_strategy", "is_engine", "register_strategy"]
 
-_HOMES = {
-    "FakeStrategy": "fake_strategy",
-    "StrategyBase": "strategy_base",
-    "StrategyConfig": "config",
-    "get_strategy": "strategy",
-    "is_engine": "engine",
-    "register_strategy": "strategy",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "FakeStrategy": ".fake_strategy",
+        "StrategyBase": ".strategy_base",
+        "StrategyConfig": ".config",
+        "get_strategy": ".strategy",
+        "is_engine": ".engine",
+        "register_strategy": ".strategy",
+    },
+)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightrft.lazy import lazily
 
 if TYPE_CHECKING:
     from lightrft.trainer.ppo_trainer import SPMDPPOTrainer as SPMDPPOTrainer
@@ -11,14 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SPMDPPOTrainer", "TrainerConfig"]
 
-_HOMES = {"SPMDPPOTrainer": "ppo_trainer", "TrainerConfig": "settings"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(
+    __name__,
+    {"SPMDPPOTrainer": ".ppo_trainer", "TrainerConfig": ".settings"},
+)
