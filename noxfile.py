@@ -47,14 +47,14 @@ def install(session: nox.Session, *packages: str, constraints: str = CONSTRAINTS
 def unit(session: nox.Session) -> None:
     """Unit tests, on simulated ranks only."""
     install(session, "-e", ".[data,deepspeed,plots,train]", "hypothesis", "pytest", "pytest-xdist")
-    session.run("pytest", "-n", str(WORKERS), "-m", "not slow", *session.posargs)
+    session.run("pytest", "-n", str(WORKERS), "-m", "not slow", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(python=PYTHONS[0])
 def slow(session: nox.Session) -> None:
     """The unit tests that take longer: many random programs, failures at every step, conversions, many ranks."""
     install(session, "-e", ".[data,deepspeed,plots,train]", "hypothesis", "pytest", "pytest-xdist")
-    session.run("pytest", "-n", str(WORKERS), "-m", "slow", *session.posargs)
+    session.run("pytest", "-n", str(WORKERS), "-m", "slow", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(python=PYTHONS[0])
