@@ -112,7 +112,9 @@ def gpu(session: nox.Session) -> None:
         if os.environ.get("LIGHTRFT_REQUIRE_GPU") == "1":
             session.error(f"{message}, and LIGHTRFT_REQUIRE_GPU=1 asks for them")
         session.skip(message)
-    session.run("python", "-m", "pytest", "tests/gpu", *session.posargs)
+    # vLLM and SGLang need an environment of their own each: with --no-venv, LIGHTRFT_ENGINES names what is installed.
+    engines = {"LIGHTRFT_ENGINES": os.environ.get("LIGHTRFT_ENGINES", "")}
+    session.run("python", "-m", "pytest", "tests/gpu", *session.posargs, env=engines)
 
 
 @nox.session(python=PYTHONS[0])

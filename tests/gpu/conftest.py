@@ -14,6 +14,12 @@ def missing(what):
 
 
 @pytest.fixture(scope="session")
+def needed():
+    """Says that something is missing: the test is skipped, or fails if LIGHTRFT_REQUIRE_GPU=1."""
+    return missing
+
+
+@pytest.fixture(scope="session")
 def gpus():
     """How many there are."""
     count = torch.cuda.device_count()

@@ -1,6 +1,7 @@
 """The contracts of engines and of sending weights, checked of the engines that are installed, on one GPU."""
 
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -20,11 +21,15 @@ NAMES = {"vllm": "vLLM", "sglang": "SGLang, on a CPU"}
 ALONE = {"shared": "one GPU serves one rank"}
 
 
-@pytest.fixture(scope="module", params=OPTIONS)
-def subject(request, gpus, tmp_path_factory):
+WANTED = [kind for kind in OPTIONS if kind in os.environ.get("LIGHTRFT_ENGINES", ",".join(OPTIONS)).split(",")]
+"""The engines of this environment: the two need one each."""
+
+
+@pytest.fixture(scope="module", params=WANTED)
+def subject(request, gpus, needed, tmp_path_factory):
     kind = request.param
     if importlib.util.find_spec(kind) is None:
-        pytest.skip(f"{kind} is not installed")
+        needed(f"{kind} is not installed: install it, or name the engines that are in LIGHTRFT_ENGINES")
     models = [model.bfloat16() for model in on_cpu.pair(tie_word_embeddings=True)]
     folders = [on_cpu.save(model, tmp_path_factory.mktemp("model"), tiny.tokenizer()) for model in models]
 
