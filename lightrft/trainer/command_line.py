@@ -54,23 +54,43 @@ def parse_run_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str
 
 
 def _read(file: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The entries of ``file``, with the names that ``parser`` has for them."""
+    """What the flags in ``file`` set, by the names that ``parser`` has for it."""
     with naming_extras("--config"):
         import yaml
     try:
         found = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {file}: {error}") from error
     if not isinstance(found, Mapping):
         raise ConfigError(f"--config {file}: expected names with values, such as `zero_stage: 3`")
-    known = {action.dest: action for action in parser._actions if action.dest not in {"help", "config"}}
-    return {name: _value(file, name, value, known) for name, value in found.items()}
+    flags = {
+        flag.removeprefix("--"): action
+        for flag, action in parser._option_string_actions.items()
+        if action.dest not in ("help", "config")
+    }
+    told: dict[str, Any] = {}
+    for name, value in found.items():
+        action = _flag(file, name, flags)
+        if value is None:  # not given
+            continue
+        if action.dest in told:
+            raise ConfigError(f"--config {file}: --{name} and another flag say what {action.dest} is: leave one out")
+        told[action.dest] = _value(file, name, value, action)
+    return told
 
 
-def _value(file: Path, name: Any, value: Any, known: Mapping[str, argparse.Action]) -> Any:
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        raise ConfigError(f"--config {file}: no flag --{name}" + (f"; did you mean {near[0]}?" if near else ""))
-    action = known[name]
-    takes_text = action.nargs is None and not isinstance(value, (bool, list, dict, type(None)))
-    return str(value) if takes_text and action.type is not None else value  # argparse reads it as a word of its own
+def _flag(file: Path, name: Any, flags: Mapping[str, argparse.Action]) -> argparse.Action:
+    if name in flags:
+        return flags[name]
+    near = difflib.get_close_matches(str(name), flags, n=1)
+    raise ConfigError(f"--config {file}: no flag --{name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _value(file: Path, name: str, value: Any, action: argparse.Action) -> Any:
+    """What ``action`` would make of ``value``, or a word that argparse reads as one of the command line."""
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ConfigError(f"--config {file}: {name}={value!r}: expected true or false")
+        return action.const if value else not action.const
+    takes_text = action.nargs is None and not isinstance(value, (bool, list, dict))
+    return str(value) if takes_text else value

@@ -64,3 +64,5 @@ class InputConfig(Configuration):
     def _contradictions(self) -> Iterator[str]:
         if self.system_prompt is not None and not self.apply_chat_template:
             yield "system_prompt needs apply_chat_template: apply it, or put the message into the prompts"
+        if self.use_ema and self.lora_rank:
+            yield "use_ema with lora_rank: an average of weights that stay is of no use; leave out one of them"

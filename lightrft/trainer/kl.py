@@ -37,8 +37,12 @@ def k2(log_ratio: Tensor) -> Tensor:
 
 
 def k3(log_ratio: Tensor) -> Tensor:
-    """``exp(-log_ratio) - 1 + log_ratio``: unbiased, of low variance, never negative."""
-    return (-log_ratio).clamp(max=_LARGEST).exp() - 1 + log_ratio
+    """``exp(-log_ratio) - 1 + log_ratio``: unbiased, of low variance, never negative.
+
+    A ``log_ratio`` below -20 counts as -20, without gradient.
+    """
+    bounded = log_ratio.clamp(min=-_LARGEST)
+    return (-bounded).exp() - 1 + bounded
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
@@ -121,7 +125,7 @@ class AdaptiveKL:
 
     Ziegler et al., *Fine-Tuning Language Models from Human Preferences*, 2019, section 2.2: with
     ``e = clip((kl - target) / target, -0.2, 0.2)`` the weight is multiplied by ``1 + K * e``; here ``K`` is
-    ``samples / horizon``.
+    ``samples / horizon``, and at most 1, so that no large iteration makes the weight negative.
 
     Args:
         value: the first weight.
@@ -138,7 +142,7 @@ class AdaptiveKL:
         """A divergence that is no finite number changes nothing."""
         if math.isfinite(kl):
             error = min(max(kl / self._target - 1, -0.2), 0.2)
-            self.value *= 1 + error * samples / self._horizon
+            self.value *= 1 + error * min(samples / self._horizon, 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The weight."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ class RunLog:
 
     In ``log_dir`` there are ``metrics.jsonl``, with a line of JSON for each iteration, ``tensorboard``, and at the end
     ``reward.png`` (and ``accuracy.png``, if a reward reports ``accuracy``). A run that is resumed goes on in the same
-    files, from where its checkpoint was: later lines are taken out.
+    files, from where its checkpoint was: later lines are taken out. One that begins anew begins them anew.
 
     What cannot be written once the run has begun is told, and the run goes on.
 
@@ -56,12 +57,14 @@ class RunLog:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
         if self._bar is not None:
             self._bar.close()
         if self._folder is not None:
-            _plot(self._folder)
+            with self._telling("curves were not written"):
+                _plot(self._folder)
+        if self._writer is not None:
+            with self._telling("the last metrics were not written"):
+                self._writer.close()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of iteration ``step``, which begin with 1; 0 is before the first one."""
@@ -72,10 +75,16 @@ class RunLog:
             self._bar.write(line)
             self._bar.update(step - self._bar.n)
         if self._folder is not None:
-            try:
+            with self._telling(f"the metrics of step {step} were not written"):
                 self._write(self._folder, step, metrics)
-            except OSError as error:  # a full disk ends no run
-                self._say(f"the metrics of step {step} were not written to {self._folder}: {error}")
+
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        """A full disk ends no run, and keeps no rank from the checkpoint at its end."""
+        try:
+            yield
+        except OSError as error:
+            self._say(f"{what} to {self._folder}: {error}")
 
     def _write(self, folder: Path, step: int, metrics: Mapping[str, float]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -125,11 +134,11 @@ def _progress_bar(total: int, done: int) -> Any:
 
 
 def _keep(file: Path, done: int) -> None:
-    """Take lines of iterations after ``done`` out of ``file``."""
+    """Take lines of iterations after ``done`` out of ``file``; all of them if none is done."""
     if not file.exists():
         return
     lines = file.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+    kept = [line for line in lines if done and line.endswith("\n") and json.loads(line)["step"] <= done]
     if kept != lines:
         file.write_text("".join(kept))
 

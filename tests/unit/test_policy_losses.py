@@ -140,6 +140,20 @@ def test_k22_a_divergence_as_a_loss_has_gradient():
         assert (gradient > 0.1).all()
 
 
+def test_k3_never_drives_a_policy_further_from_the_other_one():
+    log_probs = torch.tensor([[-19.0, -60.0]], requires_grad=True)
+    found = kl_estimate("k3", log_probs, torch.zeros(1, 2), ALL)
+    assert found[0].tolist() == pytest.approx([math.exp(19) - 20, math.exp(20) - 21])
+    (gradient,) = torch.autograd.grad(found.sum(), log_probs)
+    assert gradient[0].tolist() == pytest.approx([1 - math.exp(19), 0.0])
+
+
+def test_a_large_iteration_makes_no_adaptive_weight_negative():
+    controller = kl_controller(0.1, 2.0, 10)
+    controller.update(0.0, 1000)
+    assert controller.value == pytest.approx(0.1 * 0.8)
+
+
 def test_the_adaptive_weight_by_hand():
     controller = kl_controller(0.1, 2.0, 1000)
     controller.update(3.0, 100)  # 0.5 above, clipped to 0.2
