@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +67,8 @@ class PromptDataset(Dataset[Prompt]):
     ) -> None:
         if too_long not in {"drop", "cut"}:
             raise ConfigError(f"too_long={too_long!r}: expected 'drop' or 'cut'")
+        if max_length is not None and max_length < 1:
+            raise ConfigError(f"max_length={max_length}: expected 1 at least, or None for prompts of any length")
         if system_prompt is not None and not apply_chat_template:
             raise ConfigError(
                 "system_prompt needs apply_chat_template=True: apply it, or put the prompt into the texts"
@@ -96,9 +98,7 @@ class PromptDataset(Dataset[Prompt]):
         if not found.images:
             return found
         images = tuple(_opened(one, self._folder) for one in found.images)
-        return Prompt(
-            prompt=found.prompt, token_ids=found.token_ids, label=found.label, images=images, index=found.index
-        )
+        return replace(found, images=images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class _Writer:
     def cut(self, prompt: Prompt, length: int) -> Prompt:
         """The last ``length`` tokens of ``prompt``."""
         ids = prompt.token_ids[-length:]
-        return Prompt(prompt=self._tokenizer.decode(list(ids)), token_ids=ids, label=prompt.label, index=prompt.index)
+        return replace(prompt, prompt=self._tokenizer.decode(list(ids)), token_ids=ids)
 
     def _messages(self, where: str, name: str, given: Any, images: int) -> list[Any]:
         if isinstance(given, str):

@@ -90,9 +90,10 @@ class _Fused(torch.autograd.Function):
         sums = _Sums(tokens, blocks.dtype, entropy=entropy)
         for rows, first, logits in blocks:
             sums.add(rows, first, logits)
-        ctx.save_for_backward(hidden, weight, bias, tokens, sums.normalizers(), sums.entropy())
+        normalizers, spread = sums.normalizers(), sums.entropy()
+        ctx.save_for_backward(hidden, weight, bias, tokens, normalizers, spread)
         ctx.settings = temperature, chunk_size
-        return sums.chosen - sums.normalizers(), sums.entropy()
+        return sums.chosen - normalizers, spread
 
     @staticmethod
     @torch.autograd.function.once_differentiable

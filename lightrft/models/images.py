@@ -45,7 +45,7 @@ def blank_image(model: nn.Module, given: Mapping[str, Any]) -> Iterator[None]:
     if pixels or config is None:
         yield
         return
-    seer: Any = next((one for one in model.modules() if hasattr(one, "get_rope_index")), None)
+    seer = _seer(model)
     if seer is None:
         raise ConfigError(
             f"mixed_mm_data: {type(model).__name__} is not of the Qwen2-VL family, whose images are known"
@@ -98,6 +98,11 @@ def inputs(model: nn.Module, sequences: Tensor, rows: Rows, given: Mapping[str, 
     return {**_reordered(media, owners, rows.order), "position_ids": _positions(model, sequences, rows, kinds, media)}
 
 
+def _seer(model: nn.Module) -> Any:
+    """The part of a model of the Qwen2-VL family that sees; ``None`` of any other."""
+    return next((one for one in model.modules() if hasattr(one, "get_rope_index")), None)
+
+
 def _check_names(media: Mapping[str, Any]) -> None:
     if unknown := sorted(media.keys() - _NAMES):
         raise ConfigError(f"got {', '.join(unknown)}: expected some of {', '.join(sorted(_NAMES))}")
@@ -110,7 +115,7 @@ def _positions(model: nn.Module, sequences: Tensor, rows: Rows, kinds: Tensor, m
     """Position ids of packed rows, shape (4, rows, row length): for the attention mask, and for three axes of space."""
     if not media:
         return rows.position_ids.expand(4, -1, -1)
-    seer: Any = next((one for one in model.modules() if hasattr(one, "get_rope_index")), None)
+    seer = _seer(model)
     if seer is None:
         raise ConfigError(
             f"samples with images of {type(model).__name__} cannot share rows: expected a model of the Qwen2-VL "

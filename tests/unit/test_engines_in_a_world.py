@@ -314,6 +314,21 @@ def test_f17_an_engine_that_one_rank_cannot_mend_is_dead_on_all_and_replaced(fol
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_f06_verify_knows_every_name_of_the_dtype_of_an_engine(folder, engine):
+    def program():
+        strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_options={"dtype": "half"})
+        actor, _ = prepared(strategy, folder)
+        strategy.setup_inference_engine()
+        strategy.update_engine_weights(actor, verify=True)
+        found = strategy.inference_engine.weights_dtype
+        strategy.inference_engine.shutdown()
+        dist.destroy_process_group()
+        return found
+
+    assert SimWorld(1, engines="hash").run(program) == [torch.float16]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_k07_each_update_is_of_the_actor_that_it_is_given(folder, engine):
     def program():
         strategy = strategy_of(folder, BACKENDS["fake"], train_batch_size=2, engine_type=engine, engine_tp_size=2)

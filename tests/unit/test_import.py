@@ -87,6 +87,7 @@ def test_the_watch_sees_a_heavy_import_even_one_that_is_guarded(name):
 def test_every_name_that_a_package_lists_is_there(package):
     module = importlib.import_module(package)
     assert set(module.__all__) <= set(dir(module))
+    assert set(dir(module)) - set(vars(module)) <= set(module.__all__), "a name that is loaded and not listed"
     for name in module.__all__:
         assert getattr(module, name).__name__ == name
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):

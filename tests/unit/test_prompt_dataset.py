@@ -245,6 +245,7 @@ def test_a_bad_row_of_a_table_is_named(tmp_path):
             "here:1: 2 images and 1 <image> in the text: expected as many",
         ),
         ({"input": "a"}, {"system_prompt": "b"}, "system_prompt needs apply_chat_template=True"),
+        ({"input": "a"}, {"max_length": 0, "too_long": "cut"}, "max_length=0: expected 1 at least, or None"),
         ({"input": "a"}, {"too_long": "keep"}, "too_long='keep': expected 'drop' or 'cut'"),
         (
             {"input": "abc"},

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lightrft.errors import ConfigError
 from lightrft.sim.engine.faces import current_mode
 from lightrft.sim.engine.hash_model import HashModel
 from lightrft.sim.engine.transformer_model import TransformerModel, checkpoint_tensors
+from lightrft.strategy.utils.held_weights import DTYPES
 
 if TYPE_CHECKING:
+    import torch
+
     from lightrft.sim.engine.language_model import LanguageModel
 
 __all__ = ["build", "model_config", "sampling_defaults", "tokenizer_of"]
@@ -27,8 +28,6 @@ _SAMPLING = (
     "max_new_tokens",
 )  # fmt: skip
 """What of a generation configuration says how to draw."""
-
-_DTYPES = {"float32": torch.float32, "float": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def model_config(path: str) -> Mapping[str, Any]:
@@ -62,9 +61,9 @@ def build(path: str, dtype: str, *, prefix_caching: bool, dummy: bool = False) -
     """
     config = model_config(path)
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32") if dtype == "auto" else str(dtype)
-    precision = _DTYPES.get(name.removeprefix("torch."))
+    precision = DTYPES.get(name.removeprefix("torch."))
     if precision is None:
-        raise ConfigError(f"dtype {dtype!r}: expected one of auto, {', '.join(_DTYPES)}")
+        raise ConfigError(f"dtype {dtype!r}: expected one of auto, {', '.join(DTYPES)}")
     if current_mode() == "hash":
         return _hash_model(path, config, precision, prefix_caching)
     if not config:

@@ -18,6 +18,7 @@ from lightrft.strategy.model_files import ModelFiles
 from lightrft.strategy.sglang_utils import generation, sending, telling
 from lightrft.strategy.sglang_utils.launching import Launched, launch, library, tells
 from lightrft.strategy.utils.agreement import Outcome, Ranks
+from lightrft.strategy.utils.held_weights import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -157,7 +158,7 @@ class SGLangEngine(StatefulEngine):
     @property
     def weights_dtype(self) -> torch.dtype | None:
         """That of the settings."""
-        return telling.DTYPES.get(self._dtype)
+        return DTYPES.get(self._dtype)
 
     @property
     def tells_weights(self) -> bool:

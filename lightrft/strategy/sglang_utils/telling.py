@@ -14,13 +14,10 @@ import torch
 
 from lightrft.strategy.utils import held_weights
 
-__all__ = ["DTYPES", "TELL", "question", "tell"]
+__all__ = ["TELL", "question", "tell"]
 
 TELL = f"{__name__}.tell"
 """By which SGLang finds it."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""By the names that SGLang has for them."""
 
 
 def question(file: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> list[tuple[str, torch.Tensor]]:
@@ -39,7 +36,7 @@ def tell(model: torch.nn.Module, asked: Sequence[tuple[str, torch.Tensor]]) -> N
     wanted = json.loads(asked[0][0])
     rank, gather = _ranks()
     shapes = {name: tuple(shape) for name, shape in wanted["shapes"].items()}
-    found = held_weights.fingerprints(model, shapes, dtype=DTYPES.get(wanted["dtype"]), gather=gather)
+    found = held_weights.fingerprints(model, shapes, dtype=held_weights.DTYPES.get(wanted["dtype"]), gather=gather)
     if rank == 0:
         Path(wanted["file"]).write_text(json.dumps(found), encoding="utf-8")
 

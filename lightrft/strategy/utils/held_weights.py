@@ -11,9 +11,18 @@ from torch import Tensor, nn
 
 from lightrft.strategy.utils.fingerprints import fingerprint
 
-__all__ = ["fingerprints", "held"]
+__all__ = ["DTYPES", "fingerprints", "held"]
 
 Shape = tuple[int, ...]
+
+DTYPES = {
+    "float32": torch.float32,
+    "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+}
+"""By the names that engines have for them."""
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """What engines fuse, and of what, where a model does not say."""

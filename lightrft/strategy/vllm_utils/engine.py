@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["VLLMEngine", "start"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def start(settings: EngineSettings) -> VLLMEngine:
     """Start vLLM on this rank. *Collective* over the default process group, if there is one.
@@ -88,7 +86,7 @@ class VLLMEngine(StatefulEngine):
             known = {each.name for each in dataclasses.fields(self.vllm.EngineArgs)}
             self._files = ModelFiles.of(settings.model)
             arguments = llm_arguments(settings, self._files, known, grouped=grouped)
-            self._dtype: torch.dtype | None = _DTYPES.get(str(arguments["dtype"]).removeprefix("torch."))
+            self._dtype: torch.dtype | None = held_weights.DTYPES.get(str(arguments["dtype"]).removeprefix("torch."))
             self._log_probs_mode = log_probs_mode(arguments)
             with _refusals("the settings"):
                 self._llm: Any = self.vllm.LLM(**arguments)
