@@ -52,7 +52,8 @@ def subject(request, models, folders):
         cls = importlib.import_module("sglang.srt.sampling.sampling_params").SamplingParams
         return cls(**params.to_sglang(cls))
 
-    with faces(mode):
+    with faces(mode), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LIGHTRFT_POISON_BUCKETS", "1")  # as in a world: then the fake engine reads weights late
         made = on_cpu.subject(
             request.param,
             start,

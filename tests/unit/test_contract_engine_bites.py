@@ -177,6 +177,7 @@ MUTATIONS = {
     "adapters are left out": ("WS105", "does not hold the weights", (checkpoint_form, "_sum", broken.not_merged)),
     "all buckets are kept": ("WS201", "bytes of gathered weights were kept", (adapter, "_fit", broken.keeping)),
     "poisoned buckets are read": ("WS202", "are off by nan", (Engine, "_load", broken.keeps_buckets)),
+    "weights are not copied": ("WS202", "are off by nan", (adapter, "_copies_at_once", broken.returns(True))),
     "every weight is a bucket": (
         "WS203", "buckets for twice as much", (weight_sync, "in_buckets", broken.one_by_one),
     ),
@@ -230,6 +231,7 @@ def test_a_wrong_engine_is_caught(wrong, models, folders, remembered, monkeypatc
     def start_shared(group):
         return adapter.start(on_cpu.settings(folders[0], tp_size=2, group=group))
 
+    monkeypatch.setenv("LIGHTRFT_POISON_BUCKETS", "1")  # as in a world: then the fake engine reads weights late
     for owner, name, make in replaced:
         monkeypatch.setattr(owner, name, make(getattr(owner, name, None)))
     mode = "hash" if number.startswith("EN6") else "model"  # a world of two ranks takes its time

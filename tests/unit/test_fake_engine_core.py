@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lightrft.errors import ConfigError, EngineStateError, RankFailedError, StaleWeightsError, WeightSyncError
 from lightrft.models.tiny import VOCABULARY, tiny_text_model
 from lightrft.sim import SimWorld
-from lightrft.sim.engine import drawing
+from lightrft.sim.engine import drawing, hash_model, transformer_model
 from lightrft.sim.engine.core import Core
 from lightrft.sim.engine.drawing import Drawer
 from lightrft.sim.engine.hash_model import HashModel
@@ -22,6 +22,7 @@ from lightrft.sim.engine.samples import Sample
 from lightrft.sim.engine.transformer_model import TransformerModel, checkpoint_tensors
 from lightrft.strategy.sampling import SamplingParams
 from lightrft.strategy.utils.agreement import Ranks
+from lightrft.strategy.utils.fingerprints import fingerprint
 
 pytest.importorskip("transformers")
 
@@ -244,6 +245,30 @@ def test_k18_tied_weights_may_come_once_or_twice(tied, tmp_path):
     if tied:
         model.load((name, tensor) for name, tensor in both.items() if name != "lm_head.weight")
         assert model.fingerprint() == held
+
+
+@pytest.mark.parametrize("kind", ["hash", "model"])
+def test_k09_a_bucket_costs_no_look_at_each_of_the_other_weights(kind, trained, folder, monkeypatch):
+    model = make(kind, folder)
+    looks = []
+    optional = model.optional()
+    monkeypatch.setattr(model, "optional", lambda: looks.append("a look") or optional)
+    model.load(list(trained.state_dict().items())[:1], whole=False)
+    assert looks == ["a look"]
+
+
+@pytest.mark.parametrize("kind", ["hash", "model"])
+def test_a_digest_of_the_weights_is_taken_once_for_each_update(kind, trained, folder, monkeypatch):
+    model = make(kind, folder)
+    taken = []
+    for module in (hash_model, transformer_model):
+        monkeypatch.setattr(module, "fingerprint", lambda tensor: taken.append(1) or fingerprint(tensor))
+    weights = list(checkpoint_tensors(folder))
+    first, again = model.fingerprint(), model.fingerprint()
+    assert (first == again, len(taken)) == (True, len(weights))
+    model.load([(weights[0][0], weights[0][1] + 1)], whole=False)
+    assert model.fingerprint() != first
+    assert len(taken) == 2 * len(weights)
 
 
 @pytest.mark.parametrize("kind", ["hash", "model"])

@@ -53,7 +53,7 @@ class Decoding:
         self._ends = [
             (np.array(sorted(several)), np.array([own == several for own in ends])) for several in set(ends) if several
         ]
-        self._texts = [row for row, sample in enumerate(samples) if sample.params.stop]
+        self._texts = frozenset(row for row, sample in enumerate(samples) if sample.params.stop)
 
     def add(self, rows: NDArray[np.int64], step: Step) -> NDArray[np.bool_]:
         """Write one step down.

@@ -8,7 +8,14 @@ from typing import Any
 
 from lightrft.errors import ConfigError
 
-__all__ = ["Surface", "lacks", "lacks_text"]
+__all__ = ["CODE", "MEMORY", "ORDER", "RETURNED", "SPEED", "Surface", "lacks", "lacks_text"]
+
+# Why names change no result, see ``Surface.idle``.
+MEMORY = "how much memory is taken"
+SPEED = "how it is computed"
+ORDER = "when requests are computed: completions do not depend on it"
+RETURNED = "when results are returned: a call returns them all at its end"
+CODE = "whether code of a model may run: models are those of transformers"
 
 
 def lacks(engine: str, what: str) -> str:

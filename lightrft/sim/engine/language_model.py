@@ -103,10 +103,10 @@ class LanguageModel(ABC):
         Raises:
             WeightSyncError: one is unknown or has another shape, or one is missing. Those before it are in.
         """
-        known = self.shapes()
+        known, optional = self.shapes(), self.optional()
         seen = set()
         for name, tensor in weights:
-            if known and name not in known and name in self.optional():
+            if known and name not in known and name in optional:
                 continue  # what it is tied to comes too
             if known and name not in known:
                 raise WeightSyncError(f"{name} is no weight of this model, which has {_some(known)}")
@@ -115,7 +115,7 @@ class LanguageModel(ABC):
             self.put(name, tensor)
             seen.add(name)
             del tensor  # the next may be gathered only when it is gone
-        missing = [name for name in known if name not in seen and name not in self.optional()]
+        missing = [name for name in known if name not in seen and name not in optional]
         if whole and missing:
             raise WeightSyncError(f"{len(missing)} weights are missing: {_some(missing)}")
 

@@ -73,14 +73,15 @@ class TransformerModel(LanguageModel):
                 f"the fake engine cannot run {path}, whose layers have {', '.join(sorted(kinds))}: use its hash mode"
             )
         self._model = model.eval().requires_grad_(False)
-        self._tied = frozenset(getattr(model, "all_tied_weights_keys", None) or ())
         self._prefixes = PrefixCache() if prefix_caching else None
         self._network = Network(model, remembers=True)
         self._patches = Patches(path, config) if sees else None
         self._names = _in_checkpoint(model)
+        self._optional = _optional(model, self._names)
         self._weights = Weights(model, dtype, self._names.__getitem__)
         self._prompts = Prompts(self._network, self._prefixes)
         self._exactly: Prompts | None = None
+        self._fingerprint = ""
         self.vocabulary = config.get_text_config().vocab_size
         self.ends = _ends(config, path)
 
@@ -90,23 +91,26 @@ class TransformerModel(LanguageModel):
 
     def optional(self) -> frozenset[str]:
         """See ``LanguageModel``."""
-        parameters = dict(self._model.named_parameters())
-        return frozenset(theirs for ours, theirs in self._names.items() if ours in self._tied or ours not in parameters)
+        return self._optional
 
     def put(self, name: str, tensor: Tensor) -> None:
         """See ``LanguageModel``."""
         self._weights.put(name, tensor)
+        self._fingerprint = ""
 
     def drop(self) -> None:
         """See ``LanguageModel``."""
         self._weights.drop()
+        self._fingerprint = ""
 
     def fingerprint(self) -> str:
         """See ``LanguageModel``."""
-        held = [
-            (name, fingerprint(self._weights.held[self._names[name]])) for name, _ in self._model.named_parameters()
-        ]
-        return f"{digest(sorted(held)):016x}"
+        if not self._fingerprint:
+            held = [
+                (name, fingerprint(self._weights.held[self._names[name]])) for name, _ in self._model.named_parameters()
+            ]
+            self._fingerprint = f"{digest(sorted(held)):016x}"
+        return self._fingerprint
 
     def module(self) -> torch.nn.Module:
         """The model of transformers."""
@@ -205,6 +209,13 @@ def _in_checkpoint(model: torch.nn.Module) -> dict[str, str]:
             "mode"
         )
     return {name: names[id(mark)] for name, mark in marks.items()}
+
+
+def _optional(model: Any, names: Mapping[str, str]) -> frozenset[str]:
+    """What weights of a model that are tied to others, or no parameters, are called in its checkpoint."""
+    tied = frozenset(getattr(model, "all_tied_weights_keys", None) or ())
+    parameters = dict(model.named_parameters())
+    return frozenset(theirs for ours, theirs in names.items() if ours in tied or ours not in parameters)
 
 
 def _ends(config: Any, path: str) -> frozenset[int]:

@@ -28,10 +28,10 @@ def log_probs(model: nn.Module, prompt: Sequence[int], output: Sequence[int], te
     return torch.log_softmax(logits, -1)[range(len(output)), list(output)].float()
 
 
-def greedy(model: nn.Module, prompt: Sequence[int], count: int, end: int | None = None) -> list[int]:
-    """The likeliest tokens, one after the other, until ``end`` or ``count`` of them."""
+def greedy(model: nn.Module, prompt: Sequence[int], count: int) -> list[int]:
+    """The ``count`` likeliest tokens, one after the other."""
     found: list[int] = []
-    while len(found) < count and (not found or found[-1] != end):
+    while len(found) < count:
         found.append(int(next_token(model, [*prompt, *found]).argmax()))
     return found
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
 from lightrft.sim.engine.building import build, model_config, tokenizer_of
 from lightrft.sim.engine.core import Core
-from lightrft.sim.engine.lacking import Surface, lacks, lacks_text
+from lightrft.sim.engine.lacking import ORDER, Surface, lacks, lacks_text
 from lightrft.sim.engine.media import expanded
 from lightrft.sim.engine.numbers import digest
 from lightrft.sim.engine.samples import Drawn, Medium, Sample
@@ -67,7 +67,7 @@ CALL = Surface(
     honoured=frozenset(_THERE),
     idle={
         "rid": "how a request is called",
-        "priority": "when requests are computed: completions do not depend on it",
+        "priority": ORDER,
         "external_trace_header": "what is logged",
         "routed_experts_start_len": "where routed experts begin, which are not returned",
     },

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from lightrft.sim.engine.lacking import Surface
+from lightrft.sim.engine.lacking import RETURNED, Surface
 from lightrft.strategy import sampling
 
 __all__ = ["TOP_K_ALL", "SamplingParams"]
@@ -27,7 +27,7 @@ FIELDS = Surface(
         }
     ),
     idle={
-        "stream_interval": "when results are returned: a call returns them all at its end",
+        "stream_interval": RETURNED,
         "stop_str_max_len": "how far back texts that end a completion are looked for, which follows from them",
         "is_normalized": "whether other fields were worked out already",
     },

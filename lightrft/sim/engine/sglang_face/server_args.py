@@ -6,12 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lightrft.sim.engine.lacking import Surface
+from lightrft.sim.engine.lacking import CODE, MEMORY, ORDER, SPEED, Surface
 
 __all__ = ["ServerArgs"]
-
-_MEMORY = "how much memory is taken"
-_SPEED = "how it is computed"
 
 ARGUMENTS = Surface(
     engine="SGLang",
@@ -23,13 +20,13 @@ ARGUMENTS = Surface(
         }
     ),
     idle={
-        "mem_fraction_static": _MEMORY, "max_total_tokens": _MEMORY,
-        "attention_backend": _SPEED, "mm_attention_backend": _SPEED, "sampling_backend": _SPEED,
-        "disable_cuda_graph": _SPEED, "device": "where it is computed", "base_gpu_id": "where it is computed",
-        "max_running_requests": "when requests are computed: completions do not depend on it",
+        "mem_fraction_static": MEMORY, "max_total_tokens": MEMORY,
+        "attention_backend": SPEED, "mm_attention_backend": SPEED, "sampling_backend": SPEED,
+        "disable_cuda_graph": SPEED, "device": "where it is computed", "base_gpu_id": "where it is computed",
+        "max_running_requests": ORDER,
         "log_level": "what is logged",
         "custom_sigquit_handler": "what happens when one of its processes fails: it has none",
-        "trust_remote_code": "whether code of a model may run: models are those of transformers",
+        "trust_remote_code": CODE,
     },
     values={"load_format": ("safetensors", "dummy")},
 )  # fmt: skip

@@ -9,7 +9,7 @@ from dataclasses import field
 from typing import Any
 
 from lightrft.errors import ConfigError
-from lightrft.sim.engine.lacking import Surface, lacks
+from lightrft.sim.engine.lacking import CODE, MEMORY, ORDER, SPEED, Surface, lacks
 
 __all__ = ["ARGUMENTS", "EngineArgs", "read", "signature"]
 
@@ -78,9 +78,6 @@ _MORE: dict[str, Any] = {
 
 _DEFAULTS = {**_NAMED, **_MORE}
 
-_MEMORY = "how much memory is taken"
-_SPEED = "how it is computed"
-_ORDER = "when requests are computed: completions do not depend on it"
 _FOLDER = "which files are fetched: models are read from folders"
 
 ARGUMENTS = Surface(
@@ -93,15 +90,15 @@ ARGUMENTS = Surface(
         }
     ),
     idle={
-        "gpu_memory_utilization": _MEMORY, "cpu_offload_gb": _MEMORY, "offload_group_size": _MEMORY,
-        "offload_num_in_group": _MEMORY, "offload_prefetch_step": _MEMORY, "offload_params": _MEMORY,
-        "kv_cache_memory_bytes": _MEMORY, "block_size": _MEMORY,
-        "enforce_eager": _SPEED, "disable_custom_all_reduce": _SPEED, "compilation_config": _SPEED,
-        "attention_config": _SPEED, "profiler_config": "what is measured", "disable_log_stats": "what is logged",
-        "max_num_batched_tokens": _ORDER, "max_num_seqs": _ORDER, "enable_chunked_prefill": _ORDER,
-        "async_scheduling": _ORDER,
+        "gpu_memory_utilization": MEMORY, "cpu_offload_gb": MEMORY, "offload_group_size": MEMORY,
+        "offload_num_in_group": MEMORY, "offload_prefetch_step": MEMORY, "offload_params": MEMORY,
+        "kv_cache_memory_bytes": MEMORY, "block_size": MEMORY,
+        "enforce_eager": SPEED, "disable_custom_all_reduce": SPEED, "compilation_config": SPEED,
+        "attention_config": SPEED, "profiler_config": "what is measured", "disable_log_stats": "what is logged",
+        "max_num_batched_tokens": ORDER, "max_num_seqs": ORDER, "enable_chunked_prefill": ORDER,
+        "async_scheduling": ORDER,
         "revision": _FOLDER, "tokenizer_revision": _FOLDER, "hf_token": _FOLDER,
-        "trust_remote_code": "whether code of a model may run: models are those of transformers",
+        "trust_remote_code": CODE,
         "allowed_local_media_path": "which files chats may show: there are no chats",
         "allowed_media_domains": "which addresses chats may show: there are no chats",
         "chat_template": "the form of chats: there are none",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -32,6 +33,9 @@ __all__ = ["LLM", "EngineArgs"]
 
 _GENERATE = Surface(engine="vLLM", honoured=frozenset(), idle={})
 """Arguments of ``generate`` that there are not."""
+
+_LAYER = re.compile(r"\.\d+\.")
+"""In the name of a weight, the number of its layer."""
 
 
 class LLM:
@@ -200,7 +204,7 @@ class LLM:
 
     @property
     def copies_weights_at_once(self) -> bool:
-        """For the adapter, which then copies none; not where buckets are poisoned: there it does as with a real one."""
+        """For the adapter, which then copies none; not where buckets are poisoned: there it has to, see ``Worker``."""
         return not poisons()
 
     def get_tokenizer(self) -> Any:
@@ -297,19 +301,26 @@ class Worker:
         weights_path: str | None = None,
         is_checkpoint_format: bool = True,
     ) -> None:
-        """Replace all weights."""
+        """Replace all weights; where buckets are poisoned, each is read late, as a real engine reads some."""
         if weights_iterator is None or weights_path is not None or not is_checkpoint_format:
             raise ConfigError(lacks("vLLM", "reload_weights but from an iterator, by the names of a checkpoint"))
         weights = iter(weights_iterator)
         first = list(islice(weights, 1))
         if first:  # else it ends a reload that was broken off, and leaves everything as it is
-            self._core.load(chain(_popped(first), weights))
+            whole = chain(_popped(first), weights)
+            self._core.load(_by_layer(whole) if poisons() else whole)
 
 
 def _popped(several: list[Any]) -> Iterator[Any]:
     """What is in a list, which keeps it no longer."""
     while several:
         yield several.pop(0)
+
+
+def _by_layer(weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The weights, those of a layer once all of them are there and the next layer has begun."""
+    for _, layer in groupby(weights, lambda one: _LAYER.findall(one[0])[:1]):
+        yield from _popped(list(layer))
 
 
 def _ranks(given: dict[str, Any]) -> Ranks:

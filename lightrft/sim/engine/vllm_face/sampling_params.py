@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from lightrft.sim.engine.lacking import Surface
+from lightrft.sim.engine.lacking import RETURNED, Surface
 from lightrft.sim.engine.vllm_face.exceptions import VLLMValidationError
 from lightrft.strategy import sampling
 
@@ -18,8 +18,6 @@ _COLDEST = 1e-2
 """A temperature below it, and not 0, is raised to it."""
 
 _GREEDY = 1e-5
-
-_RETURNED = "when results are returned: a call returns them all at its end"
 
 FIELDS = Surface(
     engine="vLLM",
@@ -31,7 +29,7 @@ FIELDS = Surface(
         }
     ),
     idle={
-        "output_kind": _RETURNED, "stream_interval": _RETURNED, "output_text_buffer_length": _RETURNED,
+        "output_kind": RETURNED, "stream_interval": RETURNED, "output_text_buffer_length": RETURNED,
         "skip_clone": "whether the object is copied",
     },
     values={"logprobs": (0,)},
