@@ -86,6 +86,9 @@ class FlatParameters:
         self._owned = [piece for piece in self.pieces if piece.master.numel()]
         self._gradient = self.masters
         self._steps_unreached = deepspeed
+        self._padding = self.weights.new_zeros(self._part * world_size - self._total)
+        self._reached = self.weights.new_ones(len(named))
+        self._by_all = [float(world_size)] * len(named)
 
     @property
     def _own(self) -> torch.Tensor:
@@ -121,14 +124,11 @@ class FlatParameters:
             CollectiveMismatchError: the loss of some ranks reaches a parameter, and that of others does not. FSDP and
                 ZeRO exchange buffers of other sizes then.
         """
-        gradients = [
-            torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            for parameter in self._parameters.values()
-        ]
-        padding = self.weights.new_zeros(self._part * self._world_size - self._total)
-        flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), padding]).float()
+        flat = self._whole_gradient()
         if self._world_size > 1:
-            flat = self._sum(flat)
+            dist.all_reduce(flat)
+            self._check_reached(flat[-len(self._by_all) :].tolist())
+        flat = flat[: len(self.weights)]
         if divisor != 1:
             flat.div_(divisor)
         self._gradient = flat[self._first : self._first + self._part]
@@ -140,12 +140,21 @@ class FlatParameters:
             offset += length
         return flat.square().sum()
 
-    def _sum(self, flat: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks; behind it travels which parameters each of them has reached."""
-        reached = flat.new_tensor([parameter.grad is not None for parameter in self._parameters.values()])
-        flat = torch.cat([flat, reached])
-        dist.all_reduce(flat)
-        flat, counts = flat[: -len(reached)], flat[-len(reached) :].tolist()
+    def _whole_gradient(self) -> torch.Tensor:
+        """In float32, as long as ``weights``; behind it, for each parameter, 1 if the loss reaches it."""
+        gradients = [parameter.grad for parameter in self._parameters.values()]
+        flat = [
+            parameter.new_zeros(parameter.numel()) if gradient is None else gradient.reshape(-1)
+            for parameter, gradient in zip(self._parameters.values(), gradients, strict=True)
+        ]
+        unreached = [gradient is None for gradient in gradients]
+        reached = self._reached.masked_fill(torch.tensor(unreached), 0) if any(unreached) else self._reached
+        return torch.cat([*flat, self._padding, reached]).float()
+
+    def _check_reached(self, counts: list[float]) -> None:
+        """By how many ranks each parameter was reached: by all of them or by none."""
+        if counts == self._by_all:
+            return
         some = [name for name, count in zip(self._parameters, counts, strict=True) if 0 < count < self._world_size]
         if some:
             raise CollectiveMismatchError(
@@ -153,7 +162,6 @@ class FlatParameters:
                 "fail, or wait for ever, since their ranks exchange gradients of other sizes. Let every loss reach the "
                 "same parameters, by adding 0 * their output for example"
             )
-        return flat
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply the gradient of this rank's part."""
