@@ -84,6 +84,8 @@ class SimProcessGroup(GroupHandle):
             meeting = group.meetings[call.sequence] = Meeting(call.sequence, group.size, call)
         elif meeting.first.signature != call.signature:
             self._world.disagree(meeting, call, self._member)
+        else:
+            call.signature = meeting.first.signature  # a trace of a million calls holds few
         meeting.calls[self._member] = call
         meeting.arrived += 1
         return meeting
