@@ -37,7 +37,15 @@ def arguments(description, task):
     if args.prompt_data is None:
         parser.set_defaults(**task)
         args = parse_run_arguments(parser)
+    if _is_missing(args.engine_type) and not args.fake_engine and args.strategy != "fake":
+        parser.error(
+            f"the package {args.engine_type} is not installed: install it, or pass --fake_engine to see what happens"
+        )
     return args
+
+
+def _is_missing(package):
+    return importlib.util.find_spec(package) is None
 
 
 def same_on_all(make):
@@ -96,8 +104,7 @@ def main(description=__doc__, task=None, tiny=tiny_text_model):
     (actor, actor_optim, actor_scheduler), (critic, critic_optim, critic_scheduler) = actor_part, critic_part
     average = average and strategy.prepare_reward_model(average)
 
-    missing = importlib.util.find_spec(args.engine_type) is None
-    with _faces() if args.fake_engine and missing else nullcontext():
+    with _faces() if args.fake_engine and _is_missing(args.engine_type) else nullcontext():
         strategy.setup_inference_engine(args)
         trainer = SPMDPPOTrainer(
             strategy=strategy,

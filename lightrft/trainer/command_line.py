@@ -13,6 +13,7 @@ from lightrft.strategy.arguments import add_arguments, add_settings
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.extras import naming_extras
 from lightrft.trainer.arguments import add_trainer_arguments
+from lightrft.trainer.function_names import check_function
 from lightrft.trainer.inputs import InputConfig
 from lightrft.trainer.settings import TrainerConfig
 
@@ -46,11 +47,24 @@ def parse_run_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str
         if file is not None:
             parser.set_defaults(**_read(Path(file), parser))
         args = parser.parse_args(arguments)
-        for config in (StrategyConfig, TrainerConfig, InputConfig):
-            config.from_args(args)
+        _check_places(StrategyConfig.from_args(args), TrainerConfig.from_args(args), InputConfig.from_args(args))
     except ConfigError as error:
         parser.error(str(error))
     return args
+
+
+def _check_places(strategy: StrategyConfig, trainer: TrainerConfig, inputs: InputConfig) -> None:
+    """Look whether what is read late is there; the name of a model may also be one that the hub has."""
+    for flag, path in (("prompt_data", inputs.prompt_data), ("eval_data", inputs.eval_data)):
+        if path is not None and not Path(path).exists():
+            raise ConfigError(f"{flag}={path!r}: there is no such file or folder")
+    models = [("pretrain", strategy.pretrain), ("critic_pretrain", inputs.critic_pretrain)]
+    for flag, path in [*models, *(("reward_pretrain", each) for each in inputs.reward_models)]:
+        is_path = path is not None and (path.startswith(("/", ".", "~")) or path.count("/") > 1)
+        if path is not None and is_path and not Path(path).is_dir():
+            raise ConfigError(f"{flag}={path!r}: there is no such folder")
+    if trainer.reward_function is not None:
+        check_function(trainer.reward_function)
 
 
 def _read(file: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:

@@ -119,6 +119,7 @@ def test_f18_a_demonstration_that_is_killed_goes_on_to_the_same_end(folder, expe
         (["--bf16", "--fp16"], "bf16"),
         (["--advantage_estimator", "grpo"], "n_samples_per_prompt is 1: set it to 2 or more"),
         (["--config", "no_such.yaml"], "no_such.yaml"),
+        (["--engine_type", "sglang"], "the package sglang is not installed: install it, or pass --fake_engine"),
     ],
 )
 def test_flags_that_cannot_work_are_told_at_once(flags, message):

@@ -13,8 +13,8 @@ from lightrft.trainer.settings import TrainerConfig
 
 # Every flag of models and data with words that set it to something else, and what the configuration then holds.
 FLAGS = {
-    "--prompt_data": ("a.jsonl", "a.jsonl"),
-    "--eval_data": ("b.jsonl", "b.jsonl"),
+    "--prompt_data": (__file__, __file__),
+    "--eval_data": (__file__, __file__),
     "--input_key": ("question", "question"),
     "--label_key": ("answer", "answer"),
     "--images_key": ("images", "images"),
@@ -156,3 +156,45 @@ def test_a_file_in_another_encoding_is_told(parsed, capsys, tmp_path):
     with pytest.raises(SystemExit):
         parsed("", "--config", str(tmp_path / "other.yaml"))
     assert "other.yaml: 'utf-8' codec" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--prompt_data none.jsonl", "prompt_data='none.jsonl': there is no such file or folder"),
+        ("--eval_data none", "eval_data='none': there is no such file or folder"),
+        ("--pretrain ./none", "pretrain='./none': there is no such folder"),
+        ("--critic_pretrain /models/none", "critic_pretrain='/models/none': there is no such folder"),
+        ("--reward_pretrain who/what,a/b/c", "reward_pretrain='a/b/c': there is no such folder"),
+        ("--reward_function none.py:score", "'none.py:score': none.py is no file"),
+        ("--reward_function score", "'score' names no reward function: expected path/to/file.py:function"),
+        ("--reward_function rewards.py:score", "rewards.py has no function 'score': it has length, Best"),
+        ("--reward_function broken.py:score", "'broken.py:score': broken.py is not Python: invalid syntax"),
+    ],
+)
+def test_what_is_read_late_is_looked_for_at_once(of_all, capsys, tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards.py").write_text("import re\ndef length(): ...\nclass Best: ...\nraise SystemExit")
+    (tmp_path / "broken.py").write_text("def score(")
+    with pytest.raises(SystemExit) as error:
+        parse_run_arguments(of_all, words.split())
+    assert error.value.code == 2
+    assert message.replace("invalid syntax", "") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--pretrain who/what --critic_pretrain gpt2",
+        "--reward_function rewards.py:score",
+        "--reward_function rewards.py:best",
+        "--reward_function rewards.py:other",
+        "--reward_function star.py:other",
+        "--reward_function some.module:other",
+    ],
+)
+def test_what_may_be_there_is_left_for_later(of_all, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards.py").write_text("if 1:\n    def score(): ...\nbest = 1\nfrom re import sub as other\n1 / 0")
+    (tmp_path / "star.py").write_text("from re import *")
+    parse_run_arguments(of_all, words.split())

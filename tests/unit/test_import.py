@@ -16,6 +16,7 @@ LIGHT = [
     "import lightrft.strategy",
     "from lightrft.strategy import StrategyConfig, get_strategy, register_strategy",
     "import lightrft.trainer",
+    "import lightrft.trainer.command_line",
     "from lightrft.trainer import TrainerConfig",
     "from lightrft.utils import add_arguments, add_trainer_arguments",
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightrft.errors import ConfigError, RewardError
+from lightrft.trainer.function_names import lacks, parts
 from lightrft.trainer.rewards.source import Rewards, RewardSource, Scored, scores_of
 
 __all__ = ["FunctionReward", "load_function"]
@@ -48,17 +49,14 @@ def load_function(where: str) -> Callable[..., Any]:
     Raises:
         ConfigError: there is none, or importing it failed.
     """
-    place, _, name = where.rpartition(":")
-    if not place or not name.isidentifier():
-        raise ConfigError(f"{where!r} names no reward function: expected path/to/file.py:function")
+    place, name = parts(where)
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:
         raise ConfigError(f"{where!r}: importing {place} raised {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not callable(found):
-        known = [each for each, value in vars(module).items() if callable(value) and not each.startswith("_")]
-        raise ConfigError(f"{place} has no function {name!r}: it has {', '.join(known) or 'none'}")
+        raise lacks(place, name, [each for each, value in vars(module).items() if callable(value)])
     return found  # type: ignore[no-any-return]
 
 
