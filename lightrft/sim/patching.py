@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from lightrft.sim import places
@@ -37,6 +37,35 @@ class Patch:
     aliases: bool = True
 
 
+class _Aliases(NamedTuple):
+    """What a look through all modules found.
+
+    Attributes:
+        originals: what was looked for.
+        imported: all modules.
+        namespaces: those of them that are real ones.
+        sizes: the number of names in each of these.
+        holders: the namespaces that hold an original, and its names there.
+    """
+
+    originals: frozenset[int]
+    imported: dict[str, ModuleType]
+    namespaces: list[dict[str, Any]]
+    sizes: list[int]
+    holders: list[tuple[dict[str, Any], list[str]]]
+
+    def still_holds(self, originals: frozenset[int]) -> bool:
+        """Whether another look would find the same: asked at every run, of thousands of modules."""
+        return (
+            originals == self.originals
+            and sys.modules == self.imported
+            and list(map(len, self.namespaces)) == self.sizes
+        )
+
+
+_latest = _Aliases(frozenset(), {}, [], [], [])
+
+
 class Patcher:
     """Applies patches and remembers how to undo them, last one first."""
 
@@ -60,15 +89,30 @@ class Patcher:
 
         What a module holds is looked up when it is first seen, and again when it has more or fewer names.
         """
-        known = _aliases.setdefault(frozenset(self._replaced), WeakKeyDictionary())
-        for name, module in list(sys.modules.items()):
+        global _latest  # noqa: PLW0603 - most runs of a process find the same
+        originals = frozenset(self._replaced)
+        if not _latest.still_holds(originals):
+            _latest = self._look(originals)
+        for namespace, keys in _latest.holders:
+            for key in keys:
+                self._replace(namespace, key)
+
+    def _look(self, originals: frozenset[int]) -> _Aliases:
+        known = _aliases.setdefault(originals, WeakKeyDictionary())
+        found = _Aliases(originals, sys.modules.copy(), [], [], [])
+        for name, module in found.imported.items():
             if type(module) is not ModuleType and not issubclass(type(module), ModuleType):
                 continue
+            namespace = vars(module)
+            size = len(namespace)
             entry = known.get(module)
-            if entry is None or entry[0] != len(vars(module)):
-                entry = known[module] = (len(vars(module)), self._find_aliases(name, module))
-            for key in entry[1]:
-                self._replace(vars(module), key)
+            if entry is None or entry[0] != size:
+                entry = known[module] = (size, self._find_aliases(name, module))
+            found.namespaces.append(namespace)
+            found.sizes.append(size)
+            if entry[1]:
+                found.holders.append((namespace, entry[1]))
+        return found
 
     def _find_aliases(self, name: str, module: ModuleType) -> list[str]:
         namespace = getattr(module, "__dict__", None)

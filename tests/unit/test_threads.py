@@ -6,8 +6,11 @@ import asyncio
 import atexit
 import concurrent.futures
 import functools
+import json
+import multiprocessing
 import os
 import queue
+import runpy
 import signal
 import threading
 import time
@@ -509,23 +512,38 @@ def test_exiting_the_process_ends_the_rank_alone():
         world.run(lambda: os._exit(7) if os.environ["RANK"] == "1" else "fine")
 
 
-def report_environment(queue):
-    queue.put((os.environ.get("RANK"), len(os.sched_getaffinity(0))))
+def environment():
+    return [os.environ.get("RANK"), len(os.sched_getaffinity(0))]
 
 
-def test_a_spawned_and_a_forked_process_inherit_the_rank():
-    import multiprocessing
+REPORT = """
+import json, os
+with open(file, "w") as answer:
+    json.dump([os.environ.get("RANK"), len(os.sched_getaffinity(0))], answer)
+"""
 
-    def body(rank):
-        found = []
-        for method in ("spawn", "fork"):
-            context = multiprocessing.get_context(method)
-            answers = context.SimpleQueue()
-            process = context.Process(target=report_environment, args=(answers,))
-            process.start()
-            found.append(answers.get())
-            process.join()
-        return found, len(os.sched_getaffinity(0))
+
+def test_a_spawned_and_a_forked_process_inherit_the_rank(tmp_path):
+    script = tmp_path / "report.py"  # not a function of this module: a spawned process would import torch for it
+    script.write_text(REPORT)
+
+    def spawned(rank):
+        file = tmp_path / str(rank)
+        spawn = multiprocessing.get_context("spawn")
+        process = spawn.Process(target=runpy.run_path, args=(str(script), {"file": str(file)}))
+        process.start()
+        process.join()
+        return json.loads(file.read_text())
+
+    def forked():
+        fork = multiprocessing.get_context("fork")
+        answers = fork.SimpleQueue()
+        process = fork.Process(target=lambda: answers.put(environment()))
+        process.start()
+        found = answers.get()
+        process.join()
+        return found
 
     cores = len(os.sched_getaffinity(0))
-    assert SimWorld(2).run(with_group(body)) == [([(str(r), cores)] * 2, cores) for r in range(2)]
+    found = SimWorld(2).run(with_group(lambda rank: (spawned(rank), forked(), environment())))
+    assert found == [([str(rank), cores],) * 3 for rank in range(2)]

@@ -77,7 +77,10 @@ def faces(mode: str = "model") -> Iterator[None]:
 
 def _taken_out() -> dict[str, ModuleType]:
     """The modules of the libraries, which are no longer imported then."""
-    names = [name for name in sys.modules if name.startswith(_LIBRARIES) and name.partition(".")[0] in _LIBRARIES]
+    imported = "\n".join(["", *sys.modules])  # thousands of names, and at every run: seldom is one of them there
+    if not any(f"\n{library}" in imported for library in _LIBRARIES):
+        return {}
+    names = [name for name in sys.modules if name.partition(".")[0] in _LIBRARIES]
     return {name: sys.modules.pop(name) for name in names}
 
 
