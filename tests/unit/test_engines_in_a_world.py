@@ -1,5 +1,7 @@
 """The adapters of vLLM and SGLang on the fake engine, under every backend: what a trainer's iteration does."""
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -150,6 +152,53 @@ def test_f01_f05_a_deep_sleep_asks_for_new_weights_and_no_cache_outlives_them(fo
         dist.destroy_process_group()
 
     SimWorld(SIZE).run(program)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("backend", ["FSDP", pytest.param("ZeRO-3", marks=pytest.mark.slow)])
+def test_f01_weights_that_every_sleep_drops_are_sent_again(folder, engine, backend):
+    def program():
+        strategy = strategy_of(folder, BACKENDS[backend], engine_type=engine, engine_tp_size=2, engine_sleep_level=2)
+        actor, optimizer = prepared(strategy, folder)
+        made = strategy.setup_inference_engine(actor=actor)
+        found = []
+        for turn in range(3):
+            (one,) = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3, 4 + strategy.get_rank()]])
+            assert gap(actor, one) < 1e-4
+            assert (str(strategy.inference_engine_status), made.is_stale) == ("asleep", True)
+            found.append((one.output_token_ids, one.weight_version, strategy.engine_updates))
+            if turn == 1:
+                trained(strategy, actor, optimizer)
+        made.shutdown()
+        dist.destroy_process_group()
+        return found
+
+    for first, second, third in SimWorld(SIZE).run(program):
+        assert [versions for _, *versions in (first, second, third)] == [[1, 1], [2, 1], [3, 1]]
+        assert first[0] == second[0] != third[0]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_f01_weights_that_were_dropped_and_that_nobody_can_send_again_are_told(folder, engine):
+    def program():
+        strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_tp_size=2, engine_sleep_level=2)
+        made = strategy.setup_inference_engine()
+        asking = lambda: strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3]])  # noqa: E731 - called thrice
+        asking()
+        with pytest.raises(StaleWeightsError, match="has dropped its weights"):  # those of the folder
+            asking()
+        actor, _ = prepared(strategy, folder)
+        strategy.update_engine_weights(actor)
+        if strategy.get_rank() == 0:
+            del actor
+            gc.collect()
+        asking()
+        with pytest.raises(StaleWeightsError, match="has dropped its weights"):
+            asking()
+        made.shutdown()
+        dist.destroy_process_group()
+
+    SimWorld(SIZE, engines="hash").run(program)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
