@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from engines import on_cpu
 
-from lightrft.errors import ConfigError, RankFailedError, WeightSyncError
+from lightrft.errors import ConfigError, LostRanksError, RankFailedError, WeightSyncError
 from lightrft.models import tiny
 from lightrft.sim import ProcessWorld
 from lightrft.strategy import FakeStrategy, vllm_utils, weight_sync
 from lightrft.strategy.engine import EngineStatus
+from lightrft.strategy.vllm_utils import lockstep
 
 pytestmark = [
     pytest.mark.processes,
@@ -156,6 +157,33 @@ def test_ranks_and_engine_tp_size_have_to_agree(folder):
         pytest.raises(RankFailedError, match="engine_tp_size=2, but 1 ranks"),
     ):
         world.run(lambda: start(folder, 2))
+
+
+def fails_alone(folder):
+    """The second rank fails in its second pass through the model; the first one waits for it in that pass."""
+    dist.init_process_group("gloo")
+    lockstep._PATIENCE = 2
+    engine = start(folder, 2)
+    passes = []
+
+    def fail(*_):
+        passes.append(1)
+        if len(passes) == 2:
+            raise RuntimeError("the device is lost")
+
+    if dist.get_rank():
+        engine._llm.apply_model(lambda model: model.register_forward_pre_hook(fail))
+    try:
+        engine.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], GREEDY)
+    except LostRanksError:
+        assert engine.status is EngineStatus.DEAD
+        raise
+
+
+def test_f17_a_rank_that_fails_alone_ends_and_does_not_wait_for_those_that_wait_for_it(folder):
+    told = r"failed on rank 1 of its group \(RuntimeError: the device is lost\), and rank 0 waits for it"
+    with ProcessWorld(2, backend="gloo", limit=120) as world, pytest.raises(RankFailedError, match=told):
+        world.run(fails_alone, folder)
 
 
 def rollout(folder):

@@ -1,12 +1,13 @@
 """The adapters of vLLM and SGLang on the fake engine, under every backend: what a trainer's iteration does."""
 
 import gc
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from lightrft.errors import EngineStateError, StaleWeightsError, WeightSyncError
+from lightrft.errors import EngineStateError, LostRanksError, RankFailedError, StaleWeightsError, WeightSyncError
 from lightrft.models.tiny import tiny_text_model
 from lightrft.sim import SimWorld
 from lightrft.strategy import get_strategy
@@ -315,7 +316,7 @@ def test_f17_a_call_of_the_library_that_fails_is_told_to_all_ranks_and_the_engin
         if move == "wake_up":
             made.sleep()
         library = made._llm if engine == "vllm" else made._launched and made._launched.engine
-        # Ranks of vLLM compute together: one that fails alone keeps the others until the group's timeout.
+        # Ranks of vLLM compute together: one that fails alone is the end of all of them, see below.
         fails = strategy.get_rank() == (1 if engine == "vllm" else 0) or (engine, call) == ("vllm", "generate")
         original = getattr(library, call, None)
 
@@ -337,6 +338,32 @@ def test_f17_a_call_of_the_library_that_fails_is_told_to_all_ranks_and_the_engin
     first, second = SimWorld(2, engines="hash").run(program)
     assert first == second
     assert first[1]
+
+
+def test_f17_a_rank_that_fails_alone_does_not_wait_for_those_that_wait_for_it(folder):
+    told = []
+
+    def program():
+        strategy = strategy_of(folder, BACKENDS["fake"], train_batch_size=2, engine_type="vllm", engine_tp_size=2)
+        made = strategy.setup_inference_engine()
+
+        def broken(*args, **kwargs):
+            raise RuntimeError("the device is lost")
+
+        if strategy.get_rank():
+            made._llm.generate = broken
+        begin = time.monotonic()
+        with pytest.raises(LostRanksError) as caught:
+            strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3]])
+        told.append((str(caught.value), str(made.status), time.monotonic() - begin))
+        raise caught.value
+
+    with pytest.raises(RankFailedError, match="rank 0  waits in all_gather"):
+        SimWorld(2, engines="hash").run(program)
+    ((message, status, seconds),) = told
+    assert "failed on rank 1 of its group (RuntimeError: the device is lost), and rank 0 waits for it" in message
+    assert status == "dead"
+    assert 60 < seconds < 61
 
 
 def test_f17_an_engine_that_one_rank_cannot_mend_is_dead_on_all_and_replaced(folder):
