@@ -14,6 +14,7 @@ Each class also inherits the builtin that it specialises, so that code which kno
     │   ├── UnfinishedError                  a run ended with operations that nobody completed
     │   └── BlockedOutsideError              a rank waits for something that the simulator does not control
     ├── EngineStateError (RuntimeError)      the engine is not in a state that allows the call
+    │   ├── LostRanksError                   ranks wait where no error reaches them; nothing can be agreed with them
     │   └── StaleWeightsError                the engine holds no weights, or old ones
     ├── WeightSyncError (RuntimeError)       the weights that arrived are not the weights that were expected
     ├── OffloadStateError (RuntimeError)     offload and load did not come in pairs
@@ -36,6 +37,7 @@ __all__ = [
     "DeadlockError",
     "EngineStateError",
     "LightRFTError",
+    "LostRanksError",
     "NondeterminismError",
     "OffloadStateError",
     "RankFailedError",
@@ -105,6 +107,10 @@ class BlockedOutsideError(SimulationError):
 
 class EngineStateError(LightRFTError, RuntimeError):
     """The engine is asleep, awake, busy or absent where the call needs it otherwise."""
+
+
+class LostRanksError(EngineStateError):
+    """Other ranks wait for this one where no error reaches them; it is raised on this one alone, to end its process."""
 
 
 class StaleWeightsError(EngineStateError):

@@ -48,7 +48,7 @@ class Draws(Recorder):
     """An engine whose completions follow from the weights that it was sent, bit by bit, the prompt and the seed."""
 
     def generate(self, requests, sampling_params):
-        self._must_be_awake("generate")
+        self._must_be_able_to_generate()
         params = SamplingParams.of(sampling_params)
         self.requests.append(list(requests))
         digest = [fingerprint(tensor) for tensor in self.weights.values()]

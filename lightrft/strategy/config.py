@@ -97,6 +97,13 @@ class StrategyConfig(Configuration):
     enable_engine_sleep: bool = setting(
         True, _ENGINE, "let the engine sleep while the model trains", off_flag="disable_engine_sleep"
     )
+    engine_sleep_level: int = setting(
+        1,
+        _ENGINE,
+        "what an engine does with its weights when it sleeps; 1: keeps them in host memory, 2: drops them, and gets "
+        "them again",
+        choices=(1, 2),
+    )
     engine_update_bucket_mb: int = setting(512, _ENGINE, "MiB of weights sent to the engine at once", at_least=1)
 
     rollout_batch_size: int = setting(1024, _ROLLOUT, "prompts of one iteration, over all ranks", at_least=1)

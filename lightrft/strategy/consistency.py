@@ -43,6 +43,8 @@ def without_effect(config: StrategyConfig) -> Iterator[str]:
     """
     if config.use_mp_opt and not (config.bf16 or config.fp16):
         yield "use_mp_opt changes nothing in float32, which needs no masters: switch bf16 or fp16 on, or leave it out"
+    if config.engine_sleep_level == 2 and not config.enable_engine_sleep:
+        yield "engine_sleep_level=2 changes nothing with enable_engine_sleep off: switch it on, or leave the level out"
 
 
 def _other_backend(config: StrategyConfig) -> Iterator[str]:

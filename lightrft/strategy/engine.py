@@ -47,6 +47,11 @@ class RolloutEngine(ABC):
         return frozenset(TAGS) if self.status is EngineStatus.ASLEEP else frozenset()
 
     @property
+    def is_stale(self) -> bool:
+        """Whether it needs new weights before it generates, awake or asleep; what sleeps may not be able to tell."""
+        return self.status is EngineStatus.STALE
+
+    @property
     def runs_on_all_ranks(self) -> bool:
         """Whether every rank of the group calls ``generate`` with the same requests; else rank 0 of the group does."""
         return True
@@ -146,6 +151,11 @@ class StatefulEngine(RolloutEngine):
     def asleep(self) -> frozenset[str]:
         """The tags that sleep."""
         return self.state.asleep
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether its weights are dropped or half updated."""
+        return self.state.is_stale
 
     def generate(self, requests: Sequence[Any], sampling_params: Any) -> list[Completion]:
         """See ``RolloutEngine``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,9 @@ class EngineCalls(ABC):
     engine_mp_group: ProcessGroup | None
     inference_engine: Any
     inference_engine_type: str | None
+    engine_updates: int
     _lengths: GenerationLengths | None = None
+    _in_engine: weakref.ref[torch.nn.Module] | None = None
 
     @abstractmethod
     def drop_partial_accumulation(self, model: torch.nn.Module) -> int:
@@ -113,8 +116,15 @@ class EngineCalls(ABC):
             EngineStateError: there is no engine.
             WeightSyncError: what the engine holds afterwards is not what was sent.
         """
-        engine = self._engine("update_engine_weights")
+        self._engine("update_engine_weights")
         self.drop_partial_accumulation(actor)
+        self._in_engine = None  # which weights it holds after an update that fails nobody knows
+        self._send(actor, verify=verify)
+        self._in_engine = weakref.ref(actor)
+        self.engine_updates += 1
+
+    def _send(self, actor: torch.nn.Module, verify: bool = False) -> None:
+        engine = self.inference_engine
         bucket_bytes = self.config.engine_update_bucket_mb << 20
         ranks = Ranks()
         with ranks.together("the weights of the engine were not woken", EngineStateError):
@@ -122,6 +132,19 @@ class EngineCalls(ABC):
         with ranks.together("weights were not sent", WeightSyncError):
             weights = in_checkpoint_form(self.unwrap_model(actor), self.full_parameters(actor))
             weight_sync.send(engine, weights, bucket_bytes=bucket_bytes, verify=verify)
+
+    def _send_what_was_dropped(self) -> None:
+        """Send the weights again of the actor that the engine has had, if a sleep at level 2 has dropped them.
+
+        *Collective*, over all ranks and not only those of the engine, where the settings have this level.
+        """
+        if self.config.engine_sleep_level != 2:
+            return
+        actor = None if self._in_engine is None else self._in_engine()
+        told = Ranks().gather((self.inference_engine.is_stale, actor is not None))
+        if any(is_stale for is_stale, _ in told) and all(is_known for _, is_known in told):
+            assert actor is not None
+            self._send(actor)
 
     def gather_and_generate(
         self,
@@ -136,6 +159,9 @@ class EngineCalls(ABC):
     ) -> list[Any]:
         """Generate for the prompts of this rank, together with the ranks of its engine group. *Collective*.
 
+        With ``engine_sleep_level=2`` all ranks of the world call it: if the engine has dropped its weights, it gets the
+        present ones of the actor that ``update_engine_weights`` was given last, as a new version.
+
         Args:
             sampling_params: the same on all ranks of the group.
             all_prompt_token_ids: prompts of this rank as token ids; any number, none included.
@@ -148,6 +174,10 @@ class EngineCalls(ABC):
 
         Returns:
             The completions of this rank's prompts, in their order.
+
+        Raises:
+            LightRFTError: generation failed on some rank; the same error on every rank of the group.
+            StaleWeightsError: the weights were dropped by a deep sleep, and no actor was sent before, or it is gone.
         """
         engine = self._engine("gather_and_generate")
 
@@ -158,6 +188,7 @@ class EngineCalls(ABC):
             )
 
         try:
+            self._send_what_was_dropped()
             completions = rollout.gather_and_generate(
                 engine,
                 mine,
@@ -190,6 +221,8 @@ class EngineCalls(ABC):
     ) -> list[Any]:
         """Generate with the engine of this rank's group, without gathering: all its ranks pass the same prompts.
 
+        With ``engine_sleep_level=2`` all ranks of the world call it, see ``gather_and_generate``.
+
         Args:
             sampling_params: the same on all ranks of the group.
             prompt_token_ids: one list of token ids for each prompt.
@@ -207,6 +240,7 @@ class EngineCalls(ABC):
             if multi_modal_inputs is None
             else [requests.request_of(one) for one in multi_modal_inputs]
         )
+        self._send_what_was_dropped()
         self.wakeup_inference_engine()
         return rollout.generate_alike(engine, mine, sampling_params, group=self.engine_mp_group)
 
@@ -215,12 +249,19 @@ class EngineCalls(ABC):
         self.engines_wake_up([self.inference_engine])
 
     def maybe_sleep_inference_engine(self) -> None:
-        """Put the engine to sleep if ``enable_engine_sleep``; nothing if it sleeps, or if there is none."""
+        """Put the engine to sleep if ``enable_engine_sleep``; nothing if it sleeps, or if there is none.
+
+        At ``engine_sleep_level``: at level 2 its weights are dropped, and sent again before it generates.
+        """
         if self.config.enable_engine_sleep:
-            self.engines_sleep([self.inference_engine])
+            for engine in engines.each_engine(self.inference_engine):
+                engines.put_to_sleep(engine, self.config.engine_sleep_level)
 
     def engines_sleep(self, engines_to_sleep: Any) -> None:
-        """Put each of several engines to sleep; ``None`` among them is passed over."""
+        """Put each of several engines to sleep; ``None`` among them is passed over.
+
+        They keep their weights (level 1), which may be those of no model here.
+        """
         for engine in engines.each_engine(engines_to_sleep):
             engines.put_to_sleep(engine)
 

@@ -31,6 +31,7 @@ class EngineSettings:
         max_tokens: most tokens of a completion that does not say how many.
         seed: of the strategy.
         sleeps: whether the engine will be put to sleep.
+        sleep_level: at which level; at 2 the engine need not be able to keep its weights.
         device: of this rank.
         group: the ranks that share the engine; ``None`` for a rank alone without a process group.
         options: arguments for the engine's own constructor, which win over what follows from the rest.
@@ -46,6 +47,7 @@ class EngineSettings:
     sleeps: bool
     device: torch.device
     group: dist.ProcessGroup | None
+    sleep_level: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -78,6 +80,7 @@ class EngineSettings:
             max_tokens=config.generate_max_len,
             seed=config.seed,
             sleeps=config.enable_engine_sleep,
+            sleep_level=config.engine_sleep_level,
             device=device,
             group=group,
             options=ReadOnlyMapping(options),

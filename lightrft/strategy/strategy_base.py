@@ -52,6 +52,8 @@ class StrategyBase(EngineCalls):
         inference_engine: the engine, or ``None``.
         inference_engine_status: its state, an ``EngineStatus``.
         inference_engine_type: ``"vllm"`` or ``"sglang"``, or ``None``.
+        engine_updates: how often ``update_engine_weights`` has gone well. The version of the engine's weights counts
+            also how often what a deep sleep had dropped was sent again.
         gradient_norms: of the last optimizer step of each model, by the name that ``optimizer_step`` was given.
 
     Raises:
@@ -79,6 +81,7 @@ class StrategyBase(EngineCalls):
         self.gradient_norms: dict[str, float] = {}
         self.inference_engine: Any = None
         self.inference_engine_type: str | None = None
+        self.engine_updates = 0
         self._is_set_up = False
         self.setup_distributed()
         self._know_the_world()

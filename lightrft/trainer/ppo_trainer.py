@@ -255,13 +255,13 @@ class SPMDPPOTrainer:
         if self.strategy.inference_engine is None:
             raise EngineStateError("the trainer needs an engine: call strategy.setup_inference_engine(args) first")
         self.strategy.update_engine_weights(self.actor)
-        self._synced = self.strategy.inference_engine.weight_version
+        self._updates = self.strategy.engine_updates
 
     def _sync_engine_once(self) -> None:
         """The same, unless an overridden ``ppo_train`` has done so."""
-        if self.strategy.inference_engine.weight_version == self._synced:
+        if self.strategy.engine_updates == self._updates:
             self._sync_engine()
-        self._synced = self.strategy.inference_engine.weight_version
+        self._updates = self.strategy.engine_updates
         self.state.weight_version += 1
 
     def _train_mode(self) -> None:

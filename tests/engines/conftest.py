@@ -1,4 +1,4 @@
-"""``--record FILE``: writes which tests were run, on which versions, into a table of docs/."""
+"""``--record FILE``: writes which tests were run, on which versions, and what they measured, into a page of docs/."""
 
 import datetime as dt
 import platform
@@ -28,18 +28,26 @@ class Record:
     def __init__(self, path):
         self.path = path
         self.files = {}
+        self.measured = {}
 
     def pytest_runtest_logreport(self, report):
         counts = self.files.setdefault(Path(report.nodeid.partition("::")[0]).name, Counter())
         counts["seconds"] += report.duration
         if report.when == "call" or not report.passed:
             counts[report.outcome] += 1
+        if report.when == "call":
+            self.measured |= dict(report.user_properties)
 
     def pytest_sessionfinish(self):
         before = self.path.read_text().splitlines() if self.path.exists() else []
         rows = {line.split("|")[1].strip(): line for line in before if line.startswith("| `")}
         rows |= {f"`{name}`": row(name, counts) for name, counts in self.files.items()}
-        self.path.write_text(HEAD + "".join(f"{rows[name]}\n" for name in sorted(rows)))
+        told = dict(line.removeprefix("- ").split(": ", 1) for line in before if line.startswith("- "))
+        told |= self.measured
+        lines = [rows[name] for name in sorted(rows)]
+        if told:
+            lines += ["", "Measured by them (medians):", "", *(f"- {name}: {told[name]}" for name in sorted(told))]
+        self.path.write_text(HEAD + "".join(f"{line}\n" for line in lines))
 
 
 def row(name, counts):

@@ -8,11 +8,12 @@ import torch
 import torch.distributed as dist
 from engines import on_cpu
 
-from lightrft.errors import ConfigError, RankFailedError, WeightSyncError
+from lightrft.errors import ConfigError, LostRanksError, RankFailedError, WeightSyncError
 from lightrft.models import tiny
 from lightrft.sim import ProcessWorld
-from lightrft.strategy import get_strategy, vllm_utils, weight_sync
+from lightrft.strategy import FakeStrategy, vllm_utils, weight_sync
 from lightrft.strategy.engine import EngineStatus
+from lightrft.strategy.vllm_utils import lockstep
 
 pytestmark = [
     pytest.mark.processes,
@@ -158,38 +159,68 @@ def test_ranks_and_engine_tp_size_have_to_agree(folder):
         world.run(lambda: start(folder, 2))
 
 
+def fails_alone(folder):
+    """The second rank fails in its second pass through the model; the first one waits for it in that pass."""
+    dist.init_process_group("gloo")
+    lockstep._PATIENCE = 2
+    engine = start(folder, 2)
+    passes = []
+
+    def fail(*_):
+        passes.append(1)
+        if len(passes) == 2:
+            raise RuntimeError("the device is lost")
+
+    if dist.get_rank():
+        engine._llm.apply_model(lambda model: model.register_forward_pre_hook(fail))
+    try:
+        engine.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], GREEDY)
+    except LostRanksError:
+        assert engine.status is EngineStatus.DEAD
+        raise
+
+
+def test_f17_a_rank_that_fails_alone_ends_and_does_not_wait_for_those_that_wait_for_it(folder):
+    told = r"failed on rank 1 of its group \(RuntimeError: the device is lost\), and rank 0 waits for it"
+    with ProcessWorld(2, backend="gloo", limit=120) as world, pytest.raises(RankFailedError, match=told):
+        world.run(fails_alone, folder)
+
+
 def rollout(folder):
-    """An iteration, as a trainer calls it: rank 1 has no prompts of its own at first."""
-    strategy = get_strategy(
-        {
-            "strategy": "fake",
+    """An iteration, as a trainer calls it: rank 1 has no prompts of its own at first, and weights that sleep drops."""
+    strategy = FakeStrategy(
+        engines=False,
+        args={
             "pretrain": folder,
             "engine_type": "vllm",
             "engine_tp_size": 2,
+            "engine_sleep_level": 2,
             "prompt_max_len": 64,
             "generate_max_len": 32,
             "engine_options": {"kv_cache_memory_bytes": 32 << 20, "block_size": 32},
-        }
+        },
     )
     rank = strategy.get_rank()
-    strategy.setup_inference_engine()
+    engine = strategy.setup_inference_engine()
+    assert "lightrft" not in engine.vllm.__file__, "it is the real one"
     first = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=PROMPTS if rank == 0 else [])
     asleep = strategy.inference_engine_status
     actor = strategy.prepare(tiny.text_model(1))
     strategy.update_engine_weights(actor)
     mine = PROMPTS[:1] if rank == 0 else PROMPTS[1:]
     second = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=mine)
+    third = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=mine)
     strategy.inference_engine.shutdown()
-    return first, second, str(asleep)
+    return first, second, third, str(asleep)
 
 
-def test_K05_a_strategy_generates_and_updates_with_its_ranks(two_lives):
-    (_, (first, second, asleep)), (_, (nothing, other, also)) = two_lives
+def test_K05_f01_a_strategy_generates_and_updates_with_its_ranks(two_lives):
+    (_, (first, second, third, asleep)), (_, (nothing, other, another, also)) = two_lives
     assert [one.prompt_token_ids for one in first] == [tuple(prompt) for prompt in PROMPTS]
     assert nothing == []
     assert asleep == also == "asleep"
     assert [one.prompt_token_ids for one in second + other] == [tuple(prompt) for prompt in PROMPTS]
-    for found, version, seed in ((first, 0, 0), (second + other, 1, 1)):
+    for found, version, seed in ((first, 0, 0), (second + other, 1, 1), (third + another, 2, 1)):
         assert {one.weight_version for one in found} == {version}
         for one in found:
             ids = torch.tensor([one.prompt_token_ids + one.output_token_ids])

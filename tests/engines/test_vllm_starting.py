@@ -187,3 +187,14 @@ def test_an_engine_that_was_to_stay_awake_does(settings):
     assert engine.status is EngineStatus.AWAKE
     assert len(engine.generate(PROMPT, GREEDY)) == 1
     engine.shutdown()
+
+
+def test_what_is_drawn_does_not_depend_on_how_many_prompts_are_read_at_once(settings):
+    prompts = [{"prompt_token_ids": [*range(6, 76), last]} for last in (6, 7, 8)]
+    found = []
+    for limits in ({}, {"max_num_batched_tokens": 100, "max_num_seqs": 8}):
+        engine = vllm_utils.start(changed(settings, enable_prefix_caching=False, **limits))
+        drawn = engine.generate(prompts, {"temperature": 1.0, "seed": 5, "max_tokens": 12})
+        found.append([one.output_token_ids for one in drawn])
+        engine.shutdown()
+    assert found[0] == found[1]

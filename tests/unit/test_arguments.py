@@ -49,6 +49,7 @@ FLAGS = {
     "--engine_tp_size": ("4", 4),
     "--engine_mem_util": ("0.5", 0.5),
     "--disable_engine_sleep": ("", False),
+    "--engine_sleep_level": ("2", 2),
     "--engine_update_bucket_mb": ("64", 64),
     "--rollout_batch_size": ("16", 16),
     "--micro_rollout_batch_size": ("2", 2),

@@ -161,7 +161,7 @@ MUTATIONS = {
         "ST501", "'the engine needs a model", engine, "check_engine_type", lambda f: lambda engine_type: engine_type,
     ),
     "sleep is asked for twice": (
-        "ST502", "'sleep 1', 'sleep 1'", engine, "put_to_sleep", lambda f: lambda engine: engine.sleep(),
+        "ST502", "'sleep 1', 'sleep 1'", engine, "put_to_sleep", lambda f: lambda engine, level=1: engine.sleep(level),
     ),
     "weights are sent under other names": (
         "ST503", "update 1, .* module.embedding.weight", Fake, "full_parameters", broken.prefixed,
@@ -189,6 +189,18 @@ MUTATIONS = {
     "prompts are not gathered": ("ST505", "the engine of rank 0 got", rollout, "gather", broken.own_prompts_only),
     "an error of an engine stays with its rank": (
         "ST506", "no memory left", engine_calls, "Ranks", lambda f: broken.Alone,
+    ),
+    "what a deep sleep drops stays dropped": (
+        "ST507", "generate: the weights were dropped", engine_calls.EngineCalls, "_send_what_was_dropped",
+        broken.returns(None),
+    ),
+    "every sleep is light": (
+        "ST507", "expected StaleWeightsError, and it returned", engine, "put_to_sleep",
+        lambda f: lambda engine, level=1: f(engine),
+    ),
+    "weights that are sent again end an accumulation": (
+        "ST507", "sent again after a step: .* differs", engine_calls.EngineCalls, "_send_what_was_dropped",
+        lambda f: lambda self: (self._in_engine and self.drop_partial_accumulation(self._in_engine()), f(self)),
     ),
     "what is around a model stays around it": (
         "ST601", r"unwrapped: \[\[True, True\], True, \[False, False\]\]", Fake, "unwrap_model",

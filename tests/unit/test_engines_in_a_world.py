@@ -1,10 +1,13 @@
 """The adapters of vLLM and SGLang on the fake engine, under every backend: what a trainer's iteration does."""
 
+import gc
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from lightrft.errors import EngineStateError, StaleWeightsError, WeightSyncError
+from lightrft.errors import EngineStateError, LostRanksError, RankFailedError, StaleWeightsError, WeightSyncError
 from lightrft.models.tiny import tiny_text_model
 from lightrft.sim import SimWorld
 from lightrft.strategy import get_strategy
@@ -153,6 +156,53 @@ def test_f01_f05_a_deep_sleep_asks_for_new_weights_and_no_cache_outlives_them(fo
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("backend", ["FSDP", pytest.param("ZeRO-3", marks=pytest.mark.slow)])
+def test_f01_weights_that_every_sleep_drops_are_sent_again(folder, engine, backend):
+    def program():
+        strategy = strategy_of(folder, BACKENDS[backend], engine_type=engine, engine_tp_size=2, engine_sleep_level=2)
+        actor, optimizer = prepared(strategy, folder)
+        made = strategy.setup_inference_engine(actor=actor)
+        found = []
+        for turn in range(3):
+            (one,) = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3, 4 + strategy.get_rank()]])
+            assert gap(actor, one) < 1e-4
+            assert (str(strategy.inference_engine_status), made.is_stale) == ("asleep", True)
+            found.append((one.output_token_ids, one.weight_version, strategy.engine_updates))
+            if turn == 1:
+                trained(strategy, actor, optimizer)
+        made.shutdown()
+        dist.destroy_process_group()
+        return found
+
+    for first, second, third in SimWorld(SIZE).run(program):
+        assert [versions for _, *versions in (first, second, third)] == [[1, 1], [2, 1], [3, 1]]
+        assert first[0] == second[0] != third[0]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_f01_weights_that_were_dropped_and_that_nobody_can_send_again_are_told(folder, engine):
+    def program():
+        strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_tp_size=2, engine_sleep_level=2)
+        made = strategy.setup_inference_engine()
+        asking = lambda: strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3]])  # noqa: E731 - called thrice
+        asking()
+        with pytest.raises(StaleWeightsError, match="has dropped its weights"):  # those of the folder
+            asking()
+        actor, _ = prepared(strategy, folder)
+        strategy.update_engine_weights(actor)
+        if strategy.get_rank() == 0:
+            del actor
+            gc.collect()
+        asking()
+        with pytest.raises(StaleWeightsError, match="has dropped its weights"):
+            asking()
+        made.shutdown()
+        dist.destroy_process_group()
+
+    SimWorld(SIZE, engines="hash").run(program)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_f06_f20_an_update_that_fails_is_an_error_on_all_ranks_and_the_next_one_is_whole(folder, engine):
     def program():
         strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_tp_size=2)
@@ -266,7 +316,7 @@ def test_f17_a_call_of_the_library_that_fails_is_told_to_all_ranks_and_the_engin
         if move == "wake_up":
             made.sleep()
         library = made._llm if engine == "vllm" else made._launched and made._launched.engine
-        # Ranks of vLLM compute together: one that fails alone keeps the others until the group's timeout.
+        # Ranks of vLLM compute together: one that fails alone is the end of all of them, see below.
         fails = strategy.get_rank() == (1 if engine == "vllm" else 0) or (engine, call) == ("vllm", "generate")
         original = getattr(library, call, None)
 
@@ -288,6 +338,32 @@ def test_f17_a_call_of_the_library_that_fails_is_told_to_all_ranks_and_the_engin
     first, second = SimWorld(2, engines="hash").run(program)
     assert first == second
     assert first[1]
+
+
+def test_f17_a_rank_that_fails_alone_does_not_wait_for_those_that_wait_for_it(folder):
+    told = []
+
+    def program():
+        strategy = strategy_of(folder, BACKENDS["fake"], train_batch_size=2, engine_type="vllm", engine_tp_size=2)
+        made = strategy.setup_inference_engine()
+
+        def broken(*args, **kwargs):
+            raise RuntimeError("the device is lost")
+
+        if strategy.get_rank():
+            made._llm.generate = broken
+        begin = time.monotonic()
+        with pytest.raises(LostRanksError) as caught:
+            strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3]])
+        told.append((str(caught.value), str(made.status), time.monotonic() - begin))
+        raise caught.value
+
+    with pytest.raises(RankFailedError, match="rank 0  waits in all_gather"):
+        SimWorld(2, engines="hash").run(program)
+    ((message, status, seconds),) = told
+    assert "failed on rank 1 of its group (RuntimeError: the device is lost), and rank 0 waits for it" in message
+    assert status == "dead"
+    assert 60 < seconds < 61
 
 
 def test_f17_an_engine_that_one_rank_cannot_mend_is_dead_on_all_and_replaced(folder):

@@ -19,6 +19,7 @@ TREE = {
     "UnfinishedError": ("SimulationError", RuntimeError),
     "BlockedOutsideError": ("SimulationError", RuntimeError),
     "EngineStateError": ("LightRFTError", RuntimeError),
+    "LostRanksError": ("EngineStateError", RuntimeError),
     "StaleWeightsError": ("EngineStateError", RuntimeError),
     "WeightSyncError": ("LightRFTError", RuntimeError),
     "OffloadStateError": ("LightRFTError", RuntimeError),

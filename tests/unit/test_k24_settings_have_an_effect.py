@@ -235,17 +235,24 @@ def test_fused_linear_logprob_and_chunk_size(name, folder):
 # -- Precision --------------------------------------------------------------------------------------------------------
 
 
-def _warned(settings):
+def _warned(settings, name="use_mp_opt"):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         get_strategy({"strategy": "fake", "fsdp": True, **settings})
-    return [str(warning.message) for warning in seen if "use_mp_opt" in str(warning.message)]
+    return [str(warning.message) for warning in seen if name in str(warning.message)]
 
 
 def test_use_mp_opt_in_float32_is_warned_of():
     (message,) = _warned({"use_mp_opt": True})
     assert "changes nothing in float32" in message
     assert _warned({"use_mp_opt": True, "bf16": True}) == _warned({"bf16": True}) == []
+
+
+def test_engine_sleep_level_of_an_engine_that_never_sleeps_is_warned_of():
+    deep, never = {"engine_sleep_level": 2}, {"enable_engine_sleep": False}
+    (message,) = _warned({**deep, **never}, "engine_sleep_level")
+    assert "changes nothing with enable_engine_sleep off" in message
+    assert _warned(deep, "engine_sleep_level") == _warned(never, "engine_sleep_level") == []
 
 
 # -- Places -----------------------------------------------------------------------------------------------------------

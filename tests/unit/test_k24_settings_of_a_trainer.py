@@ -129,6 +129,23 @@ def test_k24_settings_of_sampling_reach_the_engine():
     assert asked[1].seed != asked[3].seed
 
 
+def test_f01_a_run_whose_engine_drops_its_weights_is_the_same_and_each_iteration_sends_them():
+    def run(level):
+        made = parts(engine_sleep_level=level)
+        trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **made, eval_steps=1, max_steps=2)
+        metrics = trainer.fit(prompts(16), prompts(2))
+        asked = [call for call in made["strategy"].inference_engine.asked if call.startswith(("update", "sleep"))]
+        told = {name: value for name, value in metrics.items() if not name.startswith(("time", "tokens_per"))}
+        return weights_of(trainer), told, asked, made["strategy"].engine_updates
+
+    (light, told, _, _), (deep, told_of_deep, asked, updates) = run(1), run(2)
+    assert all(torch.equal(light[name], tensor) for name, tensor in deep.items())
+    assert told == told_of_deep
+    # An evaluation after each update of the trainer (1, 3, 5), and a rollout that has to send them again (2, 4).
+    assert asked == [call for version in (1, 2, 3, 4, 5) for call in (f"update {version}", "sleep 2")]
+    assert updates == 3
+
+
 def test_an_engine_that_takes_no_seeds_gets_none():
     class Seedless(Draws):
         takes_seeds = False

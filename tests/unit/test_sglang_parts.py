@@ -1,6 +1,7 @@
 """The parts of the adapter for SGLang that need no SGLang."""
 
 import asyncio
+import dataclasses
 import json
 import logging
 import multiprocessing
@@ -198,5 +199,7 @@ def test_settings_say_where_an_engine_runs():
         "enable_weights_cpu_backup": True,
         "log_level": "info",
     }
+    deep = dataclasses.replace(settings, sleep_level=2)
+    assert launching._arguments(deep, ModelFiles(), known)["enable_weights_cpu_backup"] is False
     with pytest.raises(ConfigError, match="SGLang has no log_level; it knows model_path"):
         launching._arguments(settings, ModelFiles(), {"model_path"})

@@ -70,13 +70,14 @@ def test_arguments_on_a_cpu():
     assert arguments() == SAME | {
         "logprobs_mode": "processed_logprobs",
         "enforce_eager": True,
+        "enable_chunked_prefill": False,
         "kv_cache_memory_bytes": 256 << 20,
     }
 
 
 def test_what_a_vllm_lacks_is_left_out_and_its_log_probs_are_raw():
     old = arguments(known=())
-    assert old == SAME | {"enforce_eager": True}
+    assert old == SAME | {"enforce_eager": True, "enable_chunked_prefill": False}
     assert log_probs_mode(old) == "raw"
     assert log_probs_mode(arguments()) == "processed"
 

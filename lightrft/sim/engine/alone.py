@@ -60,6 +60,11 @@ class _Alone(RolloutEngine):
         return self._engine.asleep
 
     @property
+    def is_stale(self) -> bool:
+        """See ``RolloutEngine``."""
+        return self._engine.is_stale
+
+    @property
     def takes_seeds(self) -> bool:
         """See ``RolloutEngine``."""
         return self._engine.takes_seeds

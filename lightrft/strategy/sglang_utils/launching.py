@@ -142,7 +142,7 @@ def _on_gpu(settings: EngineSettings) -> dict[str, Any]:
         "base_gpu_id": settings.device.index or 0,
         "mem_fraction_static": settings.memory_share,
         "enable_memory_saver": settings.sleeps,
-        "enable_weights_cpu_backup": settings.sleeps,
+        "enable_weights_cpu_backup": settings.sleeps and settings.sleep_level == 1,
     }
 
 

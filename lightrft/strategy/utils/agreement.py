@@ -68,8 +68,8 @@ class Ranks:
     def together(self, what: str, otherwise: type[errors.LightRFTError] = errors.CheckpointError) -> Iterator[Outcome]:
         """A step that fails on every rank if it fails on one. It costs one :meth:`gather`, whether it fails or not.
 
-        A step that is left by something other than an ``Exception`` (an interrupt, the end of the process) is left
-        without it.
+        A step that is left by something other than an ``Exception`` (an interrupt, the end of the process), or by a
+        ``LostRanksError``, is left without it.
 
         Args:
             what: what did not happen if the step fails, as the beginning of the message.
@@ -81,6 +81,8 @@ class Ranks:
         outcome = Outcome()
         try:
             yield outcome
+        except errors.LostRanksError:
+            raise  # the others do not answer
         except Exception as error:  # noqa: BLE001 - it is raised on every rank
             self._settle(what, outcome, error, otherwise)
         else:

@@ -43,6 +43,8 @@ def llm_arguments(
         arguments["logprobs_mode"] = "processed_logprobs"
     if settings.device.type == "cpu":
         arguments["enforce_eager"] = True
+        # Of a prompt that is cut, vLLM winds the generator back after each part, which those of a CPU cannot do.
+        arguments["enable_chunked_prefill"] = False
         if "kv_cache_memory_bytes" in known:
             arguments["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
     else:

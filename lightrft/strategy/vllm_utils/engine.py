@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from lightrft.errors import ConfigError, EngineStateError, LightRFTError, WeightSyncError
+from lightrft.errors import ConfigError, EngineStateError, LightRFTError, LostRanksError, WeightSyncError
 from lightrft.strategy.coverage import Coverage
 from lightrft.strategy.engine import EngineStatus, StatefulEngine
 from lightrft.strategy.extras import naming_extras
@@ -25,6 +25,7 @@ from lightrft.strategy.utils.agreement import Ranks, check_same
 from lightrft.strategy.vllm_utils.arguments import environment, llm_arguments, log_probs_mode
 from lightrft.strategy.vllm_utils.cpu import pack_output_layer, remove_names_of_shared_memory
 from lightrft.strategy.vllm_utils.exchange import check_media, check_tokens, completions_of, prompt_of, sampling_for
+from lightrft.strategy.vllm_utils.lockstep import Lockstep
 from lightrft.strategy.vllm_utils.process_state import ProcessState, keeping_the_default_group
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class VLLMEngine(StatefulEngine):
         self._has_tokenizer = not arguments.get("skip_tokenizer_init", False)
         self._first_seed = derived_seed(settings.seed, (rank or 0) // settings.tp_size)
         self._calls = 0
+        self._lockstep = Lockstep(ranks)
         self._end = weakref.finalize(self, _end, self._llm, self._process)
         self._end.atexit = False
 
@@ -104,6 +106,7 @@ class VLLMEngine(StatefulEngine):
         Raises:
             ConfigError: vLLM refuses a request or a parameter; or ranks of the group have passed different ones.
             EngineStateError: it gave a completion up.
+            LostRanksError: it failed here, and other ranks wait for this one without end; the engine is dead then.
         """
         self._calls += 1
         seed = derived_seed(self._first_seed, self._calls) if params.seed is None else params.seed
@@ -115,7 +118,7 @@ class VLLMEngine(StatefulEngine):
         sampling = sampling_for(
             params, seeds_for(contents, seed), self.vllm.SamplingParams, has_tokenizer=self._has_tokenizer
         )
-        with self._leaving_nothing_behind(), self._process.entered(), _refusals("the requests"):
+        with self._together(), self._leaving_nothing_behind(), self._process.entered(), _refusals("the requests"):
             outputs = self._llm.generate([prompt_of(request) for request in requests], sampling, use_tqdm=False)
         return list(
             completions_of(
@@ -131,6 +134,16 @@ class VLLMEngine(StatefulEngine):
         mine = {"the number of prompts": len(contents), "the digest of prompts": prompts}
         mine |= {"sampling_params": repr(params), "the seed": seed}
         check_same(self._ranks.gather(mine), "vLLM did not generate")
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """See ``Lockstep``."""
+        try:
+            with self._lockstep.call(self._calls):
+                yield
+        except LostRanksError:
+            self.state.end("failed on some of its ranks, and the others wait for them")
+            raise
 
     @contextmanager
     def _leaving_nothing_behind(self) -> Iterator[None]:

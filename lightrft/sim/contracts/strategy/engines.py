@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
+from lightrft.errors import ConfigError, EngineStateError, StaleWeightsError, WeightSyncError
 from lightrft.sim.contracts.strategy import workload
 from lightrft.sim.contracts.strategy.capabilities import contract
 from lightrft.sim.contracts.strategy.recorder import Recorder
@@ -230,3 +230,41 @@ def check_an_engine_that_fails_on_one_rank(subject: Subject) -> None:
                 raise AssertionError(f"rank {rank}: expected 'no memory left' in {message!r}")
         if (completions, received) != (1, weights):
             raise AssertionError(f"afterwards rank {rank} got {completions} completions and {received} weights")
+
+
+def _sleeps_deeply(make: Make) -> list[Any]:
+    strategy = make(max_norm=0.0, engine_sleep_level=2, **accumulating(make.world_size, 2))
+    model = workload.transformer()
+    actor, optimizer, _ = strategy.prepare((model, Recipe().make(model.parameters()), None))
+    strategy.inference_engine = engine = Recorder()
+
+    def generate() -> list[Any]:
+        return strategy.gather_and_generate({}, all_prompt_token_ids=[[1]])
+
+    found = [len(generate()), refused(generate, StaleWeightsError)]
+    strategy.update_engine_weights(actor)
+    before = strategy.engine_updates
+    found += [len(generate()), len(generate()), strategy.engine_updates - before]
+    for ids in workload.micro_batches(strategy, 0):
+        found.append(len(generate()))  # in the middle of an accumulation, which goes on
+        strategy.backward(workload.loss_of(actor(ids), ids), actor, optimizer)
+        strategy.optimizer_step(optimizer, actor, None)
+    found.append(len(strategy.engine_generate_local({}, prompt_token_ids=[[1]])))
+    strategy.engines_sleep([engine])
+    return [found, engine.asked, engine.weights]
+
+
+@contract.check(507)
+def check_a_deep_sleep_drops_weights_that_are_sent_again(subject: Subject) -> None:
+    """With `engine_sleep_level=2` the engine drops its weights when it sleeps, and gets the present ones of the actor that it was given last before it generates; that is no `engine_updates`, and ends no accumulation. Without such an actor it is a StaleWeightsError (F01, K24)."""  # noqa: E501
+    trained = workload.plain(Recipe(steps=1)).weights
+    slept = ["wake", "generate", "sleep 2"]
+    again = [["wake weights", f"update {version}", "reset", *slept] for version in (1, 2, 3, 4, 5)]
+    calls = [*slept[1:], *slept, *(call for each in again for call in each)]
+    calls[-1] = "sleep 1"  # of engines_sleep, which keeps the weights
+    for (one, told, *rest), asked, weights in subject.run(_sleeps_deeply):
+        if (one, *rest) != (1, 1, 1, 0, 1, 1, 1) or "update_engine_weights" not in told:
+            raise AssertionError(f"completions, updates: {one, *rest}, expected 1, 1, 1, 0, 1, 1, 1; {told!r}")
+        if asked != calls:
+            raise AssertionError(f"the engine was asked {asked}, expected {calls}")
+        workload.same(weights, trained, what="sent again after a step")

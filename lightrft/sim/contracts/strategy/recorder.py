@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightrft.errors import EngineStateError
+from lightrft.errors import EngineStateError, StaleWeightsError
 from lightrft.strategy.engine import EngineStatus, RolloutEngine
 from lightrft.strategy.engine_state import TAGS
 from lightrft.strategy.utils.fingerprints import fingerprint
@@ -35,15 +35,23 @@ class Recorder(RolloutEngine):
         self.buckets: list[int] = []
         self.failure: Exception | None = None
         self._asleep: frozenset[str] = frozenset()
+        self._stale = False
         self._dead = False
         self._version = 0
 
     @property
     def status(self) -> EngineStatus:
-        """Awake, asleep or dead."""
+        """Awake, asleep, stale or dead."""
         if self._dead:
             return EngineStatus.DEAD
-        return EngineStatus.ASLEEP if self._asleep else EngineStatus.AWAKE
+        if self._asleep:
+            return EngineStatus.ASLEEP
+        return EngineStatus.STALE if self._stale else EngineStatus.AWAKE
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether it has slept at level 2 since the last update."""
+        return self._stale
 
     @property
     def asleep(self) -> frozenset[str]:
@@ -58,7 +66,7 @@ class Recorder(RolloutEngine):
     def generate(self, requests: Any, sampling_params: Any) -> list[Any]:
         """The requests with the parameters, each ``n`` times."""
         self.asked.append("generate")
-        self._must_be_awake("generate", *self._asleep)
+        self._must_be_able_to_generate()
         self.requests.append(list(requests))
         if self.failure is not None:
             raise self.failure
@@ -68,6 +76,7 @@ class Recorder(RolloutEngine):
         """Go to sleep."""
         self.asked.append(f"sleep {level}")
         self._asleep = frozenset(TAGS)
+        self._stale = self._stale or level == 2
 
     def wake_up(self, tags: Any = None) -> None:
         """Wake up, wholly or in part."""
@@ -87,6 +96,7 @@ class Recorder(RolloutEngine):
             self.weights |= {name: tensor.detach().cpu().clone() for name, tensor in bucket}
         self.received.append(told)
         self._version = version
+        self._stale = False
 
     def reset_caches(self) -> None:
         """Nothing."""
@@ -95,6 +105,11 @@ class Recorder(RolloutEngine):
     def shutdown(self) -> None:
         """End."""
         self._dead = True
+
+    def _must_be_able_to_generate(self) -> None:
+        self._must_be_awake("generate", *self._asleep)
+        if self._stale:
+            raise StaleWeightsError("generate: the weights were dropped; send them with update_engine_weights first")
 
     def _must_be_awake(self, call: str, *tags: str) -> None:
         if self._dead or self._asleep & frozenset(tags):
