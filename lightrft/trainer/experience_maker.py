@@ -15,11 +15,12 @@ from lightrft.trainer import shaping
 from lightrft.trainer.advantages import AdvantageInputs, estimate
 from lightrft.trainer.aggregation import data_parallel_sum
 from lightrft.trainer.correction import mismatch
-from lightrft.trainer.experience import Experience, Sample, join_images, padded
+from lightrft.trainer.experience import Experience, Sample, padded
 from lightrft.trainer.fillers import blank, image_filler
 from lightrft.trainer.generation import Generation, seed_of
 from lightrft.trainer.kl import KLController, kl_estimate
 from lightrft.trainer.masking import masked_sum
+from lightrft.trainer.scoring import Scoring, values_of
 
 if TYPE_CHECKING:
     from lightrft.strategy.strategy_base import StrategyBase
@@ -67,6 +68,7 @@ class ExperienceMaker:
         initial_model: what the policy is not to leave too far; ``None`` where nothing needs it.
         rewards: where they come from; all ranks ask together.
         generation: prompts to samples.
+        scoring: log-probs of samples.
         kl: the weight of the divergence.
         moments: of all rewards.
         watch: measures the phases.
@@ -79,6 +81,7 @@ class ExperienceMaker:
     initial_model: Any
     rewards: RewardSource
     generation: Generation
+    scoring: Scoring
     kl: KLController
     moments: shaping.RunningMoments
     watch: Stopwatch
@@ -246,14 +249,9 @@ class ExperienceMaker:
 
     def _passed(self, batch: Experience) -> Experience:
         """``batch`` with what each model makes of it."""
-        images = join_images(batch.images)
-        inputs = (batch.sequences, batch.attention_mask)
-        temperature = self.config.temperature
-        scores = self.actor(*inputs, temperature=temperature, entropy=self.config.needs_entropy, **images)
-        initial = None
-        if self.initial_model is not None:
-            initial = self.initial_model(*inputs, temperature=temperature, **images).log_probs
-        values = None if self.critic is None else self.critic(*inputs, **images)[:, :-1]
+        scores = self.scoring(self.actor, batch, entropy=self.config.needs_entropy)
+        initial = None if self.initial_model is None else self.scoring(self.initial_model, batch).log_probs
+        values = None if self.critic is None else values_of(self.critic, batch)
         return dataclasses.replace(
             batch, log_probs=scores.log_probs, entropy=scores.entropy, initial_log_probs=initial, values=values
         )
