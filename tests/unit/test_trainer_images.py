@@ -167,7 +167,7 @@ def test_tokens_that_stand_for_images_are_never_drawn():
     (free,) = Generation(strategy=strategy)(prompts(1), 1)
     (bound,) = Generation(strategy=strategy, forbidden=(4, 5))(prompts(1), 1)
     assert asked == [None, {4: -100.0, 5: -100.0}]
-    # That engine gives the log-probs of the model: they are not those that it has drawn with where tokens are forbidden.
+    # That engine gives the log-probs of the model, which are not those it draws with where tokens are forbidden.
     assert len(free.engine_log_probs) == len(free.output_token_ids)
     assert bound.engine_log_probs is None
 
