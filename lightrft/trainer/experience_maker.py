@@ -15,6 +15,7 @@ from lightrft.trainer import shaping
 from lightrft.trainer.advantages import AdvantageInputs, estimate
 from lightrft.trainer.aggregation import data_parallel_sum
 from lightrft.trainer.correction import mismatch
+from lightrft.trainer.entropy import high_entropy
 from lightrft.trainer.experience import Experience, Sample, padded
 from lightrft.trainer.fillers import blank, image_filler
 from lightrft.trainer.generation import Generation, seed_of
@@ -170,8 +171,19 @@ class ExperienceMaker:
         )
         self._note_mismatch(scored, means)
         return dataclasses.replace(
-            scored, rewards=shaped.to(scored.sequences.device), advantages=found.advantages, returns=found.returns
+            scored,
+            rewards=shaped.to(scored.sequences.device),
+            advantages=found.advantages,
+            returns=found.returns,
+            chosen=self._chosen(scored),
         )
+
+    def _chosen(self, scored: Experience) -> Tensor | None:
+        """The tokens of highest entropy, if these alone are trained on."""
+        if not self.config.needs_entropy or scored.entropy is None:
+            return None
+        share = self.config.high_entropy_token_ratio
+        return high_entropy(scored.entropy, scored.action_mask, share, data_parallel_sum(self.strategy))
 
     def _shaped(self, rollout: Rollout) -> Tensor:
         """Rewards as advantages are computed of them, shape (samples,)."""
@@ -214,7 +226,12 @@ class ExperienceMaker:
         batch = self._batch([found])
         nothing = torch.zeros_like(batch.log_probs)
         return dataclasses.replace(
-            batch, action_mask=nothing.bool(), initial_log_probs=nothing, entropy=nothing, values=nothing
+            batch,
+            action_mask=nothing.bool(),
+            chosen=nothing.bool(),
+            initial_log_probs=nothing,
+            entropy=nothing,
+            values=nothing,
         )
 
     @property

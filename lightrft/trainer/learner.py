@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightrft.trainer.aggregation import StepTotals, aggregate
 from lightrft.trainer.correction import importance_weights
-from lightrft.trainer.entropy import entropy_loss, high_entropy
+from lightrft.trainer.entropy import entropy_loss
 from lightrft.trainer.kl import KLController, kl_estimate, policy_drift
 from lightrft.trainer.masking import inside
 from lightrft.trainer.policy_losses import PolicyInputs, policy_loss
@@ -112,14 +112,12 @@ class Learner:
         return self._sum(parts, mask, totals, means)
 
     def _corrected(self, losses: Tensor, batch: Experience) -> Tensor:
-        """Losses of tokens, weighted by how they were drawn, and 0 where the policy was sure."""
+        """Losses of tokens, weighted by how they were drawn, and 0 where they were not chosen."""
         mask = batch.action_mask
         if self.config.importance_cap:
             cap = self.config.importance_cap
             losses = losses * importance_weights(batch.log_probs, batch.engine_log_probs, mask, cap)
-        if self.config.needs_entropy and batch.entropy is not None:
-            losses = inside(losses, high_entropy(batch.entropy, mask, self.config.high_entropy_token_ratio))
-        return losses
+        return losses if batch.chosen is None else inside(losses, batch.chosen)
 
     def _critic_loss(self, critic: Trained, batch: Experience, totals: StepTotals, means: Means) -> Tensor:
         assert batch.values is not None
