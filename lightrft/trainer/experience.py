@@ -66,7 +66,7 @@ class Experience:
         engine_log_probs: of the engine, shape (batch, length - 1).
         initial_log_probs: of the initial model, shape (batch, length - 1), or ``None`` without one.
         entropy: of the policy's distributions, shape (batch, length - 1), or ``None`` if nothing needs it.
-        chosen: tokens that the policy is trained on, shape (batch, length - 1), or ``None`` for all that were generated.
+        chosen: tokens that the policy is trained on, shape (batch, length - 1), or ``None`` for all generated ones.
         values: what the critic expected before each token, shape (batch, length - 1), or ``None`` without one.
         rewards: of each sequence, shape (batch,).
         advantages: shape (batch, length - 1).
