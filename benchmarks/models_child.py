@@ -5,6 +5,7 @@ Time is the processor time of this process, memory the growth of its peak, so ``
 
 from __future__ import annotations
 
+import importlib
 import json
 import resource
 import statistics
@@ -22,23 +23,43 @@ VOCABULARY, TOKENS, WIDTH = 150_000, 4096, 512
 SAMPLES, LONGEST, ROUNDS = 48, 512, 3
 
 
-def output(way: str) -> dict[str, float]:
-    """Seconds, and MiB above inputs, of log-probs of given tokens from hidden states and back; plain or fused."""
-    torch.manual_seed(0)
-    hidden = torch.randn(TOKENS, WIDTH).requires_grad_()
-    weight = torch.empty(VOCABULARY, WIDTH).normal_(std=0.05).requires_grad_()
-    tokens = torch.randint(VOCABULARY, (TOKENS,))
-    before, begin = _peak_mib(), time.process_time()
-    (plain if way == "plain" else fused)(hidden, weight, tokens).mean().backward()
-    return {"seconds": time.process_time() - begin, "mib": _peak_mib() - before}
-
-
 def plain(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
     return (hidden @ weight.T).log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
 
 
 def fused(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
     return fused_linear_log_probs(hidden, weight, tokens).log_probs
+
+
+def trl(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+    """As trl 1.16 does it, where that is installed."""
+    function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+    chunk = importlib.import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
+    found: Tensor = function.apply(hidden, weight, None, tokens, 1.0, chunk, None, 1.0, ())[0]
+    return found
+
+
+def liger(hidden: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
+    """As liger-kernel 0.8 does it, where that is installed."""
+    module = importlib.import_module("liger_kernel.chunked_loss.fused_linear_ppo")
+    chunk = module._SELECTIVE_LOGPROB_VOCAB_CHUNK_SIZE
+    found: Tensor = module._ChunkedSelectiveLogProbFunction.apply(hidden, weight, tokens, None, 1.0, chunk)
+    return found
+
+
+WAYS = {"plain": plain, "fused": fused, "trl": trl, "liger": liger}
+
+
+def output(way: str) -> dict[str, float]:
+    """Seconds, and MiB above inputs, of log-probs of given tokens from hidden states and back, in one of ``WAYS``."""
+    WAYS[way](torch.randn(2, 2), torch.randn(3, 2), torch.tensor([0, 1]))  # imports are not counted
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH).requires_grad_()
+    weight = torch.empty(VOCABULARY, WIDTH).normal_(std=0.05).requires_grad_()
+    tokens = torch.randint(VOCABULARY, (TOKENS,))
+    before, begin = _peak_mib(), time.process_time()
+    WAYS[way](hidden, weight, tokens).mean().backward()
+    return {"seconds": time.process_time() - begin, "mib": _peak_mib() - before}
 
 
 def _peak_mib() -> float:

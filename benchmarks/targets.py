@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks import engines, models
+from benchmarks.iterations import iteration
 from benchmarks.measurements import DEADLOCKS, compared, deadlock, many_worlds, start_and_end
 from benchmarks.strategies import BACKENDS, RANKS, fake, median, metrics, overhead
 from benchmarks.training import commands, shares
@@ -147,6 +148,12 @@ TARGETS = (
         what="a step of an actor on samples of long-tailed lengths, packed, as a fraction of padded",
         limit=1 / 2,
         measured=lambda: median(models.packing(), "ratio"),
+    ),
+    Target(
+        what="what the trainer adds to generation and training, 64 prompts x 8 samples x 512 tokens, as a fraction of "
+        "the iteration",
+        limit=0.05,
+        measured=lambda: iteration()["share"],
     ),
     *(_rollout(engine) for engine in engines.FACES),
     _generation("log-uniform"),

@@ -90,7 +90,7 @@ def _sim_parser() -> argparse.ArgumentParser:
         "it on N GPUs. A hang, a mismatch between ranks or a failing rank ends the run with a report\n"
         "that names the rank and the line.",
         epilog="Everything after the script goes to the script, untouched. Exit status: 0; 1 if the run failed;\n"
-        "2 if this command line cannot work; 130 after Ctrl-C.\n\n"
+        "2 if this command line cannot work, or that of the script; 130 after Ctrl-C.\n\n"
         "examples:\n"
         "  lightrft sim -n 8 train.py --lr 1e-5\n"
         "  lightrft sim -n 16 --gpus-per-node 8 --seed 3 --schedule random train.py\n"
@@ -326,6 +326,8 @@ def _run(script: Script, options: argparse.Namespace, replay: str) -> int:
             if not isinstance(error, ConfigError):
                 _tell(world, options)
             raise
+        if script.told is not None:
+            return script.told
     except ConfigError as error:
         raise UsageError(f"lightrft sim: error: {error}") from None
     except SimulationError as error:

@@ -21,8 +21,8 @@ def batch(lengths=LENGTHS, width=14, side="right", seed=0):
     return ids, mask
 
 
-def one_by_one(model, ids, mask, temperature=1.0, images=None):
-    """Log-probs and entropies of each sample by itself, by the plainest formula."""
+def one_by_one(model, ids, mask, temperature=1.0, images=None, never=()):
+    """Log-probs and entropies of each sample by itself, by the plainest formula; tokens ``never`` are not drawn."""
     log_probs = torch.zeros(ids.shape[0], ids.shape[1] - 1)
     entropy = torch.zeros_like(log_probs)
     for row in range(len(ids)):
@@ -31,6 +31,7 @@ def one_by_one(model, ids, mask, temperature=1.0, images=None):
             continue
         own = ids[row][places][None]
         logits = model(input_ids=own, **({} if images is None else images[row])).logits[0, :-1].float()
+        logits = logits.index_fill(-1, torch.tensor(never, dtype=torch.int64), -1e4)
         logs = (logits / temperature).log_softmax(-1)
         log_probs[row, places[:-1]] = logs.gather(1, own[0, 1:, None])[:, 0]
         entropy[row, places[:-1]] = -(logs.exp() * logs).sum(-1)

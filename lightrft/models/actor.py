@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
@@ -11,7 +12,7 @@ from lightrft.errors import ConfigError
 from lightrft.models import loading
 from lightrft.models.forward_pass import ForwardPass, in_place_of_forward
 from lightrft.models.fused import fused_linear_log_probs
-from lightrft.models.log_probs import TokenScores, check_temperature, token_log_probs
+from lightrft.models.log_probs import TokenScores, bias_of, check_temperature, token_log_probs
 from lightrft.models.rows import NO_LABEL
 from lightrft.strategy.config import StrategyConfig
 
@@ -72,6 +73,7 @@ class Actor(nn.Module):
         *,
         temperature: float = 1.0,
         entropy: bool = False,
+        logit_bias: Mapping[int, float] | None = None,
         packed: bool | None = None,
         **images: Any,
     ) -> TokenScores:
@@ -82,6 +84,7 @@ class Actor(nn.Module):
             attention_mask: of that shape, 1 for real tokens.
             temperature: with which the tokens were drawn.
             entropy: compute that of the distributions too.
+            logit_bias: what the engine added to the logits of some tokens, by token id; -100 for those never drawn.
             packed: compute several samples in one row, without padding; as ``packing_samples`` says if ``None``.
             images: what the model sees: ``pixel_values`` and ``image_grid_thw`` of all images of the batch in order,
                 or ``pixel_values_videos`` and ``video_grid_thw``.
@@ -101,21 +104,24 @@ class Actor(nn.Module):
         assert labels is not None
         wanted = labels != NO_LABEL
         computes = self._fused if self._settings.fused_linear_logprob else self._plain
-        log_probs, spread = computes(run, wanted, labels[wanted], temperature, entropy)
+        log_probs, spread = computes(
+            run, wanted, labels[wanted], logit_bias or {}, temperature=temperature, entropy=entropy
+        )
         return TokenScores(_over(wanted, log_probs, run), None if spread is None else _over(wanted, spread, run))
 
     def _plain(
-        self, run: ForwardPass, wanted: Tensor, tokens: Tensor, temperature: float, entropy: bool
+        self, run: ForwardPass, wanted: Tensor, tokens: Tensor, logit_bias: Mapping[int, float], **how: Any
     ) -> TokenScores:
         """The output layer computes logits of the tokens that are asked for alone."""
         layer = self._output_layer()
         computes = layer.forward
         with in_place_of_forward(layer, lambda hidden: computes(hidden[wanted])):
             logits = run.output_of(self.model).logits
-        return token_log_probs(logits, tokens, temperature=temperature, entropy=entropy)
+        bias = bias_of(logit_bias, logits.shape[-1], logits.device) if logit_bias else None
+        return token_log_probs(logits, tokens, bias=bias, **how)
 
     def _fused(
-        self, run: ForwardPass, wanted: Tensor, tokens: Tensor, temperature: float, entropy: bool
+        self, run: ForwardPass, wanted: Tensor, tokens: Tensor, logit_bias: Mapping[int, float], **how: Any
     ) -> TokenScores:
         """The output layer gives log-probs (and entropies) where the model expects logits.
 
@@ -130,14 +136,12 @@ class Actor(nn.Module):
         given: list[int] = []
 
         def computes(hidden: Tensor) -> Tensor:
+            bias = layer.bias
+            if logit_bias:
+                added = bias_of(logit_bias, layer.weight.shape[0], hidden.device)
+                bias = added if bias is None else bias + added
             scores = fused_linear_log_probs(
-                hidden[wanted],
-                layer.weight,
-                tokens,
-                bias=layer.bias,
-                temperature=temperature,
-                chunk_size=self._settings.chunk_size,
-                entropy=entropy,
+                hidden[wanted], layer.weight, tokens, bias=bias, chunk_size=self._settings.chunk_size, **how
             )
             both = torch.stack([one for one in scores if one is not None])
             given.append(both.data_ptr())

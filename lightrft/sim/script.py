@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import builtins
 import importlib.machinery
 import importlib.util
 import io
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
@@ -28,6 +30,10 @@ class Script:
         as_module: run it as ``python -m`` does.
         drop_launcher: leave out the first entry of ``sys.path``, which belongs to the program that Python was started
             with; the entry of the script takes its place.
+
+    Attributes:
+        told: the exit status with which ``argparse`` ended the first rank, after help or a complaint, before another
+            had begun. The others do not begin then: they would say the same.
     """
 
     def __init__(
@@ -40,6 +46,8 @@ class Script:
         self._file = os.path.abspath(name)
         self._spec: ModuleSpec | None = None
         self._code: CodeType | None = None
+        self._begun = 0
+        self.told: int | None = None
 
     def problem(self) -> str:
         """Why this cannot be run, in one line; empty if nothing is seen without running any of it."""
@@ -96,6 +104,9 @@ class Script:
 
     def run(self) -> None:
         """Run the program as ``__main__`` of the calling rank; returns where a process would end with status 0."""
+        if self.told is not None:
+            return
+        self._begun += 1
         task = current_task()
         assert task is not None
         if self.as_module and self._code is None:
@@ -108,6 +119,9 @@ class Script:
         try:
             exec(self._code, vars(main))
         except SystemExit as end:
+            if self._begun == 1 and _ends_in_argparse(end):
+                self.told = int(end.code or 0)
+                return
             if end.code not in (None, 0):
                 raise
 
@@ -123,6 +137,12 @@ class Script:
             values["__cached__"] = spec.cached
         vars(main).update(values)
         return main
+
+
+def _ends_in_argparse(end: SystemExit) -> bool:
+    """Whether a parser of command lines has ended the program, and not the program itself."""
+    frames = [frame for frame, _ in traceback.walk_tb(end.__traceback__)]
+    return frames[-1].f_code.co_filename == argparse.__file__ and end.code in (None, 0, 2)
 
 
 def _find_module(name: str) -> tuple[ModuleSpec, CodeType]:

@@ -80,8 +80,8 @@ class Advantages:
 def token_rewards(inputs: AdvantageInputs, rewards: Tensor) -> Tensor:
     """The reward of each token, shape (batch, length): ``rewards`` (batch,) at the last ones, less the penalties.
 
-    Ouyang et al., *Training language models to follow instructions with human feedback*, 2022, equation 2, puts the
-    penalty for each token into the reward.
+    Ouyang et al., *Training language models to follow instructions with human feedback*, 2022, put a penalty for each
+    token into the reward.
     """
     given = last_of_each_row(inputs.mask) * rewards.float().unsqueeze(1)
     penalised = given if inputs.penalties is None else given - inputs.penalties
@@ -155,8 +155,9 @@ def _whitened(inputs: AdvantageInputs, found: Advantages) -> Advantages:
 def reinforce(inputs: AdvantageInputs) -> Advantages:
     """The return from each token on, without a baseline.
 
-    Williams, *Simple statistical gradient-following algorithms for connectionist reinforcement learning*, 1992,
-    equation 11 with a baseline of 0: ``A_t = sum over l of gamma**l * r_{t+l}``.
+    Williams, *Simple statistical gradient-following algorithms for connectionist reinforcement learning*, 1992, with a
+    baseline of 0, and of the rewards those that the token can have an influence on:
+    ``A_t = sum over l of gamma**l * r_{t+l}``.
     """
     return _to_go(inputs, inputs.rewards)
 

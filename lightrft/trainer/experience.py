@@ -66,6 +66,7 @@ class Experience:
         engine_log_probs: of the engine, shape (batch, length - 1).
         initial_log_probs: of the initial model, shape (batch, length - 1), or ``None`` without one.
         entropy: of the policy's distributions, shape (batch, length - 1), or ``None`` if nothing needs it.
+        chosen: tokens that the policy is trained on, shape (batch, length - 1), or ``None`` for all generated ones.
         values: what the critic expected before each token, shape (batch, length - 1), or ``None`` without one.
         rewards: of each sequence, shape (batch,).
         advantages: shape (batch, length - 1).
@@ -80,6 +81,7 @@ class Experience:
     engine_log_probs: Tensor
     initial_log_probs: Tensor | None = None
     entropy: Tensor | None = None
+    chosen: Tensor | None = None
     values: Tensor | None = None
     rewards: Tensor
     advantages: Tensor
@@ -144,7 +146,13 @@ class Experience:
         two = torch.zeros(rows, 2, dtype=torch.int64, device=device)
         one = torch.zeros(rows, 1, device=device)
         given: dict[str, Any] = {each.name: one for each in dataclasses.fields(cls)}
-        given |= {"sequences": two, "attention_mask": two + 1, "action_mask": one.bool(), "rewards": one[:, 0]}
+        given |= {
+            "sequences": two,
+            "attention_mask": two + 1,
+            "action_mask": one.bool(),
+            "chosen": one.bool(),
+            "rewards": one[:, 0],
+        }
         return cls(**{**given, "images": ({},) * rows})
 
     def to(self, device: torch.device | str) -> Self:

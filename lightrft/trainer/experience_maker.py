@@ -15,11 +15,13 @@ from lightrft.trainer import shaping
 from lightrft.trainer.advantages import AdvantageInputs, estimate
 from lightrft.trainer.aggregation import data_parallel_sum
 from lightrft.trainer.correction import mismatch
-from lightrft.trainer.experience import Experience, Sample, join_images, padded
+from lightrft.trainer.entropy import high_entropy
+from lightrft.trainer.experience import Experience, Sample, padded
 from lightrft.trainer.fillers import blank, image_filler
 from lightrft.trainer.generation import Generation, seed_of
 from lightrft.trainer.kl import KLController, kl_estimate
 from lightrft.trainer.masking import masked_sum
+from lightrft.trainer.scoring import Scoring, values_of
 
 if TYPE_CHECKING:
     from lightrft.strategy.strategy_base import StrategyBase
@@ -67,6 +69,7 @@ class ExperienceMaker:
         initial_model: what the policy is not to leave too far; ``None`` where nothing needs it.
         rewards: where they come from; all ranks ask together.
         generation: prompts to samples.
+        scoring: log-probs of samples.
         kl: the weight of the divergence.
         moments: of all rewards.
         watch: measures the phases.
@@ -79,6 +82,7 @@ class ExperienceMaker:
     initial_model: Any
     rewards: RewardSource
     generation: Generation
+    scoring: Scoring
     kl: KLController
     moments: shaping.RunningMoments
     watch: Stopwatch
@@ -167,8 +171,19 @@ class ExperienceMaker:
         )
         self._note_mismatch(scored, means)
         return dataclasses.replace(
-            scored, rewards=shaped.to(scored.sequences.device), advantages=found.advantages, returns=found.returns
+            scored,
+            rewards=shaped.to(scored.sequences.device),
+            advantages=found.advantages,
+            returns=found.returns,
+            chosen=self._chosen(scored),
         )
+
+    def _chosen(self, scored: Experience) -> Tensor | None:
+        """The tokens of highest entropy, if these alone are trained on."""
+        if not self.config.needs_entropy or scored.entropy is None:
+            return None
+        share = self.config.high_entropy_token_ratio
+        return high_entropy(scored.entropy, scored.action_mask, share, data_parallel_sum(self.strategy))
 
     def _shaped(self, rollout: Rollout) -> Tensor:
         """Rewards as advantages are computed of them, shape (samples,)."""
@@ -211,7 +226,12 @@ class ExperienceMaker:
         batch = self._batch([found])
         nothing = torch.zeros_like(batch.log_probs)
         return dataclasses.replace(
-            batch, action_mask=nothing.bool(), initial_log_probs=nothing, entropy=nothing, values=nothing
+            batch,
+            action_mask=nothing.bool(),
+            chosen=nothing.bool(),
+            initial_log_probs=nothing,
+            entropy=nothing,
+            values=nothing,
         )
 
     @property
@@ -246,14 +266,9 @@ class ExperienceMaker:
 
     def _passed(self, batch: Experience) -> Experience:
         """``batch`` with what each model makes of it."""
-        images = join_images(batch.images)
-        inputs = (batch.sequences, batch.attention_mask)
-        temperature = self.config.temperature
-        scores = self.actor(*inputs, temperature=temperature, entropy=self.config.needs_entropy, **images)
-        initial = None
-        if self.initial_model is not None:
-            initial = self.initial_model(*inputs, temperature=temperature, **images).log_probs
-        values = None if self.critic is None else self.critic(*inputs, **images)[:, :-1]
+        scores = self.scoring(self.actor, batch, entropy=self.config.needs_entropy)
+        initial = None if self.initial_model is None else self.scoring(self.initial_model, batch).log_probs
+        values = None if self.critic is None else values_of(self.critic, batch)
         return dataclasses.replace(
             batch, log_probs=scores.log_probs, entropy=scores.entropy, initial_log_probs=initial, values=values
         )

@@ -11,6 +11,7 @@ from lightrft.errors import ConfigError, EngineStateError, StaleWeightsError
 from lightrft.strategy.sampling import SamplingParams
 from lightrft.strategy.utils.agreement import Ranks
 from lightrft.trainer.experience import Images, Sample
+from lightrft.trainer.scoring import never_drawn
 
 if TYPE_CHECKING:
     from lightrft.datasets import Prompt
@@ -90,7 +91,7 @@ class Generation:
             max_tokens=self.strategy.config.generate_max_len,
             seed=seed if self.strategy.inference_engine.takes_seeds else None,
             logprobs=True,
-            logit_bias=dict.fromkeys(self.forbidden, -100.0) or None,
+            logit_bias=never_drawn(self.forbidden),
         )
 
     def _sample(self, prompt: Prompt, seen: Images, one: Completion) -> Sample:
@@ -114,7 +115,8 @@ class Generation:
 
     def _log_probs(self, one: Completion) -> tuple[float, ...] | None:
         """Those of the distribution that was drawn from; ``None`` if the engine gave others."""
-        if one.log_probs is not None and (one.log_probs_mode == "processed" or self.temperature == 1):
+        untouched = self.temperature == 1 and not self.forbidden
+        if one.log_probs is not None and (one.log_probs_mode == "processed" or untouched):
             return tuple(one.log_probs)
         if self.needs_log_probs:
             raise ConfigError(

@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from lightrft.trainer.aggregation import StepTotals, aggregate
 from lightrft.trainer.correction import importance_weights
-from lightrft.trainer.entropy import entropy_loss, high_entropy
-from lightrft.trainer.experience import Experience, join_images
+from lightrft.trainer.entropy import entropy_loss
 from lightrft.trainer.kl import KLController, kl_estimate, policy_drift
 from lightrft.trainer.masking import inside
 from lightrft.trainer.policy_losses import PolicyInputs, policy_loss
+from lightrft.trainer.scoring import Scoring, values_of
 from lightrft.trainer.value_loss import value_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lightrft.strategy.strategy_base import StrategyBase
+    from lightrft.trainer.experience import Experience
     from lightrft.trainer.metrics import Means
     from lightrft.trainer.settings import TrainerConfig
 
@@ -50,6 +51,7 @@ class Learner:
         config: the settings.
         actor: the policy.
         critic: ``None`` where there is none.
+        scoring: log-probs of samples.
         kl: the weight of the divergence.
     """
 
@@ -57,6 +59,7 @@ class Learner:
     config: TrainerConfig
     actor: Trained
     critic: Trained | None
+    scoring: Scoring
     kl: KLController
 
     def learn(self, batch: Experience, totals: StepTotals, means: Means) -> None:
@@ -84,13 +87,7 @@ class Learner:
 
     def _actor_loss(self, batch: Experience, totals: StepTotals, means: Means) -> Tensor:
         config, mask = self.config, batch.action_mask
-        scores = self.actor.model(
-            batch.sequences,
-            batch.attention_mask,
-            temperature=config.temperature,
-            entropy=config.entropy_coef > 0,
-            **join_images(batch.images),
-        )
+        scores = self.scoring(self.actor.model, batch, entropy=config.entropy_coef > 0)
         found = policy_loss(
             config.policy_loss,
             PolicyInputs(
@@ -108,26 +105,24 @@ class Learner:
             parts["kl_loss"] = self.kl.value * divergence
         if config.policy_drift_coef:
             parts["drift_loss"] = config.policy_drift_coef * policy_drift(scores.log_probs, batch.log_probs, mask)
-        if config.entropy_coef:
+        if config.entropy_coef and scores.entropy is not None:
             parts["entropy_loss"] = config.entropy_coef * entropy_loss(scores.entropy, mask)
         means.add("clipped", found.clipped.sum(), mask.sum())
         means.add("policy_kl", policy_drift(scores.log_probs.detach(), batch.log_probs, mask).sum(), mask.sum())
         return self._sum(parts, mask, totals, means)
 
     def _corrected(self, losses: Tensor, batch: Experience) -> Tensor:
-        """Losses of tokens, weighted by how they were drawn, and 0 where the policy was sure."""
+        """Losses of tokens, weighted by how they were drawn, and 0 where they were not chosen."""
         mask = batch.action_mask
         if self.config.importance_cap:
             cap = self.config.importance_cap
             losses = losses * importance_weights(batch.log_probs, batch.engine_log_probs, mask, cap)
-        if self.config.needs_entropy and batch.entropy is not None:
-            losses = inside(losses, high_entropy(batch.entropy, mask, self.config.high_entropy_token_ratio))
-        return losses
+        return losses if batch.chosen is None else inside(losses, batch.chosen)
 
     def _critic_loss(self, critic: Trained, batch: Experience, totals: StepTotals, means: Means) -> Tensor:
         assert batch.values is not None
         mask = batch.action_mask
-        values = critic.model(batch.sequences, batch.attention_mask, **join_images(batch.images))[:, :-1]
+        values = values_of(critic.model, batch)
         losses, clipped = value_loss(values, batch.values, batch.returns, mask, self.config.value_clip)
         means.add("values_clipped", clipped.sum(), mask.sum())
         means.add("values", inside(values.detach(), mask).sum(), mask.sum())

@@ -92,10 +92,11 @@ def gspo(inputs: PolicyInputs) -> PolicyLoss:
 def gmpo(inputs: PolicyInputs) -> PolicyLoss:
     """The geometric mean of the clipped ratios of a sequence, times the advantage.
 
-    Zhao et al., *Geometric-Mean Policy Optimization*, 2025, the token-level clipped objective: in
-    ``prod of min(ratio * A, clip(ratio) * A)`` to the power of ``1 / length`` a ratio is bounded from above where the
-    advantage is positive, and from below where it is negative. The paper's range from ``e**-0.4`` to ``e**0.4`` is
-    ``eps_low=0.33, eps_high=0.49``. Every token of a sequence has the loss of the sequence, as in ``gspo``.
+    Zhao et al., *Geometric-Mean Policy Optimization*, 2025, the token-level clipped objective:
+    ``-sign(A) * (prod of abs(min(ratio * A, clip(ratio) * A)))**(1 / length)``, in which a ratio is bounded from above
+    where the advantage is positive, and from below where it is negative. The paper's range from ``e**-0.4`` to
+    ``e**0.4`` is ``eps_low=0.33, eps_high=0.49``. Every token of a sequence has the loss of the sequence, as in
+    ``gspo``.
     """
     low, high = inputs.log_range
     ratio, gains = inputs.log_ratio, inputs.gains
@@ -107,7 +108,7 @@ def gmpo(inputs: PolicyInputs) -> PolicyLoss:
 def cispo(inputs: PolicyInputs) -> PolicyLoss:
     """REINFORCE with a clipped importance weight, which has no gradient: no token loses its own.
 
-    Chen et al., *MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention*, 2025, equations 4 and 5:
+    Chen et al., *MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention*, 2025, objective CISPO:
     ``-stop_gradient(clip(ratio, 1 - eps_low, 1 + eps_high)) * A * log_prob``. The paper does not bound from below:
     ``eps_clip_low=1``.
     """

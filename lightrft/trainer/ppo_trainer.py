@@ -23,6 +23,7 @@ from lightrft.trainer.replay_buffer import ReplayBuffer
 from lightrft.trainer.rewards import reward_source
 from lightrft.trainer.run_log import RunLog
 from lightrft.trainer.run_state import RunCheckpoints, RunState
+from lightrft.trainer.scoring import Scoring
 from lightrft.trainer.settings import TrainerConfig
 from lightrft.trainer.stopping import StopRequest
 
@@ -42,7 +43,8 @@ class SPMDPPOTrainer:
 
     Args:
         strategy: trains, and generates.
-        actor: the policy: ``actor(sequences, attention_mask, temperature=..., entropy=...)`` gives log-probs.
+        actor: the policy: ``actor(sequences, attention_mask, temperature=..., entropy=...)`` gives log-probs. If its
+            configuration names tokens for images, it also gets ``logit_bias={token: -100, ...}``, as the engine does.
         critic: ``critic(sequences, attention_mask)`` gives values; ``None`` unless advantages are those of ``gae``.
         reward_model: what gives rewards: a model, a function, an address, a ``RewardSource``, or a list of them; may be
             ``None`` if the settings name one.
@@ -100,6 +102,9 @@ class SPMDPPOTrainer:
         self._watch = Stopwatch()
         self._rewards = reward_source(reward_model, strategy, self.config)
         self._reader = None if processor is None else ImageReader(processor)
+        self._scoring = Scoring(
+            temperature=self.config.temperature, forbidden=media_tokens(strategy.unwrap_model(actor))
+        )
         self._learner = self._make_learner()
         self._maker = self._make_maker()
         self._checkpoints = RunCheckpoints(
@@ -312,7 +317,14 @@ class SPMDPPOTrainer:
                 model=self.critic, optimizer=self.critic_optim, scheduler=self.critic_scheduler, name="critic"
             )
         actor = Trained(model=self.actor, optimizer=self.actor_optim, scheduler=self.actor_scheduler, name="actor")
-        return Learner(strategy=self.strategy, config=self.config, actor=actor, critic=critic, kl=self.state.kl)
+        return Learner(
+            strategy=self.strategy,
+            config=self.config,
+            actor=actor,
+            critic=critic,
+            scoring=self._scoring,
+            kl=self.state.kl,
+        )
 
     def _make_maker(self) -> ExperienceMaker:
         return ExperienceMaker(
@@ -328,6 +340,7 @@ class SPMDPPOTrainer:
                 top_p=self.config.top_p,
                 needs_log_probs=self.config.importance_cap > 0,
             ),
+            scoring=self._scoring,
             kl=self.state.kl,
             moments=self.state.moments,
             watch=self._watch,
@@ -335,7 +348,7 @@ class SPMDPPOTrainer:
 
     def _generation(self, **sampling: Any) -> Generation:
         decode = None if self.tokenizer is None else _decoding(self.tokenizer)
-        forbidden = media_tokens(self.strategy.unwrap_model(self.actor))
+        forbidden = self._scoring.forbidden
         return Generation(strategy=self.strategy, decode=decode, reader=self._reader, forbidden=forbidden, **sampling)
 
 

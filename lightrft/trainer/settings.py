@@ -60,7 +60,7 @@ class TrainerConfig(Configuration):
     )
     entropy_coef: float = setting(0.0, _ALGORITHM, "weight of the bonus for entropy; 0: none", at_least=0)
     high_entropy_token_ratio: float = setting(
-        1.0, _ALGORITHM, "share of the tokens of a sequence, those of highest entropy, that are trained on", above=0,
+        1.0, _ALGORITHM, "share of an iteration's tokens, those of highest entropy, that are trained on", above=0,
         at_most=1,
     )  # fmt: skip
     policy_drift_coef: float = setting(

@@ -17,7 +17,7 @@ class RunningMoments:
     """Mean and standard deviation of all rewards there have been, over all ranks and iterations.
 
     Counts, means and squared deviations of batches are merged as in Chan, Golub and LeVeque, *Updating Formulae and a
-    Pairwise Algorithm for Computing Sample Variances*, 1979, equations 2.1.
+    Pairwise Algorithm for Computing Sample Variances*, 1979.
     """
 
     def __init__(self) -> None:

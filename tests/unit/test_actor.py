@@ -81,6 +81,33 @@ def test_f16_temperature_divides_the_logits():
         Actor(MODEL)(ids, mask, temperature=0.0)
 
 
+@pytest.mark.parametrize("settings", [StrategyConfig(), FUSED], ids=["plain", "fused"])
+def test_f16_tokens_that_were_never_drawn_have_no_share_of_the_probability(settings):
+    ids, mask = batch()
+    never = [token for token in range(40, 60) if not (ids == token).any()]
+    expected = one_by_one(MODEL, ids, mask, 0.7, never=never)
+    actor = Actor(MODEL, settings)
+    found = actor(ids, mask, temperature=0.7, entropy=True, logit_bias=dict.fromkeys(never, -100.0))
+    torch.testing.assert_close(tuple(found), expected, atol=2e-5, rtol=1e-5)
+    wanted = gradients(MODEL, expected)
+    for name, gradient in gradients(MODEL, found).items():
+        torch.testing.assert_close(gradient, wanted[name], atol=1e-4, rtol=1e-4, msg=name)
+    assert (found.log_probs != actor(ids, mask, temperature=0.7).log_probs).any()
+    with pytest.raises(ConfigError, match=r"logit_bias of the tokens \[128\]: expected token ids from 0 to 127"):
+        actor(ids, mask, logit_bias={tiny.VOCABULARY: 1.0})
+
+
+def test_a_bias_beside_that_of_the_output_layer_is_added_to_it():
+    biased = copy.deepcopy(MODEL)
+    biased.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, tiny.VOCABULARY))
+    ids, mask = batch()
+    plain, fused = (Actor(biased, one)(ids, mask, logit_bias={7: 2.0}).log_probs for one in (None, FUSED))
+    torch.testing.assert_close(plain, fused, atol=2e-5, rtol=1e-5)
+    with torch.no_grad():
+        biased.lm_head.bias[7] += 2.0
+    torch.testing.assert_close(plain, one_by_one(biased, ids, mask)[0], atol=2e-5, rtol=1e-5)
+
+
 def test_without_entropy_there_is_none():
     assert Actor(MODEL)(*batch()).entropy is None
 

@@ -335,6 +335,30 @@ def test_a_rank_that_exits_with_status_0_has_succeeded(script, capsys, end):
     assert capsys.readouterr() == ("bye\nbye\n", "")
 
 
+PARSER = "import argparse\nparser = argparse.ArgumentParser(prog='mine')\nparser.add_argument('--size', type=int)\n"
+
+
+@pytest.mark.parametrize("more", [[], ["--schedule", "random"], ["--check-determinism"]], ids=str)
+def test_a_mistake_in_the_flags_of_a_script_is_told_once(script, capsys, more):
+    name = script(PARSER + "print(parser.parse_args().size)")
+    assert sim("-n", "4", *more, name, "--size", "two") == 2
+    assert capsys.readouterr() == (
+        "",
+        "usage: mine [-h] [--size SIZE]\nmine: error: argument --size: invalid int value: 'two'\n",
+    )
+    assert sim("-n", "4", *more, name, "--help") == 0
+    out, error = capsys.readouterr()
+    assert (out.count("usage: mine"), error) == (1, "")
+
+
+def test_a_mistake_in_the_flags_of_one_rank_is_a_failure_of_that_rank(script, capsys):
+    name = script(GROUP + PARSER + "parser.parse_args(['--size', 'two'] if rank else [])\ndist.barrier()")
+    assert sim_without_report("-n", "2", name) == 1
+    error = capsys.readouterr().err
+    assert "rank 1 failed: SystemExit: 2" in error
+    assert "rank 0  waits in barrier()" in error
+
+
 @pytest.mark.parametrize("code", ["3", "'no data'", "True"])
 def test_a_rank_that_exits_with_another_status_is_reported(script, capsys, code):
     name = script(GROUP + f"import sys\nif rank == 1:\n    sys.exit({code})\ndist.barrier()")

@@ -1,6 +1,8 @@
 """Losses of the policy and of the critic, divergence and entropy: by hand and against loops over tokens."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -180,7 +182,11 @@ def test_entropy_by_hand():
     assert high_entropy(entropy, mask, 0.5).tolist() == [[False, True, False, True, False]]
     assert high_entropy(entropy, mask, 0.51).sum() == 3
     assert torch.equal(high_entropy(entropy, mask, 1.0), mask)
-    assert high_entropy(torch.ones(1, 5), mask, 0.25).tolist() == [[True, False, False, False, False]]
+    assert high_entropy(entropy, mask, 0.01).tolist() == [[False, True, False, False, False]]
+    assert torch.equal(high_entropy(torch.ones(1, 5), mask, 0.25), mask), "none is above another"
+    assert torch.equal(high_entropy(torch.tensor([[0.0, -0.0, -1e-9, 0.0, 1.0]]), mask, 0.25), mask)
+    two = torch.tensor([[5.0, 4.0], [0.2, 0.1]])
+    assert high_entropy(two, two > 0, 0.5).tolist() == [[True, True], [False, False]], "the share is of the batch"
 
 
 def test_truncated_importance_sampling_by_hand():
@@ -274,11 +280,39 @@ def test_the_value_loss_is_its_equation(batch, limit):
 @given(batch=batches(), share=st.sampled_from([0.2, 0.5, 1.0]))
 def test_tokens_of_high_entropy_are_the_largest_ones(batch, share):
     entropy, _, _, mask = batch
+    entropy = entropy.abs()
     found = high_entropy(entropy, mask, share)
-    for row in range(mask.shape[0]):
-        values = sorted(entropy[row][mask[row]].tolist(), reverse=True)
-        expected = values[: math.ceil(share * len(values) - 1e-9)]
-        assert sorted(entropy[row][found[row]].tolist(), reverse=True) == expected
+    values = sorted(entropy[mask].tolist(), reverse=True)
+    wanted = math.ceil(share * len(values) - 1e-6)
+    assert not (found & ~mask).any()
+    assert sorted(entropy[found].tolist(), reverse=True) == values[: int(found.sum())]
+    assert found.sum() >= wanted
+    assert all(value >= values[wanted - 1] * (1 - 1e-3) for value in entropy[found].tolist())
+
+
+@pytest.mark.parametrize("cut", [1, 3, 7])
+def test_f13_tokens_of_high_entropy_are_those_of_all_ranks(cut):
+    generator = torch.Generator().manual_seed(0)
+    entropy = torch.rand(8, 50, generator=generator) ** 4
+    mask = torch.rand(8, 50, generator=generator) < 0.7
+    whole = high_entropy(entropy, mask, 0.2)
+    assert whole.sum() == pytest.approx(0.2 * mask.sum(), abs=2)
+    parts = [(entropy[:cut], mask[:cut]), (entropy[cut:], mask[cut:])]
+    meeting = threading.Barrier(2)
+    sums = [None, None]
+
+    def on_rank(rank):
+        def total(mine):
+            sums[rank] = mine
+            meeting.wait()
+            both = sums[0] + sums[1]
+            meeting.wait()
+            return both
+
+        return high_entropy(*parts[rank], 0.2, total)
+
+    with ThreadPoolExecutor(2) as ranks:
+        assert torch.equal(torch.cat(list(ranks.map(on_rank, range(2)))), whole)
 
 
 # -- edges ---------------------------------------------------------------------------------------------------------
@@ -306,6 +340,8 @@ def test_k23_divergence_entropy_and_values_outside_the_mask_are_zero():
     assert importance_weights(broken, broken, mask, 2.0).tolist() == [[0, 0], [1, 0]]
     assert all(total.isfinite() for total, _ in mismatch(broken, broken, mask).values())
     assert high_entropy(broken, mask, 0.5).tolist() == [[False, False], [True, False]]
+    assert not high_entropy(broken, torch.zeros_like(mask), 0.5).any()
+    assert high_entropy(torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.bool), 0.5).shape == (0, 2)
 
 
 def test_k08_unknown_names_are_told_with_those_that_there_are():

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from lightrft.trainer.experience import Experience, join_images, padded
 from lightrft.trainer.replay_buffer import ReplayBuffer
 
-OF_TOKENS = ("log_probs", "engine_log_probs", "initial_log_probs", "entropy", "values", "advantages", "returns")
+OF_TOKENS = (
+    "log_probs", "engine_log_probs", "initial_log_probs", "entropy", "chosen", "values", "advantages", "returns",
+)  # fmt: skip
 
 
 def experience(lengths, first=0, images=False):

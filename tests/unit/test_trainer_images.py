@@ -20,6 +20,7 @@ from lightrft.trainer.fillers import image_filler
 from lightrft.trainer.generation import Generation
 from lightrft.trainer.images import ImageReader, media_tokens
 from lightrft.trainer.rewards import ModelReward
+from lightrft.trainer.scoring import Scoring
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
 
@@ -163,9 +164,22 @@ def test_tokens_that_stand_for_images_are_never_drawn():
 
     strategy = get_strategy({"strategy": "fake", "train_batch_size": 1, "prompt_max_len": 8, "generate_max_len": 6})
     strategy.inference_engine = Noting()
-    Generation(strategy=strategy)(prompts(1), 1)
-    Generation(strategy=strategy, forbidden=(4, 5))(prompts(1), 1)
+    (free,) = Generation(strategy=strategy)(prompts(1), 1)
+    (bound,) = Generation(strategy=strategy, forbidden=(4, 5))(prompts(1), 1)
     assert asked == [None, {4: -100.0, 5: -100.0}]
+    # That engine gives the log-probs of the model, which are not those it draws with where tokens are forbidden.
+    assert len(free.engine_log_probs) == len(free.output_token_ids)
+    assert bound.engine_log_probs is None
+
+
+def test_an_actor_that_gives_no_entropy_is_named():
+    def actor(sequences, attention_mask, **_):
+        return Scores(torch.zeros(sequences.shape)[:, 1:], None)
+
+    batch = Experience.placeholder()
+    assert Scoring()(actor, batch).entropy is None
+    with pytest.raises(ConfigError, match="function gave no entropy: expected one for each token"):
+        Scoring()(actor, batch, entropy=True)
 
 
 def test_the_tokens_of_images_are_those_of_the_configuration():
