@@ -1,15 +1,11 @@
-"""The garbage collector leaves alone what was imported: torch, transformers and DeepSpeed are millions of objects."""
+"""The garbage collector seldom looks through all there is: torch and transformers are millions of objects."""
 
 import gc
-import sys
 
 import pytest
 
-from lightrft.sim import frozen
-
-MANY_MODULES = 200
-
-frozen_modules = 0
+SELDOM = 300
+"""After as many collections of the middle generation comes one of everything; Python's own number is 10."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -20,31 +16,5 @@ def pytest_collection():
         return (yield)
     finally:
         gc.enable()
-        freeze()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol():
-    """Some tests import much more."""
-    try:
-        return (yield)
-    finally:
-        if len(sys.modules) > frozen_modules + MANY_MODULES:
-            gc.collect()
-            freeze()
-
-
-def freeze():
-    """Nothing that there is now is looked through again."""
-    global frozen_modules
-    frozen_modules = len(sys.modules)
-    gc.freeze()
-
-
-@pytest.fixture
-def nothing_frozen(monkeypatch):
-    """The garbage collector is as in a process where nobody has frozen anything."""
-    monkeypatch.setattr(frozen, "_others", [])
-    gc.unfreeze()
-    yield
-    freeze()
+        first, second, _ = gc.get_threshold()
+        gc.set_threshold(first, second, SELDOM)

@@ -12,7 +12,7 @@ __all__ = ["freeze_for_good", "freeze_imports", "frozen_heap"]
 @contextmanager
 def frozen_heap() -> Iterator[None]:
     """Spare the garbage collector what was there before: a trace that grows makes it look through the heap often."""
-    if _frozen_by_others():
+    if gc.get_freeze_count():  # somebody else's: not ours to undo
         yield
         return
     gc.freeze()
@@ -22,13 +22,6 @@ def frozen_heap() -> Iterator[None]:
     finally:
         _frozen_here.clear()
         gc.unfreeze()
-
-
-def _frozen_by_others() -> bool:
-    """Whether objects were frozen before: not ours to undo. They are counted one by one, and so until there are any."""
-    if not _others and gc.get_freeze_count():
-        _others.append(True)
-    return bool(_others)
 
 
 def freeze_for_good() -> None:
@@ -44,4 +37,3 @@ def freeze_imports() -> None:
 
 
 _frozen_here: list[bool] = []
-_others: list[bool] = []

@@ -294,7 +294,7 @@ def meddle(folder):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_what_an_engine_changes_is_seen_by_it_alone(tmp_path, fails, nothing_frozen):
+def test_what_an_engine_changes_is_seen_by_it_alone(tmp_path, fails):
     before = seen()
     state = ProcessState({"NEEDED": "yes"})
     with pytest.raises(OSError, match="no such file") if fails else nullcontext(), state.entered(starts=True):

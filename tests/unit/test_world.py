@@ -272,7 +272,7 @@ def end_in_an_interrupt():
         (end_in_an_interrupt, KeyboardInterrupt),
     ],
 )
-def test_the_process_is_afterwards_as_it_was(nothing_frozen, ending, error):
+def test_the_process_is_afterwards_as_it_was(ending, error):
     torch.use_deterministic_algorithms(False)  # imports what is imported lazily
     SimWorld(2).run(lambda: None)
     before, home = snapshot(), c_environ("HOME")
@@ -286,16 +286,6 @@ def test_the_process_is_afterwards_as_it_was(nothing_frozen, ending, error):
         assert before[name] == after[name], name
     assert c_environ("DISTURBED") == ""
     assert c_environ("HOME") == home
-
-
-def test_a_heap_that_others_have_frozen_stays_so_and_is_not_counted_at_every_run(nothing_frozen, monkeypatch):
-    counted, count = [], gc.get_freeze_count
-    gc.freeze()
-    monkeypatch.setattr(gc, "get_freeze_count", lambda: counted.append(count()) or counted[-1])
-    for _ in range(3):
-        SimWorld(2).run(session(dist.barrier))
-    assert len(counted) == 1
-    assert count()
 
 
 @pytest.mark.slow
