@@ -1,12 +1,16 @@
-"""Scripts that are launched on simulated ranks and by torchrun."""
+"""Scripts that are launched on simulated ranks and by torchrun, or run in processes that have the libraries loaded."""
 
 import contextlib
+import io
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import psutil
+
+from lightrft.sim import ProcessWorld
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,6 +53,47 @@ def output_of(command, seconds=100):
                 raise
     assert process.returncode == 0 or "terminate called without an active exception" in err, err[-3000:]
     return out
+
+
+def told_by_processes(ranks, script, *args, without=(), seconds=100):
+    """What the real processes print that run ``script`` as torchrun would, but with the libraries loaded before.
+
+    Args:
+        without: environment variables that they do not have.
+    """
+
+    def run():
+        import runpy
+
+        for name in without:
+            os.environ.pop(name, None)
+        os.chdir(ROOT)
+        warnings.resetwarnings()  # they are errors in the tests, not in the script
+        sys.argv = [script, *args]
+        sys.path.insert(0, os.path.dirname(script))
+        runpy.run_path(script, run_name="__main__")
+
+    return _told(ProcessWorld(ranks, limit=seconds), run)
+
+
+def told_by_simulated_ranks(ranks, script, *args, seconds=100):
+    """What the command line prints that runs ``script`` on simulated ranks, with the libraries loaded before."""
+
+    def run():
+        from lightrft.cli import main
+
+        os.chdir(ROOT)
+        warnings.resetwarnings()
+        assert main(["sim", "-n", str(ranks), "--no-report", script, *args]) == 0
+
+    return _told(ProcessWorld(1, limit=seconds), run)
+
+
+def _told(world, run):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        world.run(run)  # and never close it: the process that has the libraries loaded would end
+    return out.getvalue()
 
 
 def kill_with_children(process):

@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import CellType, FunctionType, MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightrft.sim.places import is_user_class, is_user_file
-from lightrft.sim.surveys import Modules, classes_of
 from lightrft.sim.threads import RAW_LOCK, RAW_RLOCK, SimLock, SimRLock
+
+if TYPE_CHECKING:
+    from lightrft.sim.surveys import Modules, Parts
 
 __all__ = ["LockAdoption"]
 
@@ -45,12 +47,13 @@ class LockAdoption:
             self._look_through(value)
         return value
 
-    def adopt_modules(self, modules: Modules) -> None:
-        """Replace the locks of the user's modules."""
+    def adopt_modules(self, modules: Modules, parts: list[Parts]) -> None:
+        """Replace the locks of the user's modules, which consist of ``parts``."""
         of_user: dict[type, bool] = {}
-        for _, module in modules:
+        for (_, module), of_it in zip(modules, parts, strict=True):
             namespace = vars(module)
-            for name, value in list(namespace.items()):
+            for name in of_it.objects:
+                value = namespace.get(name)
                 kind = type(value)
                 if kind in _LOCKS:
                     self._replace(namespace, name, value)
@@ -60,7 +63,7 @@ class LockAdoption:
                     known = of_user[kind] = not issubclass(kind, type) and is_user_class(kind)
                 if known:
                     self._attributes(value)
-            for cls in classes_of(module):
+            for cls in of_it.classes:
                 self._class(cls)
 
     def restore(self) -> None:

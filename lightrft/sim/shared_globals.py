@@ -7,13 +7,13 @@ arguments, caches. Only that is watched, at every switch, and only until two ran
 
 from __future__ import annotations
 
-import functools
 import importlib._bootstrap
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from operator import itemgetter
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -23,11 +23,11 @@ from lightrft.sim.current import current_task
 from lightrft.sim.patching import Patch
 from lightrft.sim.surveys import (
     Modules,
+    Parts,
     Survey,
-    classes_of,
     full_name,
     merged,
-    named_members,
+    parts_of,
     rank_read_by,
     survey_of,
     user_modules,
@@ -134,17 +134,17 @@ class SharedGlobals:
         self._importing: dict[Task, int] = {}
         self._prepare()
 
-    def begin(self, modules: Modules) -> None:
-        """Look through the user's modules."""
+    def begin(self, modules: Modules, parts: list[Parts]) -> None:
+        """Look through the user's modules, which consist of ``parts``."""
         self._main = sys.modules.get("__main__")
-        self._scan(modules)
+        self._scan(modules, parts)
 
     def look(self, rank: int) -> None:
         """``rank`` is about to leave the baton: note what it has written."""
         if self._watched and self._glance() != self._last:
             self._note_writes(rank)
         if len(sys.modules) != self._modules:
-            self._scan(user_modules())
+            self._scan_again()
 
     def warnings(self) -> Iterator[str]:
         """One message for each thing that several ranks wrote to."""
@@ -164,7 +164,7 @@ class SharedGlobals:
         self._importing[task] -= 1
         if not self._importing[task] and len(sys.modules) != self._modules:
             self._note_writes(None)
-            self._scan(user_modules())
+            self._scan_again()
 
     def is_importing(self, task: Task) -> bool:
         """Whether ``task`` is executing a module that no rank has imported before."""
@@ -208,12 +208,17 @@ class SharedGlobals:
 
     # -- what to watch ------------------------------------------------------------------------------------------
 
-    def _scan(self, modules: Modules) -> None:
+    def _scan_again(self) -> None:
+        modules = user_modules()
+        self._scan(modules, parts_of(modules))
+
+    def _scan(self, modules: Modules, parts: list[Parts]) -> None:
         self._modules = len(sys.modules)
-        modules = [(name, module) for name, module in modules if self._is_of_interest(name, module)]
-        everything = _merged(tuple(survey_of(module) for _, module in modules))
-        for name, module in modules:
-            for watched in _Candidates(name, module, everything).find(self._known):
+        pairs = zip(modules, parts, strict=True)
+        ours = [(name, module, of_it) for (name, module), of_it in pairs if self._is_of_interest(name, module)]
+        everything = _merged(tuple(survey_of(module) for _, module, _ in ours))
+        for name, module, of_it in ours:
+            for watched in _candidates(name, module, of_it, everything).find(self._known):
                 self._known[watched.label] = watched
                 self._watched.append(watched)
         self._prepare()
@@ -239,61 +244,93 @@ def _differ(one: Survey, other: Survey) -> bool:
     return one is not other
 
 
-class _Candidates:
-    """What of one module may be written to, by its own functions or by those of others."""
+_Place = tuple[str, str, Mapping[str, Any], str]
+"""What it is, its qualified name, and the namespace and the key that it is bound to."""
 
-    def __init__(self, name: str, module: ModuleType, everything: Survey) -> None:
+
+class _Candidates:
+    """What of one module may be written to, by its own functions or by those of others.
+
+    What depends on nothing but what names are bound to is found once; contents are looked at by every :meth:`find`.
+    """
+
+    def __init__(self, name: str, module: ModuleType, parts: Parts, everything: Survey) -> None:
         self._name = name
-        self._module = module
+        self._namespace = vars(module)
         self._own = survey_of(module)
         self._all = everything
-        self._members = list(named_members(module))
+        self._parts = parts
+        globals_, classes = list(self._globals()), list(self._of_classes())
+        self._surely = [place for place, sure in (*globals_, *classes) if sure]
+        self._surely += self._attributes_of_functions()
+        self._perhaps = [place for place, sure in (*globals_, *classes) if not sure]
+        self._with_defaults = [
+            (name, function)
+            for name, function in self._parts.functions
+            if any(map(is_container, (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())))
+        ]
+
+    def are_of(self, name: str, module: ModuleType, parts: Parts, everything: Survey) -> bool:
+        """Whether others, made now, would be the same."""
+        same = self._all is everything and self._own is survey_of(module) and self._parts is parts
+        return same and self._name == name
 
     def find(self, known: Mapping[str, Any]) -> Iterator[_Watched | _WatchedCache]:
         """Those that are not ``known`` yet by their labels."""
-        for what, name, namespace, key in (*self._globals(), *self._of_classes(), *self._of_functions()):
+        for what, name, namespace, key in (*self._surely, *self._with_contents(), *self._of_functions()):
             if f"{self._name}.{name}" not in known:
                 yield _Watched(self._name, name, what, namespace, key)
-        for name, member in self._members:
-            if isinstance(member, functools._lru_cache_wrapper) and f"{self._name}.{name}" not in known:
+        for name, member in self._parts.caches:
+            if f"{self._name}.{name}" not in known:
                 reads = rank_read_by(member.__wrapped__)
                 if reads:
                     yield _WatchedCache(self._name, name, member, reads)
 
-    def _globals(self) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
-        namespace = vars(self._module)
-        for key, value in namespace.copy().items():
-            bound_anew = key in self._own.rebound or (key in self._all.assigned and not _is_definition(value))
-            if not key.startswith("__") and (bound_anew or self._changes(key, value, self._own.names.get(key, 0))):
-                yield "global", key, namespace, key
-        for key in sorted(self._own.rebound - namespace.keys()):
-            yield "global", key, namespace, key
+    def _globals(self) -> Iterator[tuple[_Place, bool]]:
+        """Globals, and whether they may be bound anew; of those that may not, the contents may be written to."""
+        namespace, rebound = self._namespace, self._own.rebound
+        bound_anew = namespace.keys() & (rebound | (namespace.keys() & self._all.assigned))
+        for key in dict.fromkeys([*self._parts.objects, *sorted(bound_anew)]):
+            value = namespace.get(key)
+            sure = key in rebound or (key in self._all.assigned and not _is_definition(value))
+            if not key.startswith("__") and (sure or self._may_change(key, value, self._own.names.get(key, 0))):
+                yield ("global", key, namespace, key), sure
+        for key in sorted(rebound - namespace.keys()):
+            yield ("global", key, namespace, key), True
 
-    def _of_classes(self) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
-        for cls in classes_of(self._module):
+    def _of_classes(self) -> Iterator[tuple[_Place, bool]]:
+        """The same of the attributes of classes."""
+        for cls in self._parts.classes:
             by_methods = (self._all.on_classes.get(full_name(base), ()) for base in cls.__mro__)
-            written = set(self._all.assigned_of.get(cls.__name__, ())).union(*by_methods)
+            written = dict.fromkeys(sorted({*self._all.assigned_of.get(cls.__name__, ())}.union(*by_methods)), True)
             for key, value in vars(cls).copy().items():
                 is_data = not key.startswith("__") and not hasattr(type(value), "__get__")
-                if is_data and (key in self._all.assigned or self._changes(key, value, 0)):
-                    written.add(key)
+                if is_data and (key in self._all.assigned or self._may_change(key, value, 0)):
+                    written[key] = written.get(key, key in self._all.assigned)
             namespace = vars(cls)
-            for key in sorted(written):
+            for key, sure in written.items():
                 if not _is_definition(namespace.get(key)):
-                    yield "class attribute", f"{cls.__qualname__}.{key}", namespace, key
+                    yield ("class attribute", f"{cls.__qualname__}.{key}", namespace, key), sure
 
-    def _of_functions(self) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
-        for name, function in self._members:
-            if not isinstance(function, FunctionType):
-                continue
-            if function.__name__ in self._all.assigned_of:
-                for key in sorted(self._all.assigned_of[function.__name__] - {"__wrapped__"}):
-                    yield "function attribute", f"{name}.{key}", vars(function), key
+    def _attributes_of_functions(self) -> Iterator[_Place]:
+        for name, function in self._parts.functions:
+            for key in sorted(self._all.assigned_of.get(function.__name__, set()) - {"__wrapped__"}):
+                yield "function attribute", f"{name}.{key}", vars(function), key
+
+    def _with_contents(self) -> Iterator[_Place]:
+        for place in self._perhaps:
+            what, _, namespace, key = place
+            level = self._own.names.get(key, 0) if what == "global" else 0
+            if self._changes(key, namespace.get(key), level):
+                yield place
+
+    def _of_functions(self) -> Iterator[_Place]:
+        for name, function in [pair for pair in self._parts.functions if pair[1].__dict__]:
             for key, value in list(vars(function).items()):
                 if key not in self._all.assigned and self._changes(key, value, 0):
                     yield "function attribute", f"{name}.{key}", vars(function), key
-            if function.__defaults__ or function.__kwdefaults__:
-                yield from self._defaults(name, function)
+        for name, function in self._with_defaults:
+            yield from self._defaults(name, function)
 
     def _defaults(self, name: str, function: FunctionType) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
         code, values = function.__code__, function.__defaults__ or ()
@@ -302,6 +339,13 @@ class _Candidates:
         for key, value in defaults.items():
             if is_container(value) and _is_written(value, uses_of(code).parameters.get(key, 0)):
                 yield "default argument", f"{name}({key}=...)", defaults, key
+
+    def _may_change(self, key: str, value: Any, level: int) -> bool:
+        """Whether :meth:`_changes` may ever say so, whatever the contents are."""
+        named = key in self._own.names or key in self._all.attributes
+        if is_container(value):
+            return max(level, self._all.attributes.get(key, 0)) > 0
+        return named and is_instance(value)
 
     def _changes(self, key: str, value: Any, level: int) -> bool:
         """Whether somebody may change the contents of ``value``, which is bound to ``key``."""
@@ -320,6 +364,16 @@ class _Candidates:
             name in self._all.assigned or (is_container(part) and _is_written(part, attributes.get(name, 0)))
             for name, part in getattr(value, "__dict__", {}).copy().items()
         )
+
+
+_known_candidates: WeakKeyDictionary[ModuleType, _Candidates] = WeakKeyDictionary()
+
+
+def _candidates(name: str, module: ModuleType, parts: Parts, everything: Survey) -> _Candidates:
+    known = _known_candidates.get(module)
+    if known is None or not known.are_of(name, module, parts, everything):
+        known = _known_candidates[module] = _Candidates(name, module, parts, everything)
+    return known
 
 
 def _is_written(value: Any, level: int) -> bool:

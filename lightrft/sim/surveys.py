@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType, ModuleType
+from itertools import chain
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
+
+import torch
 
 from lightrft.sim.bytecode import nested, uses_of, words
 from lightrft.sim.places import is_user_file
 
 __all__ = [
     "Modules",
+    "Parts",
     "Survey",
-    "classes_of",
     "full_name",
     "merged",
-    "named_members",
+    "parts_of",
     "rank_read_by",
     "survey_of",
     "user_modules",
@@ -116,7 +120,7 @@ def _survey(module: ModuleType) -> Survey:
     for member in vars(module).copy().values():
         for function in _functions(member, module):
             _note(found, function.__code__, None)
-    for cls in classes_of(module):
+    for cls in _classes_of(module):
         for name, member in vars(cls).copy().items():
             on_class = isinstance(member, classmethod) or name in _ON_CLASSES
             where = None if name in _CONSTRUCTORS else (found.on_classes if on_class else found.on_instances)
@@ -143,7 +147,7 @@ def full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def classes_of(module: ModuleType) -> Iterator[type]:
+def _classes_of(module: ModuleType) -> Iterator[type]:
     """The classes that are defined in ``module``, those inside classes too."""
     waiting = [value for value in list(vars(module).values()) if isinstance(value, type)]
     seen: set[type] = set()
@@ -155,12 +159,76 @@ def classes_of(module: ModuleType) -> Iterator[type]:
             waiting += [value for value in list(vars(cls).values()) if isinstance(value, type)]
 
 
-def named_members(module: ModuleType) -> Iterator[tuple[str, Any]]:
+class Parts(NamedTuple):
+    """What one module consists of.
+
+    Attributes:
+        classes: those that are defined in it, those inside classes too.
+        functions: its functions and methods, by qualified name.
+        caches: those of them with ``functools.lru_cache``.
+        objects: the globals that are bound to neither a definition nor plain data.
+    """
+
+    classes: tuple[type, ...]
+    functions: tuple[tuple[str, FunctionType], ...]
+    caches: tuple[tuple[str, Any], ...]
+    objects: tuple[str, ...]
+
+
+_DEFINITIONS = (FunctionType, BuiltinFunctionType, ModuleType, type)
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, tuple, frozenset, torch.dtype, re.Pattern})
+
+
+def _is_object(name: str, value: Any) -> bool:
+    return not (type(value) in _PLAIN or isinstance(value, _DEFINITIONS) or _DUNDER.fullmatch(name))
+
+
+_DUNDER = re.compile("__.*__")
+_parts: WeakKeyDictionary[ModuleType, tuple[list[Any], Parts]] = WeakKeyDictionary()
+_latest_parts: list[tuple[Modules, list[Any], list[Parts]]] = []
+
+
+def parts_of(modules: Modules) -> list[Parts]:
+    """What each of ``modules`` consists of; looked up anew where a name of it or of its classes is bound anew."""
+    if _latest_parts:
+        same, bindings, found = _latest_parts[0]
+        if same is modules and bindings == _bindings(modules, found):  # all at once: this is asked at every run
+            return found
+    found = [_parts_of(name, module) for name, module in modules]
+    _latest_parts[:] = [(modules, _bindings(modules, found), found)]
+    return found
+
+
+def _parts_of(name: str, module: ModuleType) -> Parts:
+    known = _parts.get(module)
+    if known is None or known[0] != _bindings([(name, module)], [known[1]]):
+        members = list(_named_members(module))
+        cached = functools._lru_cache_wrapper
+        parts = Parts(
+            classes=tuple(_classes_of(module)),
+            functions=tuple((name, member) for name, member in members if isinstance(member, FunctionType)),
+            caches=tuple((name, member) for name, member in members if isinstance(member, cached)),
+            objects=tuple(name for name, value in vars(module).copy().items() if _is_object(name, value)),
+        )
+        known = _parts[module] = _bindings([(name, module)], [parts]), parts
+    return known[1]
+
+
+def _bindings(modules: Modules, parts: list[Parts]) -> list[Any]:
+    """What the names of modules and of their classes are bound to, without holding on to any of it but types."""
+    namespaces: list[Any] = [vars(module) for _, module in modules]
+    namespaces += [vars(cls) for each in parts for cls in each.classes]
+    names = list(chain.from_iterable(namespaces))
+    values = list(chain.from_iterable([namespace.values() for namespace in namespaces]))
+    return [names, list(map(id, values)), list(map(type, values))]
+
+
+def _named_members(module: ModuleType) -> Iterator[tuple[str, Any]]:
     """Functions, methods and caches of ``module``, by qualified name."""
     for name, member in vars(module).copy().items():
         if getattr(member, "__module__", None) == module.__name__:
             yield name, member
-    for cls in classes_of(module):
+    for cls in _classes_of(module):
         for name, member in vars(cls).copy().items():
             yield f"{cls.__qualname__}.{name}", getattr(member, "__func__", member)
 

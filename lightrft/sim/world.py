@@ -33,7 +33,7 @@ from lightrft.sim.run_report import RunReport, Usage, make_report
 from lightrft.sim.scheduler import MOST_REVIVALS, Killed, Scheduler, Task
 from lightrft.sim.shared_globals import SharedGlobals
 from lightrft.sim.stall import StallWatcher
-from lightrft.sim.surveys import user_modules
+from lightrft.sim.surveys import parts_of, user_modules
 
 if TYPE_CHECKING:
     from lightrft.sim.determinism import Observer
@@ -227,6 +227,8 @@ class SimWorld:
         self._reset()
         results: list[Any] = [None] * self.size
         random = Random(self.seed) if self.schedule == "random" else None
+        modules = user_modules()
+        parts = parts_of(modules)  # before names in them are replaced: what an earlier run found still holds
         with ExitStack() as stack:
             self.switcher = StateSwitcher(self.rank_local)
             stack.enter_context(frozen_heap())
@@ -250,9 +252,8 @@ class SimWorld:
             stack.callback(locks.restore)
             fn = locks.adopt(fn)
             args, kwargs = tuple(map(locks.adopt, args)), {key: locks.adopt(value) for key, value in kwargs.items()}
-            modules = user_modules()
-            locks.adopt_modules(modules)
-            self.shared.begin(modules)
+            locks.adopt_modules(modules, parts)
+            self.shared.begin(modules, parts)
             with stack_size(_STACK_BYTES), one_core():
                 for rank in self.ranks:
                     self._start(rank, fn, args, kwargs, results)

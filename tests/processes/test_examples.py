@@ -1,9 +1,9 @@
-"""The examples print the same on simulated ranks and under torchrun."""
+"""The examples print the same on simulated ranks and in real processes."""
 
 import re
 
 import pytest
-from launches import ROOT, output_of, simulated, torchrun
+from launches import ROOT, output_of, simulated, told_by_processes, told_by_simulated_ranks, torchrun
 
 EXAMPLES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "examples/sim").glob("*.py"))
 ROLLOUT = "examples/strategy/rollout.py"
@@ -12,8 +12,8 @@ BACKENDS = {"FSDP2": ["--fsdp"], "ZeRO-3": ["--zero_stage", "3"]}
 pytestmark = pytest.mark.processes
 
 
-def losses(command):
-    return re.findall(r"^(?:step|epoch) \d+: loss .*$", output_of(command, seconds=60), re.MULTILINE)
+def losses(told):
+    return re.findall(r"^(?:step|epoch) \d+: loss .*$", told, re.MULTILINE)
 
 
 def test_every_example_is_tried():
@@ -24,18 +24,26 @@ def test_every_example_is_tried():
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_prints_the_losses_of_real_processes(example):
-    shown = losses(simulated(2, example))
+    shown = losses(told_by_simulated_ranks(2, example))
     assert len(shown) >= 3
-    assert shown == losses(torchrun(2, example))
+    assert shown == losses(told_by_processes(2, example))
+
+
+@pytest.mark.parametrize("name", ["ddp.py", "accelerate_fsdp2.py"])
+def test_the_commands_that_launch_an_example_print_its_losses(name):
+    example = f"examples/sim/{name}"
+    shown = losses(output_of(simulated(2, example)))
+    assert len(shown) >= 3
+    assert shown == losses(output_of(torchrun(2, example)))
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_runs_on_eight_ranks(example):
-    assert len(losses(simulated(8, example))) >= 3
+    assert len(losses(told_by_simulated_ranks(8, example))) >= 3
 
 
 def rollouts(backend, *flags):
-    told = output_of(simulated(8, ROLLOUT, *BACKENDS[backend], *flags)).splitlines()
+    told = told_by_simulated_ranks(8, ROLLOUT, *BACKENDS[backend], *flags).splitlines()
     return [line for line in told if line.startswith(("iteration", "log-probs"))]
 
 

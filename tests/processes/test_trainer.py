@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
-from launches import output_of, simulated, start, torchrun
+from launches import start, told_by_processes, told_by_simulated_ranks, torchrun
 from trainer_parts import EvenTokens, parts, prompts, weights_of
 
 from lightrft.sim import ProcessWorld, SimWorld
@@ -40,7 +40,7 @@ def test_processes_learn_what_simulated_ranks_learn(settings):
 
 def test_f18_ctrl_c_saves_and_the_run_goes_on(tmp_path):
     flags = ["--strategy", "fake", "--save_steps", "100", "--max_steps", "4", "--ckpt_path"]
-    expected = told(output_of([*torchrun(2, SCRIPT), *flags, str(tmp_path / "whole")]))
+    expected = told(told_by_processes(2, SCRIPT, *flags, str(tmp_path / "whole")))
     process = start([*torchrun(2, SCRIPT), *flags, str(tmp_path / "stopped")])
     seen = ""
     for line in process.stdout:
@@ -50,10 +50,11 @@ def test_f18_ctrl_c_saves_and_the_run_goes_on(tmp_path):
             break
     rest, _ = process.communicate(timeout=60)
     assert "stopped after iteration" in seen + rest
-    resumed = output_of([*torchrun(2, SCRIPT), *flags, str(tmp_path / "stopped"), "--resume"])
+    resumed = told_by_processes(2, SCRIPT, *flags, str(tmp_path / "stopped"), "--resume")
     assert "resumed after iteration" in resumed
     assert told(seen + rest) | told(resumed) == expected
-    assert told(output_of([*simulated(2, SCRIPT), *flags, str(tmp_path / "simulated")])).keys() == expected.keys()
+    simulated = told_by_simulated_ranks(2, SCRIPT, *flags, str(tmp_path / "simulated"))
+    assert told(simulated).keys() == expected.keys()
 
 
 def told(output):

@@ -13,7 +13,7 @@ from lightrft.errors import SimWarning
 from lightrft.sim import SimWorld
 from lightrft.sim.bytecode import INSIDE, WRITES, uses_of
 from lightrft.sim.shared_globals import SharedGlobals
-from lightrft.sim.surveys import user_modules
+from lightrft.sim.surveys import parts_of, user_modules
 
 from .helpers_shared import ordinary, written
 
@@ -129,7 +129,7 @@ def test_a_cache_that_gives_nothing_out_twice_is_nobody_s_business():
 
 def test_only_what_somebody_may_write_to_is_watched():
     shared = SharedGlobals(lambda name: name != ordinary.__name__)
-    shared.begin(user_modules())
+    shared.begin(user_modules(), parts_of(user_modules()))
     prefix = f"{ordinary.__name__}."
     assert {watched.label.removeprefix(prefix) for watched in shared._watched} == {
         "REGISTRY",

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ class ProcessState:
     and makes a default process group if there is none.
 
     Environment variables, ``torch.set_num_threads`` and the default group are the engine's again in every call of it;
-    the rest is only given back.
+    the rest is only given back, and the garbage collector is not frozen at all.
 
     Args:
         environ: variables that the engine needs.
@@ -45,17 +45,17 @@ class ProcessState:
         """Be in the engine's process for a while.
 
         Args:
-            starts: whether the engine is started inside, which is when it freezes the garbage collector. To see that
-                takes as long as there are frozen objects.
+            starts: whether the engine is started inside, which is when it would freeze the garbage collector.
         """
-        outside = _Outside(frozen=gc.get_freeze_count() if starts else None)
+        outside = _Outside()
         os.environ.update(self._environ)
         if self._set_num_threads is not None:
             torch.set_num_threads = self._set_num_threads
         if self._group is not None:
             _set_default_group(self._group)
         try:
-            yield
+            with _nothing_freezes() if starts else nullcontext():
+                yield
         finally:
             self._environ |= outside.changed_environ()
             self._set_num_threads = outside.other_than("set_num_threads", torch.set_num_threads)
@@ -82,7 +82,6 @@ class _Outside:
     group: dist.ProcessGroup | None = field(default_factory=_default_group)
     start_method: str | None = field(default_factory=lambda: multiprocessing.get_start_method(allow_none=True))
     excepthook: Any = field(default_factory=lambda: sys.excepthook)
-    frozen: int | None = None
 
     def changed_environ(self) -> dict[str, str]:
         return {name: value for name, value in os.environ.items() if self.environ.get(name) != value}
@@ -106,8 +105,19 @@ class _Outside:
             multiprocessing.set_start_method(self.start_method, force=True)
         if sys.excepthook is not self.excepthook:
             sys.excepthook = self.excepthook
-        if self.frozen == 0 and gc.get_freeze_count():
-            gc.unfreeze()  # or garbage of the trainer that was frozen is never collected
+
+
+_freeze: Any = gc.freeze
+
+
+@contextmanager
+def _nothing_freezes() -> Iterator[None]:
+    """Freezing does nothing: garbage of the trainer that was frozen would never be collected."""
+    gc.freeze = lambda: None
+    try:
+        yield
+    finally:
+        gc.freeze = _freeze
 
 
 @contextmanager
