@@ -101,7 +101,8 @@ class Llama(Forward):
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm (Zhang and Sennrich, 2019), in fewer passes than ``functional.rms_norm`` makes on a CPU."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (x * norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
+    found: Tensor = x * norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return found.mul_(weight)
 
 
 def _fused(layer: Any) -> dict[str, Tensor]:
