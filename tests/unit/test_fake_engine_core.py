@@ -72,6 +72,16 @@ def test_a_completion_does_not_depend_on_the_batch(kind, trained, folder, data):
         assert model.draw([one])[0].tokens == tokens
 
 
+def test_completions_that_leave_a_batch_leave_the_others_as_they_are(trained, folder):
+    model = make("model", folder, prefix_caching=False)
+    lengths = [1, 9, 2, 2, 20, 3, 1, 14, 2, 20, 6, 17]
+    samples = [sample([5 + row] * (1 + row), max_tokens=count, ignore_eos=True) for row, count in enumerate(lengths)]
+    for one, each in zip(model.draw(samples), samples, strict=True):
+        (alone,) = model.draw([each])
+        assert one.tokens == alone.tokens
+        assert one.raw == pytest.approx(alone.raw, abs=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["hash", "model"])
 def test_a_completion_depends_on_weights_prompt_parameters_and_seed(kind, trained, folder):
     model = make(kind, folder, prefix_caching=False)

@@ -68,8 +68,8 @@ class Decoding:
         going, tokens = self._open[rows], step.tokens.numpy()
         mine = rows[going]
         self.tokens[mine, self.count] = tokens[going]
-        for kind, found in zip(self._log_probs, (step.raw, step.processed, step.tempered), strict=True):
-            kind[mine, self.count] = found.numpy()[going]
+        kinds = (step.raw,) if step.tempered is step.raw else (step.raw, step.processed, step.tempered)
+        self._log_probs[:, mine, self.count] = np.stack([each.numpy()[going] for each in kinds])
         self.count += 1
         self._lengths[mine] = self.count
         ended = self._ended(rows, tokens) & going

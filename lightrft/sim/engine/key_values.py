@@ -58,6 +58,30 @@ class KeyValues:
         layers = self.layers if rows is None else [(k[rows], v[rows]) for k, v in self.layers]
         return [(k.narrow(2, first, count), v.narrow(2, first, count)) for k, v in layers]
 
+    def keep(self, going: Tensor) -> Tensor:
+        """Leave sequences out, in place, and padding that all others have. The last ones take the places of those.
+
+        Args:
+            going: (B,), which ones stay.
+
+        Returns:
+            Where each of them was.
+        """
+        count = int(going.sum())
+        free = (~going[:count]).nonzero().flatten()
+        last = going[count:].nonzero().flatten() + count
+        places = torch.arange(count).index_copy_(0, free, last)
+        self.mask, self.shift = self.mask[places], self.shift[places]
+        first = _padding(self.mask)
+        self.mask = self.mask[..., first:]
+        for part in (part for pair in self.layers for part in pair):
+            used = part.narrow(2, first, self.length - first)
+            used[free] = used[last]
+        self.layers = [(k[:count, :, first:], v[:count, :, first:]) for k, v in self.layers]
+        self.length -= first
+        self.shift += first
+        return places
+
     def select(self, rows: Tensor, room: int) -> KeyValues:
         """Some of the sequences, in this order, one perhaps several times; padding that all have is left out.
 
@@ -66,17 +90,22 @@ class KeyValues:
             room: as in ``empty``, for what comes after the present end.
         """
         mask, shift = self.mask[rows], self.shift[rows]
-        first = int((mask[:, 0, 0] == 0).any(0).to(torch.int8).argmax())
+        first = _padding(mask)
         count = self.length - first
         layers = [(_moved(k, rows, first, count, room), _moved(v, rows, first, count, room)) for k, v in self.layers]
         mask = mask[..., first : self.length + room]
         return KeyValues(layers, mask.contiguous(), count, shift + first)
 
 
+def _padding(mask: Tensor) -> int:
+    """How much of it all sequences have."""
+    return int((mask[:, 0, 0] == 0).any(0).to(torch.int8).argmax())
+
+
 def _moved(part: Tensor, rows: Tensor, first: int, count: int, room: int) -> Tensor:
     _, heads, _, size = part.shape
     made = part.new_empty(len(rows), heads, count + room, size)  # what comes after the present end is written first
-    made[:, :, :count] = part.narrow(2, first, count)[rows]
+    torch.index_select(part.narrow(2, first, count), 0, rows, out=made[:, :, :count])
     return made
 
 

@@ -29,6 +29,7 @@ class Network:
 
     def __init__(self, module: Any, *, remembers: bool = False) -> None:
         self._module = module
+        self._embeddings = module.get_input_embeddings()
         self.features = Features(module, remembers=remembers)
         self._general = General(module)
         self._forward: Forward = Llama(module) if Llama.fits(module) else self._general
@@ -37,7 +38,7 @@ class Network:
 
     def embedded(self, ids: Tensor) -> Tensor:
         """Tokens (B, Q) as vectors, (B, Q, H)."""
-        found: Tensor = self._module.get_input_embeddings()(ids)
+        found: Tensor = self._embeddings(ids)
         return found
 
     def __call__(self, embedded: Tensor, positions: Tensor, seen: Tensor, layers: list[Pair]) -> Tensor:

@@ -35,7 +35,7 @@ __all__ = ["TransformerModel", "checkpoint_tensors"]
 _MOST_SEQUENCES = 256
 """Of one batch."""
 
-_CROWDED = 0.75
+_CROWDED = 0.85
 """Sequences that are complete leave a batch once no more than this share of it goes on: leaving copies the others."""
 
 
@@ -158,9 +158,8 @@ class TransformerModel(LanguageModel):
             if not going.any():
                 break
             if going.mean() <= _CROWDED:
-                kept = np.flatnonzero(going)
-                rows, drawer, tokens = rows[kept], drawer.keep(kept.tolist()), tokens[kept]
-                held = held.select(torch.from_numpy(kept), int(decoding.limits[rows].max()) - count)
+                kept = held.keep(torch.from_numpy(going))
+                rows, drawer, tokens = rows[kept.numpy()], drawer.keep(kept.tolist()), tokens[kept]
             logits = self._network.step(held, tokens)
         return decoding.drawn()
 
