@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,7 +16,7 @@ from lightrft.trainer.generation import Generation, seed_of
 from lightrft.trainer.images import ImageReader, media_tokens
 from lightrft.trainer.kl import kl_controller
 from lightrft.trainer.learner import Learner, Trained
-from lightrft.trainer.metrics import Means, Stopwatch
+from lightrft.trainer.metrics import Means, Stopwatch, now
 from lightrft.trainer.prompt_stream import PromptStream
 from lightrft.trainer.replay_buffer import ReplayBuffer
 from lightrft.trainer.rewards import reward_source
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
     from lightrft.strategy.strategy_base import StrategyBase
 
 __all__ = ["SPMDPPOTrainer"]
-
-_NO_TIME = 1e-3
-"""Seconds that no iteration on a real machine stays below."""
 
 
 class SPMDPPOTrainer:
@@ -161,7 +157,7 @@ class SPMDPPOTrainer:
         Returns:
             The metrics, the same on every rank but for times.
         """
-        begin, means = time.perf_counter(), Means()
+        begin, means = now(), Means()
         rollout = self._maker.collect(stream, self.state.step, means)  # prompts, gather_and_generate, rewards
         experience = self._maker.experiences(rollout, means)  # log-probs, values, advantages
         self.replay_buffer.extend([experience])
@@ -170,7 +166,7 @@ class SPMDPPOTrainer:
             status = self.ppo_train(self.state.step)  # backward, optimizer_step on micro-batches
         with self._watch.phase("sync"):
             self._sync_engine_once()  # update_engine_weights
-        metrics = means.over_ranks(self.strategy) | status | self._throughput(rollout, time.perf_counter() - begin)
+        metrics = means.over_ranks(self.strategy) | status | self._throughput(rollout, now() - begin)
         if "kl/sequence" in metrics:
             self.state.kl.update(metrics["kl/sequence"], round(metrics["samples"]))
         return metrics
@@ -278,9 +274,8 @@ class SPMDPPOTrainer:
         tokens = float(sum(len(one.tokens) for one in rollout.samples))
         both = self.strategy.all_reduce({"tokens": tokens, "samples": float(len(rollout.samples))}, op="sum")
         shares = self.strategy.groups.sp_size
-        # On simulated ranks no time passes while they compute, and there is nothing to tell of it.
-        speed = {"tokens_per_second": both["tokens"] / shares / seconds} if seconds > _NO_TIME else {}
-        return speed | {
+        return {
+            "tokens_per_second": both["tokens"] / shares / seconds,
             "samples": both["samples"] / shares,
             "kl_coef": self.state.kl.value,
             "weight_version": float(self.state.weight_version),
