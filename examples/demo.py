@@ -121,8 +121,10 @@ def main():
 
     torch.manual_seed(0)
     begin = time.perf_counter()
-    if args.shown and "--resume" not in words:
-        show_answers(args.folder / "start", args.shown)
+    start = args.folder / "start"
+    goes_on = "--resume" in words and (start / "tokenizer_config.json").exists()  # it is written last
+    if args.shown and not goes_on:
+        show_answers(start, args.shown)
     status = status_of(command(args.folder, args.torchrun, words))
     if status:
         sys.exit(status)
