@@ -129,8 +129,8 @@ class SPMDPPOTrainer:
         last = self.config.num_episodes * len(prompts) - stream.batch_size
         self._sync_engine()
         metrics: dict[str, float] = {}
+        self.strategy.print(f"resumed after iteration {self.state.step}" if resumed else "training begins")
         with self._stop, self._log(total) as log:
-            self.strategy.print(f"resumed after iteration {self.state.step}" if resumed else "training begins")
             if eval_prompts is not None and self.config.eval_steps and not self.state.step:
                 log(0, self.evaluate(eval_prompts) | self._watch.taken())
             while self.state.step < total and stream.consumed <= last:
@@ -143,8 +143,9 @@ class SPMDPPOTrainer:
                 if self._is_due(self.config.save_steps):
                     self.save()
                 if self._stops():
-                    self.strategy.print(f"stopped after iteration {self.state.step}")
                     break
+        if self.state.step < total and stream.consumed <= last:
+            self.strategy.print(f"stopped after iteration {self.state.step}")
         self._finish()
         return metrics
 
