@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ class Interrupts:
             return False
         self._handed_on = True
         self.pending = handlers
+        sys.stderr.write("Ctrl-C: the ranks handle it; another one ends the run at once\n")
+        sys.stderr.flush()
         return True
 
     def deliver(self, rank: int) -> None:

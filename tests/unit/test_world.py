@@ -305,11 +305,12 @@ def wait_for_ctrl_c(handled):
     return seen
 
 
-def test_ctrl_c_goes_to_each_rank_that_handles_it():
+def test_ctrl_c_goes_to_each_rank_that_handles_it(capsys):
     world = SimWorld(3, stall_after=0.2, stall_limit=15)
     for _ in range(2):
         found = world.run(wait_for_ctrl_c, lambda rank: True)
         assert found == [[(signal.SIGINT, rank)] for rank in range(3)]
+        assert capsys.readouterr().err == "Ctrl-C: the ranks handle it; another one ends the run at once\n"
 
 
 def test_ctrl_c_that_a_rank_does_not_handle_ends_the_run():
