@@ -99,7 +99,9 @@ def sglang(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """Watch a reward rise, on 8 simulated ranks; ``nox -s demo -- --help`` tells what else it takes."""
     install(session, "-e", ".[deepspeed,plots,train]")
-    session.run("python", "examples/demo.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    # After Ctrl-C it saves before it ends.
+    patience = {"interrupt_timeout": 60, "terminate_timeout": 10}
+    session.run("python", "examples/demo.py", *session.posargs, env={"OMP_NUM_THREADS": "1"}, **patience)
 
 
 @nox.session(python=PYTHONS[0])

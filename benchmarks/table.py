@@ -122,7 +122,7 @@ Processor seconds of all ranks together, each on its own thread:
 {_table(["", "s"], rows)}
 
 The rest is gathering and scattering, rewards, advantages, the buffer, new weights for the engine (twice), and the log
-with the import of TensorBoard. It does not grow with the model, and 8 real ranks share it."""
+with the import of TensorBoard. But for the weights it does not grow with the model, and 8 real ranks share it."""
 
 
 def _engines() -> str:

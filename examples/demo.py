@@ -7,13 +7,14 @@
     python examples/demo.py --resume
 
 First the model is shown answers, of which most are one too high: it learns both, and prefers the wrong ones. Then
-reinforcement learning rewards the right ones, and sums that it has never met are right too. Every other word goes on to
-`examples/train.py`, with which the second part is done.
+reinforcement learning rewards the right ones, and sums that it has never met are right too. Ctrl-C saves and ends, and
+`--resume` goes on. Every other word goes on to `examples/train.py`, with which the second part is done.
 """
 
 import argparse
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -91,6 +92,14 @@ def command(folder, processes, words):
     return [sys.executable, "-m", *launcher, script, *given, *backend, *words]
 
 
+def status_of(train):
+    """The exit status of ``train``. It gets a Ctrl-C as this process does, and then saves and ends."""
+    process = subprocess.Popen(train)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+    return process.wait()
+
+
 def accuracies(folder):
     """Held-out accuracy by step, as the run has told."""
     lines = map(json.loads, (folder / "logs" / "metrics.jsonl").read_text().splitlines())
@@ -112,11 +121,13 @@ def main():
 
     torch.manual_seed(0)
     begin = time.perf_counter()
-    if args.shown and "--resume" not in words:
-        show_answers(args.folder / "start", args.shown)
-    done = subprocess.run(command(args.folder, args.torchrun, words), check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    start = args.folder / "start"
+    goes_on = "--resume" in words and (start / "tokenizer_config.json").exists()  # it is written last
+    if args.shown and not goes_on:
+        show_answers(start, args.shown)
+    status = status_of(command(args.folder, args.torchrun, words))
+    if status:
+        sys.exit(status)
     found = accuracies(args.folder)
     first, last = min(found), max(found)
     print(

@@ -13,27 +13,20 @@ import tempfile
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from lightrft.models.tiny import tiny_text_model
 from lightrft.strategy import get_strategy
 from lightrft.utils import add_arguments
-
-VOCABULARY = 64
 
 
 def small_model():
     """The path of a small model, made by rank 0 and the same for all ranks."""
     path = [None]
     if dist.get_rank() == 0:
-        torch.manual_seed(0)
-        config = Qwen2Config(
-            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, max_position_embeddings=128, eos_token_id=1, bos_token_id=0, pad_token_id=0,
-            initializer_range=0.2,
-        )  # fmt: skip
         path = [tempfile.mkdtemp()]
-        Qwen2ForCausalLM(config).save_pretrained(path[0])
+        tiny_text_model(path[0])
     dist.broadcast_object_list(path)
     return path[0]
 

@@ -24,6 +24,7 @@ from lightrft.sim.engine.faces import MODES, faces
 from lightrft.sim.environ import rank_seed, torchrun_environ
 from lightrft.sim.frozen import frozen_heap
 from lightrft.sim.host import one_core, patched, same_parallelism, stack_size
+from lightrft.sim.interrupts import Interrupts
 from lightrft.sim.own_time import TimedScheduler
 from lightrft.sim.point_to_point import unmatched
 from lightrft.sim.profiles import check_profile
@@ -139,6 +140,7 @@ class SimWorld:
         self._verdict: SimulationError | None = None
         self._to_be_refused: list[Task] = []
         self._interrupted = False
+        self._interrupts = Interrupts()
         self.profiled: int | None = None
         """The rank that uses torch's profiler."""
         self._leftovers: list[tuple[int, places.Place, str]] = []
@@ -341,8 +343,7 @@ class SimWorld:
         began = time.perf_counter_ns()
         try:
             scheduler.begin()
-            while not scheduler.all_done.acquire(timeout=watcher.interval):
-                watcher.look()
+            self._wait_for_the_end(watcher)
         except BaseException:
             self._interrupt()
             raise
@@ -355,6 +356,17 @@ class SimWorld:
             for task in (rank.main, *rank.threads):
                 if task is not None and task.thread is not None and task.revivals <= MOST_REVIVALS:
                     task.thread.join()
+
+    def _wait_for_the_end(self, watcher: StallWatcher) -> None:
+        while True:
+            try:
+                while not self.scheduler.all_done.acquire(timeout=watcher.interval):
+                    watcher.look()
+            except KeyboardInterrupt:
+                if not self._interrupts.hand_on(self.ranks):
+                    raise
+            else:
+                return
 
     def interrupt_failed_run(self) -> None:
         """The run has failed, and a rank goes on without ever coming to the simulator: stop that rank."""
@@ -398,6 +410,8 @@ class SimWorld:
         """A rank made a call and contributes ``inputs``."""
         self._calls.append(call)
         self.ranks[call.rank].latest_call = call
+        if self._interrupts.pending:
+            self._interrupts.deliver(call.rank)
         if self._observer is not None:
             self._observer.called(self.ranks[call.rank], call, inputs)
 

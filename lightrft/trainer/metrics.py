@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lightrft.strategy.strategy_base import StrategyBase
 
-__all__ = ["Means", "Stopwatch"]
+__all__ = ["Means", "Stopwatch", "now"]
 
 
 class Means:
@@ -47,8 +47,16 @@ class Means:
         return {name: float(total / max(count, 1)) for name, total, count in zip(names, totals, counts, strict=True)}
 
 
+def now() -> float:
+    """Real seconds from some time on, on simulated ranks too, whose other clocks are virtual."""
+    return time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
 class Stopwatch:
-    """Measures the phases of an iteration on this rank, by name, in seconds."""
+    """Measures the phases of an iteration on this rank, by name, in seconds.
+
+    Simulated ranks take turns, so the time of a phase is that of all of them.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -56,11 +64,11 @@ class Stopwatch:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """The time that this takes counts for ``name``."""
-        begin = time.perf_counter()
+        begin = now()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+            self.seconds[name] = self.seconds.get(name, 0.0) + now() - begin
 
     def taken(self) -> dict[str, float]:
         """What was measured, by ``time/<name>``; it begins anew."""

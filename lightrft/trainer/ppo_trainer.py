@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,7 +16,7 @@ from lightrft.trainer.generation import Generation, seed_of
 from lightrft.trainer.images import ImageReader, media_tokens
 from lightrft.trainer.kl import kl_controller
 from lightrft.trainer.learner import Learner, Trained
-from lightrft.trainer.metrics import Means, Stopwatch
+from lightrft.trainer.metrics import Means, Stopwatch, now
 from lightrft.trainer.prompt_stream import PromptStream
 from lightrft.trainer.replay_buffer import ReplayBuffer
 from lightrft.trainer.rewards import reward_source
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
     from lightrft.strategy.strategy_base import StrategyBase
 
 __all__ = ["SPMDPPOTrainer"]
-
-_NO_TIME = 1e-3
-"""Seconds that no iteration on a real machine stays below."""
 
 
 class SPMDPPOTrainer:
@@ -133,8 +129,8 @@ class SPMDPPOTrainer:
         last = self.config.num_episodes * len(prompts) - stream.batch_size
         self._sync_engine()
         metrics: dict[str, float] = {}
+        self.strategy.print(f"resumed after iteration {self.state.step}" if resumed else "training begins")
         with self._stop, self._log(total) as log:
-            self.strategy.print(f"resumed after iteration {self.state.step}" if resumed else "training begins")
             if eval_prompts is not None and self.config.eval_steps and not self.state.step:
                 log(0, self.evaluate(eval_prompts) | self._watch.taken())
             while self.state.step < total and stream.consumed <= last:
@@ -147,8 +143,9 @@ class SPMDPPOTrainer:
                 if self._is_due(self.config.save_steps):
                     self.save()
                 if self._stops():
-                    self.strategy.print(f"stopped after iteration {self.state.step}")
                     break
+        if self.state.step < total and stream.consumed <= last:
+            self.strategy.print(f"stopped after iteration {self.state.step}")
         self._finish()
         return metrics
 
@@ -161,7 +158,7 @@ class SPMDPPOTrainer:
         Returns:
             The metrics, the same on every rank but for times.
         """
-        begin, means = time.perf_counter(), Means()
+        begin, means = now(), Means()
         rollout = self._maker.collect(stream, self.state.step, means)  # prompts, gather_and_generate, rewards
         experience = self._maker.experiences(rollout, means)  # log-probs, values, advantages
         self.replay_buffer.extend([experience])
@@ -170,7 +167,7 @@ class SPMDPPOTrainer:
             status = self.ppo_train(self.state.step)  # backward, optimizer_step on micro-batches
         with self._watch.phase("sync"):
             self._sync_engine_once()  # update_engine_weights
-        metrics = means.over_ranks(self.strategy) | status | self._throughput(rollout, time.perf_counter() - begin)
+        metrics = means.over_ranks(self.strategy) | status | self._throughput(rollout, now() - begin)
         if "kl/sequence" in metrics:
             self.state.kl.update(metrics["kl/sequence"], round(metrics["samples"]))
         return metrics
@@ -278,9 +275,8 @@ class SPMDPPOTrainer:
         tokens = float(sum(len(one.tokens) for one in rollout.samples))
         both = self.strategy.all_reduce({"tokens": tokens, "samples": float(len(rollout.samples))}, op="sum")
         shares = self.strategy.groups.sp_size
-        # On simulated ranks no time passes while they compute, and there is nothing to tell of it.
-        speed = {"tokens_per_second": both["tokens"] / shares / seconds} if seconds > _NO_TIME else {}
-        return speed | {
+        return {
+            "tokens_per_second": both["tokens"] / shares / seconds,
             "samples": both["samples"] / shares,
             "kl_coef": self.state.kl.value,
             "weight_version": float(self.state.weight_version),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import importlib
 import json
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lightrft.strategy.extras import naming_extras
+from lightrft.trainer.metrics import now
 
 __all__ = ["RunLog", "summary_line"]
 
@@ -46,6 +48,7 @@ class RunLog:
         self._total = total
         self._writer: Any = None
         self._bar = _progress_bar(total, done) if bar else None
+        self._begin, self._done = now(), done
         if self._folder is not None:
             with naming_extras("log_dir"):
                 for package in ("matplotlib", "tensorboard"):
@@ -72,11 +75,19 @@ class RunLog:
         if self._bar is None:
             self._say(line)
         else:
-            self._bar.write(line)
+            self._bar.set_postfix_str(self._speed(step), refresh=False)
             self._bar.update(step - self._bar.n)
+            self._bar.write(line)
         if self._folder is not None:
             with self._telling(f"the metrics of step {step} were not written"):
                 self._write(self._folder, step, metrics)
+
+    def _speed(self, step: int) -> str:
+        """How long iterations take, and all that are left; the bar's own clock is virtual on simulated ranks."""
+        if step == self._done:
+            return ""
+        each = (now() - self._begin) / (step - self._done)
+        return f"{each:.1f} s each, {dt.timedelta(seconds=round(each * (self._total - step)))} left"
 
     @contextmanager
     def _telling(self, what: str) -> Iterator[None]:
@@ -130,7 +141,8 @@ def _progress_bar(total: int, done: int) -> Any:
         return None
     with naming_extras("progress_bar"):
         from tqdm import tqdm
-    return tqdm(total=total, initial=done, desc="iterations", dynamic_ncols=True)
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+    return tqdm(total=total, initial=done, desc="iterations", dynamic_ncols=True, bar_format=form)
 
 
 def _keep(file: Path, done: int) -> None:

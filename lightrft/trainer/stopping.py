@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -36,7 +36,7 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         self.is_made = False
-        if threading.current_thread() is threading.main_thread():
+        with suppress(ValueError):  # raised where no handler can be set: in threads other than the main one
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 

@@ -1,7 +1,9 @@
 """The scripts that train: the documented commands, the demonstration, and a run that is killed and goes on."""
 
 import json
+import os
 import re
+import signal
 import sys
 
 import pytest
@@ -74,26 +76,58 @@ def noted(folder):
     ]
 
 
-@pytest.mark.parametrize("launcher", [[], ["--torchrun", "2"]], ids=["simulated", "torchrun"])
-def test_f18_a_demonstration_that_is_killed_goes_on_to_the_same_end(folder, launcher):
-    kept = folder / f"killed-{len(launcher)}"
+def begun(folder, name):
+    """Another folder with the model that was shown the answers of ``folder``."""
+    kept = folder / name
     kept.mkdir()
     (kept / "start").symlink_to(folder / "start")
-    flags = ["--shown", "0", *FOUR, *launcher]
+    return kept
+
+
+@pytest.fixture(scope="module")
+def in_processes(folder):
+    kept = begun(folder, "in_processes")
+    output_of(demo(kept, "--shown", "0", *FOUR, "--torchrun", "2"), seconds=250)
+    return noted(kept)
+
+
+def test_the_demonstration_has_nearly_the_same_curve_in_real_processes(folder, in_processes):
+    expected = noted(folder)
+    assert [entry["step"] for entry in expected] == [0, 1, 2, 3, 4]
+    assert in_processes[0]["eval/accuracy"] == expected[0]["eval/accuracy"]
+    assert in_processes[1]["reward"] == pytest.approx(expected[1]["reward"], abs=0.1)
+
+
+def killed(process):
+    kill_with_children(process)
+    return ""
+
+
+def interrupted(process):
+    """Ctrl-C goes to all processes that the terminal has started."""
+    os.killpg(process.pid, signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    return told
+
+
+@pytest.mark.parametrize(
+    ("end", "launcher"),
+    [(killed, []), (killed, ["--torchrun", "2"]), (interrupted, [])],  # for torchrun and Ctrl-C see test_trainer.py
+    ids=["killed-simulated", "killed-torchrun", "interrupted-simulated"],
+)
+def test_f18_a_demonstration_that_is_stopped_goes_on_to_the_same_end(folder, in_processes, end, launcher):
+    kept = begun(folder, f"{end.__name__}-{len(launcher)}")
+    flags = ["--shown", "0", "--max_steps", "4", "--save_steps", "1" if end is killed else "100", *launcher]
     process = start(demo(kept, *flags))
     for line in process.stdout:
         if line.startswith("step 2/"):
-            kill_with_children(process)
+            rest = end(process)
             break
+    assert ("stopped after iteration" in rest) is (end is interrupted)
     told = output_of(demo(kept, *flags, "--resume"), seconds=250)
-    assert re.search(r"^resumed after iteration [12]$", told, re.MULTILINE)
-    found, expected = noted(kept), noted(folder)
-    assert [entry["step"] for entry in found] == [entry["step"] for entry in expected] == [0, 1, 2, 3, 4]
-    if launcher:  # nearly the same curve
-        assert found[0]["eval/accuracy"] == expected[0]["eval/accuracy"]
-        assert found[1]["reward"] == pytest.approx(expected[1]["reward"], abs=0.1)
-    else:
-        assert found == expected
+    assert re.search(r"^resumed after iteration [123]$", told, re.MULTILINE)
+    assert noted(kept) == (in_processes if launcher else noted(folder))
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import json
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 from trainer_parts import EvenTokens, parts, prompts
 from trainer_worlds import in_world
 
@@ -135,6 +137,36 @@ def test_ctrl_c_saves_and_ends(number, tmp_path):
     assert trainer.state.step == 1
     assert (tmp_path / "actor" / "step_00000001").is_dir()
     assert signal.getsignal(number) is before
+
+
+def test_ctrl_c_saves_and_ends_on_simulated_ranks(tmp_path):
+    def program():
+        made = parts()
+        presses = iter([signal.SIGINT] * dist.get_rank())
+
+        def reward(asked, responses, labels):
+            for number in presses:
+                signal.raise_signal(number)  # in the process, which all ranks share
+            return [0.0] * len(asked)
+
+        trainer = SPMDPPOTrainer(reward_model=reward, **made, ckpt_path=str(tmp_path))
+        trainer.fit(prompts(1600))
+        return trainer.state.step
+
+    first, second = in_world(program, stall_after=0.2)
+    assert first == second < 200
+    assert (tmp_path / "actor" / f"step_{first:08}").is_dir()
+
+
+def test_in_another_thread_a_run_takes_no_signals():
+    before = signal.getsignal(signal.SIGINT)
+
+    def inside():
+        with StopRequest() as stop:
+            return signal.getsignal(signal.SIGINT) is before, stop.is_made
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(inside).result() == (True, False)
 
 
 def test_a_later_ctrl_c_interrupts_at_once():

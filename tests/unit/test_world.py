@@ -288,6 +288,36 @@ def test_the_process_is_afterwards_as_it_was(ending, error):
     assert c_environ("HOME") == home
 
 
+def wait_for_ctrl_c(handled):
+    dist.init_process_group("gloo")
+    rank, seen = dist.get_rank(), []
+    if handled(rank):
+        signal.signal(signal.SIGINT, lambda number, _: seen.append((number, dist.get_rank())))
+    dist.barrier()
+    if rank == 1:
+        signal.raise_signal(signal.SIGINT)
+    until = time.clock_gettime(time.CLOCK_MONOTONIC) + 5
+    both = torch.zeros(1)
+    while not both and time.clock_gettime(time.CLOCK_MONOTONIC) < until:
+        both = torch.tensor([float(len(seen))])
+        dist.all_reduce(both, dist.ReduceOp.MIN)
+    dist.destroy_process_group()
+    return seen
+
+
+def test_ctrl_c_goes_to_each_rank_that_handles_it(capsys):
+    world = SimWorld(3, stall_after=0.2, stall_limit=15)
+    for _ in range(2):
+        found = world.run(wait_for_ctrl_c, lambda rank: True)
+        assert found == [[(signal.SIGINT, rank)] for rank in range(3)]
+        assert capsys.readouterr().err == "Ctrl-C: the ranks handle it; another one ends the run at once\n"
+
+
+def test_ctrl_c_that_a_rank_does_not_handle_ends_the_run():
+    with pytest.raises(KeyboardInterrupt):
+        SimWorld(3, stall_after=0.2, stall_limit=15).run(wait_for_ctrl_c, lambda rank: rank < 2)
+
+
 @pytest.mark.slow
 def test_a_thousand_small_worlds_leave_no_thread_and_no_object():
     body = session(dist.barrier)
