@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +12,7 @@ from trainer_worlds import in_world
 
 from lightrft.errors import ConfigError, RankFailedError
 from lightrft.trainer import SPMDPPOTrainer
+from lightrft.trainer.metrics import Stopwatch
 from lightrft.trainer.run_log import summary_line
 from lightrft.trainer.stopping import StopRequest
 
@@ -137,6 +139,20 @@ def test_ctrl_c_saves_and_ends(number, tmp_path):
     assert trainer.state.step == 1
     assert (tmp_path / "actor" / "step_00000001").is_dir()
     assert signal.getsignal(number) is before
+
+
+def test_phases_are_measured_in_real_time_on_simulated_ranks():
+    def program():
+        watch = Stopwatch()
+        with watch.phase("work"):
+            time.sleep(3600)  # virtual, and over at once
+            begin = time.clock_gettime(time.CLOCK_MONOTONIC)
+            while time.clock_gettime(time.CLOCK_MONOTONIC) < begin + 0.01:
+                pass
+        return watch.taken()
+
+    (found,) = in_world(program, 1)
+    assert 0.01 <= found["time/work"] < 60
 
 
 def test_ctrl_c_saves_and_ends_on_simulated_ranks(tmp_path):
