@@ -55,7 +55,7 @@ class PromptDataset(Dataset[Prompt]):
         found: Iterable[tuple[str, Mapping[str, Any]]],
         tokenizer: Any,
         *,
-        input_key: str = "input",
+        input_key: str = "prompt",
         label_key: str | None = None,
         images_key: str | None = None,
         system_prompt: str | None = None,

@@ -86,7 +86,7 @@ def of(*records, **settings):
     ],
 )
 def test_the_chat_template_is_applied_with_the_system_prompt(given, system, expected):
-    (found,) = of({"input": given}, apply_chat_template=True, system_prompt=system)
+    (found,) = of({"prompt": given}, apply_chat_template=True, system_prompt=system)
     assert found.prompt == expected
     assert found.token_ids == tuple(TOKENIZER.encode(expected))
 
@@ -104,7 +104,7 @@ def test_special_tokens_come_from_the_template_or_from_the_tokenizer_once():
             return "<pad>" + messages[0]["content"]
 
     for applies in (False, True):
-        (found,) = of({"input": "a"}, tokenizer=Marking(), apply_chat_template=applies)
+        (found,) = of({"prompt": "a"}, tokenizer=Marking(), apply_chat_template=applies)
         assert found.token_ids == (0, len(tiny.SPECIAL))
 
 
@@ -132,7 +132,7 @@ SEEN = f"{tiny.SPECIAL[tiny.VISION_START]}{tiny.SPECIAL[tiny.IMAGE]}{tiny.SPECIA
     ],
 )
 def test_images_have_one_token_each_where_the_text_says(text, count, expected, pictures):
-    record = {"input": text, "pictures": ["red.png", "blue.png"][:count]}
+    record = {"prompt": text, "pictures": ["red.png", "blue.png"][:count]}
     (found,) = of(record, images_key="pictures", apply_chat_template=True, folder=pictures)
     assert found.prompt == f"user: {expected}<eos>assistant: "
     assert found.token_ids.count(tiny.IMAGE) == count
@@ -142,10 +142,10 @@ def test_images_have_one_token_each_where_the_text_says(text, count, expected, p
 def test_images_may_be_paths_bytes_or_what_the_processor_takes(pictures):
     data = (pictures / "red.png").read_bytes()
     whole = of(
-        *({"input": "a", "images": one} for one in ["red.png", str(pictures / "red.png"), data, {"bytes": data}]),
-        {"input": "a", "images": 5},
-        {"input": "a", "images": None},
-        {"input": "a"},
+        *({"prompt": "a", "images": one} for one in ["red.png", str(pictures / "red.png"), data, {"bytes": data}]),
+        {"prompt": "a", "images": 5},
+        {"prompt": "a", "images": None},
+        {"prompt": "a"},
         images_key="images",
         folder=pictures,
     )
@@ -154,14 +154,14 @@ def test_images_may_be_paths_bytes_or_what_the_processor_takes(pictures):
 
 
 def test_paths_of_images_are_relative_to_their_file(pictures):
-    file = lines(pictures, [{"input": "a", "images": "red.png"}])
+    file = lines(pictures, [{"prompt": "a", "images": "red.png"}])
     (found,) = PromptDataset.from_file(file, TOKENIZER, images_key="images")
     assert found.images[0].size == (28, 28)
 
 
 # -- Lengths ----------------------------------------------------------------------------------------------------------
 
-LONG = ({"input": "a"}, {"input": "abcdefgh"}, {"input": "abcd"}, {"input": "xyabcd", "images": 5})
+LONG = ({"prompt": "a"}, {"prompt": "abcdefgh"}, {"prompt": "abcd"}, {"prompt": "xyabcd", "images": 5})
 
 
 @pytest.mark.parametrize(
@@ -200,16 +200,16 @@ def test_the_line_comes_from_one_rank(capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"input": "b"', "prompts.jsonl:3: no JSON: Expecting ',' delimiter"),
+        ('{"prompt": "b"', "prompts.jsonl:3: no JSON: Expecting ',' delimiter"),
         ("[1]", "prompts.jsonl:3: got list, expected an object with fields"),
-        ('{"inputs": "b"}', "prompts.jsonl:3: no field 'input': the record has inputs"),
-        ('{"input": "b", "label": 1}', None),
-        ('{"input": 5}', "prompts.jsonl:3: 'input' is int: expected a text, or apply_chat_template=True for messages"),
-        ('{"input": ""}', "prompts.jsonl:3: 'input' is empty"),
+        ('{"prompts": "b"}', "prompts.jsonl:3: no field 'prompt': the record has prompts"),
+        ('{"prompt": "b", "label": 1}', None),
+        ('{"prompt": 5}', "prompts.jsonl:3: 'prompt' is int: expected a text, or apply_chat_template=True for messages"),
+        ('{"prompt": ""}', "prompts.jsonl:3: 'prompt' is empty"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(line, message, tmp_path):
-    file = lines(tmp_path, ['{"input": "a"}', "", line])
+    file = lines(tmp_path, ['{"prompt": "a"}', "", line])
     if message is None:
         assert len(PromptDataset.from_file(file, TOKENIZER)) == 2
         return
@@ -219,14 +219,14 @@ def test_a_bad_line_is_named_by_file_and_number(line, message, tmp_path):
 
 def test_bytes_that_are_no_text_are_named_by_file_and_number(tmp_path):
     file = tmp_path / "prompts.jsonl"
-    file.write_bytes(b'{"input": "a"}\n{"input": "\xff"}\n')
+    file.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
     with pytest.raises(ConfigError, match="prompts.jsonl:2: no JSON: 'utf-8' codec"):
         PromptDataset.from_file(file, TOKENIZER)
 
 
 def test_a_bad_row_of_a_table_is_named(tmp_path):
     file = written("parquet", tmp_path)
-    with pytest.raises(ConfigError, match="prompts.parquet, row 0: no field 'input': the record has question, answer"):
+    with pytest.raises(ConfigError, match="prompts.parquet, row 0: no field 'prompt': the record has question, answer"):
         PromptDataset.from_file(file, TOKENIZER)
     file.write_text("none")
     with pytest.raises(ConfigError, match="prompts.parquet: no Parquet"):
@@ -236,19 +236,19 @@ def test_a_bad_row_of_a_table_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("record", "settings", "message"),
     [
-        ({"input": "a"}, {"label_key": "label"}, "here:1: no field 'label': the record has input"),
-        ({"input": []}, {"apply_chat_template": True}, r"here:1: 'input' is \[\]: expected a text, or messages"),
-        ({"input": [{"role": "user"}]}, {"apply_chat_template": True}, "expected a text, or messages with role and"),
+        ({"prompt": "a"}, {"label_key": "label"}, "here:1: no field 'label': the record has prompt"),
+        ({"prompt": []}, {"apply_chat_template": True}, r"here:1: 'prompt' is \[\]: expected a text, or messages"),
+        ({"prompt": [{"role": "user"}]}, {"apply_chat_template": True}, "expected a text, or messages with role and"),
         (
-            {"input": "<image>", "images": [1, 2]},
+            {"prompt": "<image>", "images": [1, 2]},
             {"apply_chat_template": True, "images_key": "images"},
             "here:1: 2 images and 1 <image> in the text: expected as many",
         ),
-        ({"input": "a"}, {"system_prompt": "b"}, "system_prompt needs apply_chat_template=True"),
-        ({"input": "a"}, {"max_length": 0, "too_long": "cut"}, "max_length=0: expected 1 at least, or None"),
-        ({"input": "a"}, {"too_long": "keep"}, "too_long='keep': expected 'drop' or 'cut'"),
+        ({"prompt": "a"}, {"system_prompt": "b"}, "system_prompt needs apply_chat_template=True"),
+        ({"prompt": "a"}, {"max_length": 0, "too_long": "cut"}, "max_length=0: expected 1 at least, or None"),
+        ({"prompt": "a"}, {"too_long": "keep"}, "too_long='keep': expected 'drop' or 'cut'"),
         (
-            {"input": "abc"},
+            {"prompt": "abc"},
             {"max_length": 2},
             "no prompt is left of 1: 1 of 1 prompts have more than 2 tokens: 1 dropped",
         ),
@@ -264,7 +264,7 @@ def test_a_tokenizer_without_template_is_refused():
         chat_template = None
 
     with pytest.raises(ConfigError, match="Plain has no chat template: set its chat_template"):
-        of({"input": "a"}, tokenizer=Plain(), apply_chat_template=True)
+        of({"prompt": "a"}, tokenizer=Plain(), apply_chat_template=True)
 
 
 def test_files_that_are_none_are_refused(tmp_path):
@@ -292,7 +292,7 @@ def test_a_package_that_is_missing_is_named_with_the_extra_that_brings_it(form, 
 
 
 def test_k21_a_batch_keeps_prompts_labels_and_images_together_also_when_repeated():
-    records = [{"input": letter, "label": number, "images": [number] * number} for number, letter in enumerate("abc")]
+    records = [{"prompt": letter, "label": number, "images": [number] * number} for number, letter in enumerate("abc")]
     batch = collate(list(of(*records, label_key="label", images_key="images")))
     assert batch.prompts == ("a", "b", "c")
     assert batch.images == ((), (1,), (2, 2))
@@ -308,7 +308,7 @@ def test_k21_a_batch_keeps_prompts_labels_and_images_together_also_when_repeated
 
 def loaded(consumed, sp_size=1):
     strategy = get_strategy({"strategy": "fake", "fsdp": True, "train_batch_size": 4, "sp_size": sp_size})
-    dataset = of(*({"input": letter} for letter in "abcdefghijkl"))
+    dataset = of(*({"prompt": letter} for letter in "abcdefghijkl"))
     loader = strategy.setup_dataloader(dataset, 2, collate_fn=collate, consumed_samples=consumed)
     found = [batch.indices for batch in loader]
     dist.destroy_process_group()
@@ -336,7 +336,7 @@ def test_batches_go_into_generation_as_they_are(tmp_path):
         settings = {"pretrain": str(tmp_path), "prompt_max_len": 16, "generate_max_len": 16}
         strategy = get_strategy({"strategy": "fake", "fsdp": True, "train_batch_size": 2, **settings})
         strategy.setup_inference_engine()
-        dataset = of({"input": "ab"}, {"input": "c"}, {"input": "def"}, {"input": "g"})
+        dataset = of({"prompt": "ab"}, {"prompt": "c"}, {"prompt": "def"}, {"prompt": "g"})
         (batch, *_) = strategy.setup_dataloader(dataset, 2, collate_fn=collate)
         found = strategy.gather_and_generate(
             {"max_tokens": 2, "n": 2}, all_prompt_token_ids=batch.token_ids, all_images=batch.images

@@ -59,7 +59,7 @@ def test_without_torchvision_its_tokenizer_and_its_image_processor(folders, with
 
 def test_without_torchvision_it_writes_prompts_as_a_processor_does(folders, without_torchvision):
     found = readers.reader_of(str(folders["vision"]))
-    dataset = PromptDataset([("here", {"input": MESSAGES})], found, apply_chat_template=True)
+    dataset = PromptDataset([("here", {"prompt": MESSAGES})], found, apply_chat_template=True)
     assert dataset[0].prompt == "user: <|vision_start|><|image_pad|><|vision_end|>What is it?<eos>assistant: "
     assert dataset[0].token_ids.count(tiny.IMAGE) == 1
 
