@@ -118,7 +118,8 @@ class SPMDPPOTrainer:
 
         Args:
             prompts: a data set of prompts, as in ``lightrft.datasets``; the same on every rank.
-            eval_prompts: prompts that are evaluated at the beginning and every ``eval_steps`` iterations.
+            eval_prompts: prompts that are evaluated at the beginning, every ``eval_steps`` iterations and after the last
+                one.
 
         Returns:
             The metrics of the last iteration, the same on every rank but for times.
@@ -127,24 +128,28 @@ class SPMDPPOTrainer:
         stream = PromptStream(self.strategy, prompts, self.state.consumed_prompts)
         total = self.config.iterations(len(prompts), self.strategy.config)
         last = self.config.num_episodes * len(prompts) - stream.batch_size
+
+        def goes_on() -> bool:
+            return self.state.step < total and stream.consumed <= last
+
         self._sync_engine()
         metrics: dict[str, float] = {}
         self.strategy.print(f"resumed after iteration {self.state.step}" if resumed else "training begins")
         with self._stop, self._log(total) as log:
             if eval_prompts is not None and self.config.eval_steps and not self.state.step:
                 log(0, self.evaluate(eval_prompts) | self._watch.taken())
-            while self.state.step < total and stream.consumed <= last:
+            while goes_on():
                 metrics = self.iteration(stream)
                 self.state.step += 1
                 self.state.consumed_prompts = stream.consumed
-                if eval_prompts is not None and self._is_due(self.config.eval_steps):
+                if eval_prompts is not None and self._is_due(self.config.eval_steps, last=not goes_on()):
                     metrics |= self.evaluate(eval_prompts)
                 log(self.state.step, metrics | self._watch.taken())
                 if self._is_due(self.config.save_steps):
                     self.save()
                 if self._stops():
                     break
-        if self.state.step < total and stream.consumed <= last:
+        if goes_on():
             self.strategy.print(f"stopped after iteration {self.state.step}")
         self._finish()
         return metrics
@@ -227,8 +232,8 @@ class SPMDPPOTrainer:
 
     # -- Parts of a run -----------------------------------------------------------------------------------------------
 
-    def _is_due(self, every: int) -> bool:
-        return bool(every) and self.state.step % every == 0
+    def _is_due(self, every: int, *, last: bool = False) -> bool:
+        return bool(every) and (last or self.state.step % every == 0)
 
     def _stops(self) -> bool:
         """Whether some rank was asked to stop."""

@@ -112,7 +112,7 @@ class TrainerConfig(Configuration):
 
     num_episodes: int = setting(1, _RUN, "how often the prompts are gone through", at_least=1)
     max_steps: int = setting(0, _RUN, "most iterations; 0: any number", at_least=0)
-    eval_steps: int = setting(0, _RUN, "evaluate every N iterations; 0: never", at_least=0)
+    eval_steps: int = setting(0, _RUN, "evaluate every N iterations, and at the end; 0: never", at_least=0)
     eval_temperature: float = setting(0.0, _RUN, "temperature of evaluations; 0: greedy", at_least=0)
     progress_bar: bool = setting(True, _RUN, "show a progress bar", off_flag="no_progress_bar")
 

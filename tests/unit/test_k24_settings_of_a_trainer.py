@@ -64,7 +64,7 @@ ELSEWHERE = {
     "dynamic_sampling_rounds": "test_k11_dynamic_sampling_takes_every_rank_through_the_same_rounds",
     "top_p": "test_k24_settings_of_sampling_reach_the_engine",
     "eval_temperature": "test_k24_settings_of_sampling_reach_the_engine",
-    "eval_steps": "test_evaluations_are_due_every_few_iterations",
+    "eval_steps": "test_evaluations_are_due_every_few_iterations_and_at_the_end",
     "progress_bar": "test_k24_a_progress_bar_is_for_terminals",
     "save_path": "test_k24_the_trained_model_is_written_at_the_end",
     "reward_function": "test_rewards_come_from_what_is_given_and_from_settings",

@@ -40,17 +40,18 @@ def test_every_prompt_is_evaluated_once(count, size):
     assert [found for found, _ in results] == [results[0][0]] * size
 
 
-def test_evaluations_are_due_every_few_iterations(tmp_path):
+@pytest.mark.parametrize(("every", "evaluated"), [(2, [0, 2, 4]), (3, [0, 3, 4]), (0, [])])
+def test_evaluations_are_due_every_few_iterations_and_at_the_end(every, evaluated, tmp_path):
     pytest.importorskip("matplotlib")
     pytest.importorskip("tensorboard")
 
     def program():
-        trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **parts(log_dir=str(tmp_path)), eval_steps=2)
+        trainer = SPMDPPOTrainer(reward_model=EvenTokens(), **parts(log_dir=str(tmp_path)), eval_steps=every)
         trainer.fit(prompts(32), eval_prompts=prompts(3))
 
     in_world(program)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "eval/reward" in line] == [0, 2, 4]
+    assert [line["step"] for line in lines if "eval/reward" in line] == evaluated
 
 
 def test_what_people_and_programs_see_of_a_run(tmp_path, capsys):
