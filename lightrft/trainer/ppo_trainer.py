@@ -118,8 +118,7 @@ class SPMDPPOTrainer:
 
         Args:
             prompts: a data set of prompts, as in ``lightrft.datasets``; the same on every rank.
-            eval_prompts: prompts that are evaluated at the beginning, every ``eval_steps`` iterations and after the last
-                one.
+            eval_prompts: prompts that are evaluated at the beginning, every ``eval_steps`` iterations and at the end.
 
         Returns:
             The metrics of the last iteration, the same on every rank but for times.
@@ -127,10 +126,10 @@ class SPMDPPOTrainer:
         resumed = self.config.resume and self._checkpoints.load(self.state)
         stream = PromptStream(self.strategy, prompts, self.state.consumed_prompts)
         total = self.config.iterations(len(prompts), self.strategy.config)
-        last = self.config.num_episodes * len(prompts) - stream.batch_size
+        most = self.config.num_episodes * len(prompts) - stream.batch_size
 
         def goes_on() -> bool:
-            return self.state.step < total and stream.consumed <= last
+            return self.state.step < total and stream.consumed <= most
 
         self._sync_engine()
         metrics: dict[str, float] = {}

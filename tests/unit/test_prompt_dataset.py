@@ -204,7 +204,10 @@ def test_the_line_comes_from_one_rank(capsys):
         ("[1]", "prompts.jsonl:3: got list, expected an object with fields"),
         ('{"prompts": "b"}', "prompts.jsonl:3: no field 'prompt': the record has prompts"),
         ('{"prompt": "b", "label": 1}', None),
-        ('{"prompt": 5}', "prompts.jsonl:3: 'prompt' is int: expected a text, or apply_chat_template=True for messages"),
+        (
+            '{"prompt": 5}',
+            "prompts.jsonl:3: 'prompt' is int: expected a text, or apply_chat_template=True for messages",
+        ),
         ('{"prompt": ""}', "prompts.jsonl:3: 'prompt' is empty"),
     ],
 )
