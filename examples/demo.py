@@ -129,10 +129,11 @@ def main():
     if status:
         sys.exit(status)
     found = accuracies(args.folder)
-    first, last = min(found), max(found)
+    before, last = found[0], max(found)
+    now = f"{found[last]:.3f} after {last} iterations" if last else "stopped early: --resume goes on from here"
     print(
-        f"held-out accuracy: {found[first]:.3f} before, {found[last]:.3f} after {last} iterations, "
-        f"{time.perf_counter() - begin:.0f} s in all; curves and metrics are in {args.folder / 'logs'}"
+        f"held-out accuracy: {before:.3f} before, {now}, {time.perf_counter() - begin:.0f} s in all; "
+        f"curves and metrics are in {args.folder / 'logs'}"
     )
 
 
