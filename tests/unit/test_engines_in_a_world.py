@@ -173,7 +173,7 @@ def test_f01_weights_that_every_sleep_drops_are_sent_again(folder, engine, backe
                 trained(strategy, actor, optimizer)
         return found
 
-    ranks = with_engine(program, folder, backend=backend, engine_type=engine, engine_sleep_level=2)
+    ranks = with_engine(program, folder, size=2, backend=backend, engine_type=engine, engine_sleep_level=2)
     for first, second, third in ranks:
         assert [versions for _, *versions in (first, second, third)] == [[1, 1], [2, 1], [3, 1]]
         assert first[0] == second[0] != third[0]
@@ -195,7 +195,7 @@ def test_f01_weights_that_were_dropped_and_that_nobody_can_send_again_are_told(f
         with pytest.raises(StaleWeightsError, match="has dropped its weights"):
             asking()
 
-    with_engine(program, folder, engines="hash", engine_type=engine, engine_sleep_level=2)
+    with_engine(program, folder, size=2, engines="hash", engine_type=engine, engine_sleep_level=2)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
