@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightrft.errors import EngineStateError, LostRanksError, RankFailedError, StaleWeightsError, WeightSyncError
+from lightrft.errors import (
+    ConfigError,
+    EngineStateError,
+    LostRanksError,
+    RankFailedError,
+    StaleWeightsError,
+    WeightSyncError,
+)
 from lightrft.models.tiny import tiny_text_model
 from lightrft.sim import SimWorld
 from lightrft.strategy import get_strategy
@@ -233,6 +240,37 @@ def test_k10_f17_a_prompt_that_an_engine_refuses_is_an_error_on_its_group_and_no
     assert "999" in found[0][0]
     assert "999" in found[1][0]
     assert [again for _, again in found] == [1] * SIZE
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_k10_f12_what_is_wrong_on_one_rank_alone_is_told_to_both_which_stay_in_step(folder, engine):
+    def program(strategy):
+        odd = strategy.get_rank() == 1
+
+        def generate(**more):
+            return strategy.gather_and_generate({**GREEDY, **more}, all_prompt_token_ids=[[3]])
+
+        told = []
+        for call in (
+            lambda: generate(temperature=-1 if odd else 0),
+            lambda: generate(max_tokens=4 + odd),
+            lambda: strategy.engine_generate_local(
+                GREEDY, multi_modal_inputs=[{"tokens" if odd else "prompt_token_ids": [3]}]
+            ),
+        ):
+            with pytest.raises(ConfigError) as caught:
+                call()
+            told.append(str(caught.value))
+        return told, len(generate())
+
+    first, second = with_engine(program, folder, size=2, engines="hash", engine_type=engine)
+    assert first == second
+    (temperature, length, prompt), completions = first
+    assert "rank 1: sampling parameters: temperature=-1: expected 0 or more" in temperature
+    assert "max_tokens=4" in length
+    assert "on rank 1; expected the same on all ranks" in length
+    assert "rank 1: expected a mapping with some of" in prompt
+    assert completions == 1
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
