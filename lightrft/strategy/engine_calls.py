@@ -213,8 +213,9 @@ class EngineCalls(ABC):
             ranks = Ranks()
             with ranks.together("generation lengths were not plotted", ConfigError) as outcome:
                 outcome.mine = self._lengths.taken()
-            if ranks.rank == 0:
-                self._lengths.plot([length for each in outcome.all for length in each])
+            with ranks.together("generation lengths were not plotted", ConfigError):
+                if ranks.rank == 0:
+                    self._lengths.plot([length for each in outcome.all for length in each])
 
     def engine_generate_local(
         self, sampling_params: Any, prompt_token_ids: Any = None, multi_modal_inputs: Any = None
@@ -235,13 +236,14 @@ class EngineCalls(ABC):
         engine = self._engine("engine_generate_local")
         if (prompt_token_ids is None) == (multi_modal_inputs is None):
             raise ConfigError("engine_generate_local: pass prompt_token_ids or multi_modal_inputs, and not both")
-        mine = (
-            requests.requests_of(prompt_token_ids)
-            if multi_modal_inputs is None
-            else [requests.request_of(one) for one in multi_modal_inputs]
-        )
         self._send_what_was_dropped()
-        self.wakeup_inference_engine()
+
+        def mine() -> list[requests.Request]:
+            self.wakeup_inference_engine()
+            if multi_modal_inputs is None:
+                return requests.requests_of(prompt_token_ids)
+            return [requests.request_of(one) for one in multi_modal_inputs]
+
         return rollout.generate_alike(engine, mine, sampling_params, group=self.engine_mp_group)
 
     def wakeup_inference_engine(self) -> None:

@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 from lightrft.errors import EngineStateError
 from lightrft.strategy.requests import Request
+from lightrft.strategy.sampling import SamplingParams
 from lightrft.strategy.utils import collectives
-from lightrft.strategy.utils.agreement import Ranks
+from lightrft.strategy.utils.agreement import Ranks, check_same
 
 if TYPE_CHECKING:
     from lightrft.strategy.engine import RolloutEngine
@@ -37,10 +38,12 @@ def gather_and_generate(
         device: where tensors of the group travel.
 
     Raises:
+        ConfigError: the sampling parameters are wrong on some rank, or not the same on all.
         LightRFTError: generation failed on some rank; the same error on every rank of the group.
     """
     ranks = Ranks(group) if group is not None else Ranks(rank=0, world_size=1)
-    shared = gather(make_requests, ranks, device)
+    requests, are_tokens = _read(make_requests, sampling_params, ranks)
+    shared = gather(requests, ranks, device, are_tokens=are_tokens)
     counts = [len(each) for each in shared]
     everything = [request for each in shared for request in each]
     leads = engine.runs_on_all_ranks or ranks.rank == 0
@@ -58,20 +61,41 @@ def gather_and_generate(
 
 
 def generate_alike(
-    engine: RolloutEngine, requests: Sequence[Request], sampling_params: Any, *, group: dist.ProcessGroup | None
+    engine: RolloutEngine,
+    make_requests: Callable[[], Sequence[Request]],
+    sampling_params: Any,
+    *,
+    group: dist.ProcessGroup | None,
 ) -> list[Any]:
     """The completions of requests that all ranks of the engine pass alike, on each of them. *Collective*.
 
     Raises:
+        ConfigError: the sampling parameters are wrong on some rank, or not the same on all.
         LightRFTError: generation failed on some rank; the same error on every rank of the group.
     """
     ranks = Ranks(group) if group is not None else Ranks(rank=0, world_size=1)
+    requests, _ = _read(make_requests, sampling_params, ranks)
     completions: list[Any] = []
     with ranks.together("generation failed", EngineStateError) as outcome:
         if engine.runs_on_all_ranks or ranks.rank == 0:
             completions = engine.generate(requests, sampling_params)
             outcome.mine = None if engine.runs_on_all_ranks else completions
     return completions if engine.runs_on_all_ranks else list(outcome.all[0])
+
+
+def _read(
+    make_requests: Callable[[], Sequence[Request]], sampling_params: Any, ranks: Ranks
+) -> tuple[list[Request], bool]:
+    """The requests of this rank, and whether those of all ranks are token ids alone. *Collective*.
+
+    What may be wrong on one rank alone is found here, and not in an engine, where the others would wait for that rank.
+    """
+    with ranks.together("prompts were not gathered", EngineStateError) as outcome:
+        requests = list(make_requests())
+        told = {"sampling_params": repr(SamplingParams.of(sampling_params))}
+        outcome.mine = all(request.is_tokens for request in requests), told
+    check_same([told for _, told in outcome.all], "prompts were not gathered")
+    return requests, all(are_tokens for are_tokens, _ in outcome.all)
 
 
 def _samples(completions: Sequence[Any], requests: Sequence[Request]) -> int:
@@ -94,17 +118,14 @@ def _scattered(completions: list[Any], counts: Sequence[int], samples: int, rank
     return list(mine[0])
 
 
-def gather(make_requests: Callable[[], Sequence[Request]], ranks: Ranks, device: torch.device) -> list[list[Request]]:
+def gather(requests: list[Request], ranks: Ranks, device: torch.device, *, are_tokens: bool) -> list[list[Request]]:
     """The requests of every rank, by rank. *Collective*.
 
     Token ids travel as tensors; requests with text, images or videos on some rank are pickled.
     """
-    with ranks.together("prompts were not gathered", EngineStateError) as outcome:
-        requests = list(make_requests())
-        outcome.mine = all(request.is_tokens for request in requests)
     if ranks.world_size == 1:
         return [requests]
-    if not all(outcome.all):
+    if not are_tokens:
         return [list(each) for each in ranks.gather(tuple(requests))]
     lengths = [len(request.prompt_token_ids or ()) for request in requests]
     found = collectives.all_gather(

@@ -219,8 +219,8 @@ def backwards(generate):
 
 
 def own_prompts_only(gather):
-    def gathered(make_requests, ranks, device):
-        found = gather(make_requests, ranks, device)
+    def gathered(requests, ranks, device, **more):
+        found = gather(requests, ranks, device, **more)
         return [each if rank == ranks.rank else [] for rank, each in enumerate(found)]
 
     return gathered

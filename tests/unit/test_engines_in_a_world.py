@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightrft.errors import EngineStateError, LostRanksError, RankFailedError, StaleWeightsError, WeightSyncError
+from lightrft.errors import (
+    ConfigError,
+    EngineStateError,
+    LostRanksError,
+    RankFailedError,
+    StaleWeightsError,
+    WeightSyncError,
+)
 from lightrft.models.tiny import tiny_text_model
 from lightrft.sim import SimWorld
 from lightrft.strategy import get_strategy
@@ -34,9 +41,19 @@ def folder(tmp_path_factory):
     return path
 
 
-def strategy_of(folder, backend, **more):
-    settings = {"train_batch_size": SIZE, "pretrain": folder, "prompt_max_len": 16, "generate_max_len": 16, **more}
-    return get_strategy({**settings, **backend})
+def with_engine(program, folder, size=SIZE, backend="fake", engines="model", tp_size=2, **settings):
+    """What ``program(strategy)`` returns on each rank; the strategy has an engine, which ends afterwards."""
+
+    def on_rank():
+        sizes = {"train_batch_size": size, "engine_tp_size": tp_size, "prompt_max_len": 16, "generate_max_len": 16}
+        strategy = get_strategy({"pretrain": folder, **sizes, **settings, **BACKENDS[backend]})
+        strategy.setup_inference_engine()
+        found = program(strategy)
+        strategy.inference_engine.shutdown()
+        dist.destroy_process_group()
+        return found
+
+    return SimWorld(size, engines=engines).run(on_rank)
 
 
 def prepared(strategy, folder):
@@ -60,13 +77,11 @@ def gap(actor, one, temperature=1.0):
     return (found - torch.tensor(one.log_probs)).abs().max().item()
 
 
-def iterations(folder, backend, **settings):
+def iterations(folder, **settings):
     """Two iterations: for each rank the completions before and after a step, and how far log-probs are apart."""
 
-    def program():
-        strategy = strategy_of(folder, backend, **settings)
+    def program(strategy):
         actor, optimizer = prepared(strategy, folder)
-        strategy.setup_inference_engine()
         found = []
         for _ in range(2):
             prompts = [[3, 4 + strategy.get_rank()], [5]][: 1 + strategy.get_rank() % 2]
@@ -77,16 +92,14 @@ def iterations(folder, backend, **settings):
             assert str(strategy.inference_engine_status) == "asleep"
             trained(strategy, actor, optimizer)
             strategy.update_engine_weights(actor)
-        strategy.inference_engine.shutdown()
-        dist.destroy_process_group()
         return found
 
-    return SimWorld(SIZE).run(program)
+    return with_engine(program, folder, **settings)
 
 
 @pytest.fixture(scope="module")
 def expected(folder):
-    return iterations(folder, BACKENDS["fake"], engine_type="vllm")
+    return iterations(folder, tp_size=1, engine_type="vllm")
 
 
 def kinds():
@@ -100,7 +113,7 @@ def kinds():
 
 @pytest.mark.parametrize(("backend", "engine", "tp"), list(kinds()))
 def test_f16_every_backend_and_engine_generates_the_same(folder, expected, backend, engine, tp):
-    found = iterations(folder, BACKENDS[backend], engine_type=engine, engine_tp_size=tp)
+    found = iterations(folder, backend=backend, engine_type=engine, tp_size=tp)
     assert found == expected
     for before, after in found:
         assert before[0] != after[0]
@@ -110,29 +123,24 @@ def test_f16_every_backend_and_engine_generates_the_same(folder, expected, backe
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_f16_log_probs_at_another_temperature_are_the_trainers(folder, engine):
-    def program():
-        strategy = strategy_of(folder, BACKENDS["FSDP"], engine_type=engine, engine_tp_size=2)
+    def program(strategy):
         actor, _ = prepared(strategy, folder)
-        strategy.setup_inference_engine()
         params = {"temperature": 0.7, "max_tokens": 8, "logprobs": 0, "n": 2, "ignore_eos": True}
         several = strategy.gather_and_generate(params, all_prompt_token_ids=[[3, 4 + strategy.get_rank()]])
         assert {one.log_probs_mode for one in several} == {"processed"}
         worst = max(gap(actor, one, 0.7) for one in several)
-        strategy.inference_engine.shutdown()
-        dist.destroy_process_group()
         return worst, [one.output_token_ids for one in several]
 
-    found = SimWorld(SIZE).run(program)
+    found = with_engine(program, folder, backend="FSDP", engine_type=engine)
     assert max(worst for worst, _ in found) < 1e-4
     assert len({tokens for _, both in found for tokens in both}) == 2 * SIZE
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_f01_f05_a_deep_sleep_asks_for_new_weights_and_no_cache_outlives_them(folder, engine):
-    def program():
-        strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_tp_size=2)
+    def program(strategy):
         actor, optimizer = prepared(strategy, folder)
-        made = strategy.setup_inference_engine()
+        made = strategy.inference_engine
         prompts = [[3, 4, 5, 6 + strategy.get_rank()]]
 
         def tokens():
@@ -147,21 +155,21 @@ def test_f01_f05_a_deep_sleep_asks_for_new_weights_and_no_cache_outlives_them(fo
         strategy.update_engine_weights(actor)
         after = tokens()
         strategy.inference_engine.shutdown()
-        fresh = strategy.setup_inference_engine(actor=actor)
+        strategy.setup_inference_engine(actor=actor)
         assert tokens() == after
-        fresh.shutdown()
-        dist.destroy_process_group()
 
-    SimWorld(SIZE).run(program)
+    with_engine(program, folder, engine_type=engine)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-@pytest.mark.parametrize("backend", ["FSDP", pytest.param("ZeRO-3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["fake", *(pytest.param(one, marks=pytest.mark.slow) for one in ("FSDP", "ZeRO-3"))]
+)
 def test_f01_weights_that_every_sleep_drops_are_sent_again(folder, engine, backend):
-    def program():
-        strategy = strategy_of(folder, BACKENDS[backend], engine_type=engine, engine_tp_size=2, engine_sleep_level=2)
+    def program(strategy):
         actor, optimizer = prepared(strategy, folder)
-        made = strategy.setup_inference_engine(actor=actor)
+        strategy.update_engine_weights(actor)
+        made = strategy.inference_engine
         found = []
         for turn in range(3):
             (one,) = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3, 4 + strategy.get_rank()]])
@@ -170,20 +178,17 @@ def test_f01_weights_that_every_sleep_drops_are_sent_again(folder, engine, backe
             found.append((one.output_token_ids, one.weight_version, strategy.engine_updates))
             if turn == 1:
                 trained(strategy, actor, optimizer)
-        made.shutdown()
-        dist.destroy_process_group()
         return found
 
-    for first, second, third in SimWorld(SIZE).run(program):
+    ranks = with_engine(program, folder, size=2, backend=backend, engine_type=engine, engine_sleep_level=2)
+    for first, second, third in ranks:
         assert [versions for _, *versions in (first, second, third)] == [[1, 1], [2, 1], [3, 1]]
         assert first[0] == second[0] != third[0]
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_f01_weights_that_were_dropped_and_that_nobody_can_send_again_are_told(folder, engine):
-    def program():
-        strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_tp_size=2, engine_sleep_level=2)
-        made = strategy.setup_inference_engine()
+    def program(strategy):
         asking = lambda: strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3]])  # noqa: E731 - called thrice
         asking()
         with pytest.raises(StaleWeightsError, match="has dropped its weights"):  # those of the folder
@@ -196,18 +201,14 @@ def test_f01_weights_that_were_dropped_and_that_nobody_can_send_again_are_told(f
         asking()
         with pytest.raises(StaleWeightsError, match="has dropped its weights"):
             asking()
-        made.shutdown()
-        dist.destroy_process_group()
 
-    SimWorld(SIZE, engines="hash").run(program)
+    with_engine(program, folder, size=2, engines="hash", engine_type=engine, engine_sleep_level=2)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_f06_f20_an_update_that_fails_is_an_error_on_all_ranks_and_the_next_one_is_whole(folder, engine):
-    def program():
-        strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_tp_size=2)
+    def program(strategy):
         actor, optimizer = prepared(strategy, folder)
-        strategy.setup_inference_engine()
         smaller = strategy.prepare_model(torch.nn.Linear(2, 2), is_training=True)
         with pytest.raises(WeightSyncError, match="unexpected: weight"):
             strategy.update_engine_weights(smaller)
@@ -217,17 +218,13 @@ def test_f06_f20_an_update_that_fails_is_an_error_on_all_ranks_and_the_next_one_
         strategy.update_engine_weights(actor)
         (one,) = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3, 4]])
         assert gap(actor, one) < 1e-4
-        strategy.inference_engine.shutdown()
-        dist.destroy_process_group()
 
-    SimWorld(SIZE).run(program)
+    with_engine(program, folder, engine_type=engine)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_k10_f17_a_prompt_that_an_engine_refuses_is_an_error_on_its_group_and_no_other(folder, engine):
-    def program():
-        strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_tp_size=2)
-        strategy.setup_inference_engine()
+    def program(strategy):
         bad = strategy.get_rank() == 1
         try:
             found = len(strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[999 if bad else 3]]))
@@ -236,11 +233,9 @@ def test_k10_f17_a_prompt_that_an_engine_refuses_is_an_error_on_its_group_and_no
         except ValueError as error:
             found = str(error)
         again = len(strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3]]))
-        strategy.inference_engine.shutdown()
-        dist.destroy_process_group()
         return found, again
 
-    found = SimWorld(SIZE).run(program)
+    found = with_engine(program, folder, engine_type=engine)
     assert [one for one, _ in found[2:]] == [1, 1]
     assert "999" in found[0][0]
     assert "999" in found[1][0]
@@ -248,11 +243,41 @@ def test_k10_f17_a_prompt_that_an_engine_refuses_is_an_error_on_its_group_and_no
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_k10_f12_what_is_wrong_on_one_rank_alone_is_told_to_both_which_stay_in_step(folder, engine):
+    def program(strategy):
+        odd = strategy.get_rank() == 1
+
+        def generate(**more):
+            return strategy.gather_and_generate({**GREEDY, **more}, all_prompt_token_ids=[[3]])
+
+        told = []
+        for call in (
+            lambda: generate(temperature=-1 if odd else 0),
+            lambda: generate(max_tokens=4 + odd),
+            lambda: strategy.engine_generate_local(
+                GREEDY, multi_modal_inputs=[{"tokens" if odd else "prompt_token_ids": [3]}]
+            ),
+        ):
+            with pytest.raises(ConfigError) as caught:
+                call()
+            told.append(str(caught.value))
+        return told, len(generate())
+
+    first, second = with_engine(program, folder, size=2, engines="hash", engine_type=engine)
+    assert first == second
+    (temperature, length, prompt), completions = first
+    assert "rank 1: sampling parameters: temperature=-1: expected 0 or more" in temperature
+    assert "max_tokens=4" in length
+    assert "on rank 1; expected the same on all ranks" in length
+    assert "rank 1: expected a mapping with some of" in prompt
+    assert completions == 1
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_f03_an_update_wakes_the_weights_alone_and_all_of_it_sleeps_again(folder, engine):
-    def program():
-        strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_tp_size=2)
+    def program(strategy):
         actor, optimizer = prepared(strategy, folder)
-        made = strategy.setup_inference_engine()
+        made = strategy.inference_engine
         strategy.maybe_sleep_inference_engine()
         found = []
         for turn in range(3):
@@ -265,12 +290,10 @@ def test_f03_an_update_wakes_the_weights_alone_and_all_of_it_sleeps_again(folder
         (one,) = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3, 4]], sleep_engine=False)
         found.append((str(strategy.inference_engine_status), sorted(made.asleep)))
         assert gap(actor, one) < 1e-4
-        made.shutdown()
-        dist.destroy_process_group()
         return found
 
     half, wholly = ("asleep", ["kv_cache"]), ("asleep", ["kv_cache", "weights"])
-    assert SimWorld(SIZE).run(program) == [[half, half, wholly, half, ("awake", [])]] * SIZE
+    assert with_engine(program, folder, engine_type=engine) == [[half, half, wholly, half, ("awake", [])]] * SIZE
 
 
 CALLS = {
@@ -300,10 +323,9 @@ FAILING = [
 
 @pytest.mark.parametrize(("engine", "move", "call"), FAILING)
 def test_f17_a_call_of_the_library_that_fails_is_told_to_all_ranks_and_the_engine_goes_on(folder, engine, move, call):
-    def program():
-        strategy = strategy_of(folder, BACKENDS["fake"], train_batch_size=2, engine_type=engine, engine_tp_size=2)
+    def program(strategy):
         actor, _ = prepared(strategy, folder)
-        made = strategy.setup_inference_engine()
+        made = strategy.inference_engine
         prompts = [[3, 4 + strategy.get_rank()]]
         moves = {
             "generate": lambda: strategy.gather_and_generate(GREEDY, all_prompt_token_ids=prompts, sleep_engine=False),
@@ -331,11 +353,9 @@ def test_f17_a_call_of_the_library_that_fails_is_told_to_all_ranks_and_the_engin
         told = str(caught.value)
         strategy.update_engine_weights(actor)
         after = [one.output_token_ids for one in moves["generate"]()]
-        made.shutdown()
-        dist.destroy_process_group()
         return told, before == after
 
-    first, second = SimWorld(2, engines="hash").run(program)
+    first, second = with_engine(program, folder, size=2, engines="hash", engine_type=engine)
     assert first == second
     assert first[1]
 
@@ -343,9 +363,8 @@ def test_f17_a_call_of_the_library_that_fails_is_told_to_all_ranks_and_the_engin
 def test_f17_a_rank_that_fails_alone_does_not_wait_for_those_that_wait_for_it(folder):
     told = []
 
-    def program():
-        strategy = strategy_of(folder, BACKENDS["fake"], train_batch_size=2, engine_type="vllm", engine_tp_size=2)
-        made = strategy.setup_inference_engine()
+    def program(strategy):
+        made = strategy.inference_engine
 
         def broken(*args, **kwargs):
             raise RuntimeError("the device is lost")
@@ -359,7 +378,7 @@ def test_f17_a_rank_that_fails_alone_does_not_wait_for_those_that_wait_for_it(fo
         raise caught.value
 
     with pytest.raises(RankFailedError, match="rank 0  waits in all_gather"):
-        SimWorld(2, engines="hash").run(program)
+        with_engine(program, folder, size=2, engines="hash", engine_type="vllm")
     ((message, status, seconds),) = told
     assert "failed on rank 1 of its group (RuntimeError: the device is lost), and rank 0 waits for it" in message
     assert status == "dead"
@@ -367,10 +386,9 @@ def test_f17_a_rank_that_fails_alone_does_not_wait_for_those_that_wait_for_it(fo
 
 
 def test_f17_an_engine_that_one_rank_cannot_mend_is_dead_on_all_and_replaced(folder):
-    def program():
-        strategy = strategy_of(folder, BACKENDS["fake"], train_batch_size=2, engine_type="vllm", engine_tp_size=2)
+    def program(strategy):
         actor, _ = prepared(strategy, folder)
-        made = strategy.setup_inference_engine()
+        made = strategy.inference_engine
 
         def broken(*args, **kwargs):
             raise RuntimeError("the device is lost")
@@ -380,47 +398,37 @@ def test_f17_an_engine_that_one_rank_cannot_mend_is_dead_on_all_and_replaced(fol
         with pytest.raises(WeightSyncError, match="vLLM is dead: a failed update could not be ended"):
             strategy.update_engine_weights(actor)
         status = str(strategy.inference_engine_status)
-        again = strategy.setup_inference_engine(actor=actor)
+        strategy.setup_inference_engine(actor=actor)
         found = len(strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3]]))
-        again.shutdown()
-        dist.destroy_process_group()
         return status, found
 
-    assert SimWorld(2, engines="hash").run(program) == [("dead", 1)] * 2
+    assert with_engine(program, folder, size=2, engines="hash", engine_type="vllm") == [("dead", 1)] * 2
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_f06_verify_knows_every_name_of_the_dtype_of_an_engine(folder, engine):
-    def program():
-        strategy = strategy_of(folder, BACKENDS["fake"], engine_type=engine, engine_options={"dtype": "half"})
+    def program(strategy):
         actor, _ = prepared(strategy, folder)
-        strategy.setup_inference_engine()
         strategy.update_engine_weights(actor, verify=True)
-        found = strategy.inference_engine.weights_dtype
-        strategy.inference_engine.shutdown()
-        dist.destroy_process_group()
-        return found
+        return strategy.inference_engine.weights_dtype
 
-    assert SimWorld(1, engines="hash").run(program) == [torch.float16]
+    settings = {"engine_type": engine, "engine_options": {"dtype": "half"}}
+    assert with_engine(program, folder, size=1, tp_size=1, engines="hash", **settings) == [torch.float16]
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_k07_each_update_is_of_the_actor_that_it_is_given(folder, engine):
-    def program():
-        strategy = strategy_of(folder, BACKENDS["fake"], train_batch_size=2, engine_type=engine, engine_tp_size=2)
+    def program(strategy):
         first, second = prepared(strategy, folder), prepared(strategy, folder)
         trained(strategy, *second)
-        strategy.setup_inference_engine()
         found = []
         for actor in (second[0], first[0], second[0], first[0]):
             strategy.update_engine_weights(actor, verify=True)
             (one,) = strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3, 4]])
             assert gap(actor, one) < 1e-4
             found.append(one.output_token_ids)
-        strategy.inference_engine.shutdown()
-        dist.destroy_process_group()
         return found
 
-    for found in SimWorld(2).run(program):
+    for found in with_engine(program, folder, size=2, engine_type=engine):
         assert found[:2] == found[2:]
         assert found[0] != found[1]

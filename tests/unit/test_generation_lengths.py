@@ -64,3 +64,19 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(tmp_path, monk
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"plot_every needs the package matplotlib.*lightrft\[plots\]"):
         strategy.gather_and_generate({}, all_prompt_token_ids=[[1]])
+
+
+def test_a_plot_that_cannot_be_written_is_an_error_on_all_ranks(tmp_path):
+    (tmp_path / "generation_lengths").write_text("a file in the place of the folder")
+    told = []
+
+    def program():
+        strategy = get_strategy({"strategy": "fake", "train_batch_size": 2, "plot_every": 1, "log_dir": str(tmp_path)})
+        strategy.inference_engine = Counting()
+        with pytest.raises(ConfigError, match="generation lengths were not plotted: rank 0: FileExistsError"):
+            strategy.gather_and_generate({}, all_prompt_token_ids=[[1]])
+        told.append(strategy.get_rank())
+        dist.destroy_process_group()
+
+    SimWorld(2, stall_limit=15).run(program)
+    assert sorted(told) == [0, 1]
