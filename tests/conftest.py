@@ -4,8 +4,8 @@ import gc
 
 import pytest
 
-SELDOM = 300
-"""After as many collections of the middle generation comes one of everything; Python's own number is 10."""
+SELDOM = (7000, 10, 30)
+"""Objects until a collection, and how many of one generation come before one of the next. Python has 700, 10, 10."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -16,5 +16,4 @@ def pytest_collection():
         return (yield)
     finally:
         gc.enable()
-        first, second, _ = gc.get_threshold()
-        gc.set_threshold(first, second, SELDOM)
+        gc.set_threshold(*SELDOM)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from lightrft.errors import CollectiveTimeoutError
 from lightrft.sim import ProcessWorld
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +59,8 @@ def output_of(command, seconds=100):
 def told_by_processes(ranks, script, *args, without=(), seconds=100):
     """What the real processes print that run ``script`` as torchrun would, but with the libraries loaded before.
 
+    As in :func:`output_of`, processes of gloo that hang are ended and tried again.
+
     Args:
         without: environment variables that they do not have.
     """
@@ -73,6 +76,9 @@ def told_by_processes(ranks, script, *args, without=(), seconds=100):
         sys.path.insert(0, os.path.dirname(script))
         runpy.run_path(script, run_name="__main__")
 
+    for _ in range(2):
+        with contextlib.suppress(CollectiveTimeoutError):
+            return _told(ProcessWorld(ranks, limit=seconds), run)
     return _told(ProcessWorld(ranks, limit=seconds), run)
 
 

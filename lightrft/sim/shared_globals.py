@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from lightrft.sim.bytecode import INSIDE, WRITES, uses_of
-from lightrft.sim.contents import Contents, has_containers, is_container, is_instance, mark
+from lightrft.sim.contents import Contents, has_containers, is_container, is_instance
 from lightrft.sim.current import current_task
 from lightrft.sim.patching import Patch
 from lightrft.sim.surveys import (
@@ -32,89 +32,12 @@ from lightrft.sim.surveys import (
     survey_of,
     user_modules,
 )
+from lightrft.sim.watched import Watched, WatchedCache
 
 if TYPE_CHECKING:
     from lightrft.sim.scheduler import Task
 
 __all__ = ["SharedGlobals", "patches"]
-
-_MISSING = object()
-
-
-class _Watched:
-    """A name in some namespace, what it is bound to, and the contents of that."""
-
-    def __init__(self, module: str, name: str, what: str, namespace: Mapping[str, Any], key: str) -> None:
-        self.module = module
-        self.label = f"{module}.{name}"
-        self.what = what
-        self.namespace = namespace
-        self.key = key
-        self.writers: list[int] = []
-        self.reset()
-
-    def reset(self) -> None:
-        value = self.namespace.get(self.key, _MISSING)
-        self.contents = Contents()
-        self.contents.add(value)
-        self.last = mark(value), self.contents.look()
-
-    def changed(self) -> bool:
-        return (mark(self.namespace.get(self.key, _MISSING)), self.contents.look()) != self.last
-
-    def matters(self) -> bool:
-        return True
-
-    def warning(self) -> str:
-        first, second = sorted(self.writers)
-        return (
-            f"{self.label} is one {self.what} for all simulated ranks, and ranks {first} and {second} wrote to it; on "
-            f"a cluster each rank has its own. If that matters, {self._advice()}"
-        )
-
-    def _advice(self) -> str:
-        value = self.namespace.get(self.key)
-        if is_instance(value) and type(value).__module__ != self.module:
-            return "make it inside the function that the ranks run"
-        return _rank_local(self.module)
-
-
-class _WatchedCache:
-    """A function with ``functools.lru_cache`` whose results depend on who calls it."""
-
-    def __init__(self, module: str, name: str, cached: Any, reads: str) -> None:
-        self.module = module
-        self.label = f"{module}.{name}"
-        self.contents = Contents()
-        self.namespace: Mapping[str, Any] = {}
-        self.key = ""
-        self.writers: list[int] = []
-        self._reads = reads
-        self.info = cached.cache_info
-        self._hits = self.info().hits
-        self.reset()
-
-    def reset(self) -> None:
-        self.last = self.info()
-
-    def changed(self) -> bool:
-        return bool(self.info() != self.last)
-
-    def matters(self) -> bool:
-        """Whether any result was given out a second time."""
-        return bool(self.info().hits > self._hits)
-
-    def warning(self) -> str:
-        first, second = sorted(self.writers)
-        return (
-            f"{self.label} caches its results for all simulated ranks, and ranks {first} and {second} called it, "
-            f"though it depends on {self._reads}; on a cluster each rank has a cache of its own. If that matters, "
-            f"{_rank_local(self.module)}"
-        )
-
-
-def _rank_local(module: str) -> str:
-    return f"run with SimWorld(rank_local=[{module!r}]) or --rank-local {module}"
 
 
 class SharedGlobals:
@@ -126,9 +49,9 @@ class SharedGlobals:
 
     def __init__(self, is_local: Callable[[str], bool]) -> None:
         self._is_local = is_local
-        self._known: dict[str, _Watched | _WatchedCache] = {}
-        self._watched: list[_Watched | _WatchedCache] = []
-        self._found: list[_Watched | _WatchedCache] = []
+        self._known: dict[str, Watched | WatchedCache] = {}
+        self._watched: list[Watched | WatchedCache] = []
+        self._found: list[Watched | WatchedCache] = []
         self._modules = 0
         self._main: Any = None
         self._importing: dict[Task, int] = {}
@@ -202,7 +125,7 @@ class SharedGlobals:
                 names.setdefault(id(watched.namespace), (watched.namespace, []))[1].append(watched.key)
             elif watched.key:
                 self._absent.append((watched.key, watched.namespace))
-        self._caches = [watched.info for watched in self._watched if isinstance(watched, _WatchedCache)]
+        self._caches = [watched.info for watched in self._watched if isinstance(watched, WatchedCache)]
         self._bound = [(itemgetter(keys[0], *keys), namespace) for namespace, keys in names.values()]
         self._last = self._glance()
 
@@ -275,16 +198,16 @@ class _Candidates:
         same = self._all is everything and self._own is survey_of(module) and self._parts is parts
         return same and self._name == name
 
-    def find(self, known: Mapping[str, Any]) -> Iterator[_Watched | _WatchedCache]:
+    def find(self, known: Mapping[str, Any]) -> Iterator[Watched | WatchedCache]:
         """Those that are not ``known`` yet by their labels."""
         for what, name, namespace, key in (*self._surely, *self._with_contents(), *self._of_functions()):
             if f"{self._name}.{name}" not in known:
-                yield _Watched(self._name, name, what, namespace, key)
+                yield Watched(self._name, name, what, namespace, key)
         for name, member in self._parts.caches:
             if f"{self._name}.{name}" not in known:
                 reads = rank_read_by(member.__wrapped__)
                 if reads:
-                    yield _WatchedCache(self._name, name, member, reads)
+                    yield WatchedCache(self._name, name, member, reads)
 
     def _globals(self) -> Iterator[tuple[_Place, bool]]:
         """Globals, and whether they may be bound anew; of those that may not, the contents may be written to."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
+import time
 import warnings
 
 import pytest
@@ -239,3 +241,88 @@ def chooses(key):
 )
 def test_reading_a_container_is_told_from_writing_to_it(function, level):
     assert uses_of(function.__code__).names["X"] == level
+
+
+EMPTY = """
+import threading
+import time
+
+KEPT = LOCK = None
+
+class Box:
+    kept = None
+
+def keep(place, rank):
+    place.append(rank)
+
+def in_global(rank):
+    KEPT.append(rank)
+
+def in_class(rank):
+    Box.kept.append(rank)
+
+def in_function(rank):
+    keep.kept.append(rank)
+
+def in_default(rank):
+    remember(rank)
+
+def waits(rank):
+    wait(1e6)
+
+def locks(rank):
+    with LOCK:
+        time.sleep(1)
+"""
+
+REMEMBER = """
+def remember(rank, kept=[]):
+    kept.append(rank)
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module of the user's, of which a run has found nothing to watch."""
+    (tmp_path / "bound_anew.py").write_text(EMPTY)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("bound_anew")
+    del sys.modules["bound_anew"]
+
+
+def binds_a_global(module):
+    module.KEPT = []
+    return module.in_global, "bound_anew.KEPT is one global"
+
+
+def binds_a_class_attribute(module):
+    module.Box.kept = []
+    return module.in_class, "bound_anew.Box.kept is one class attribute"
+
+
+def binds_an_attribute_of_a_function(module):
+    module.keep.kept = []
+    return module.in_function, "bound_anew.keep.kept is one function attribute"
+
+
+def binds_a_function(module):
+    code = compile(REMEMBER, module.__file__, "exec")
+    exec(code, vars(module))
+    return module.in_default, "bound_anew.remember(kept=...) is one default argument"
+
+
+@pytest.mark.parametrize(
+    "bind", [binds_a_global, binds_a_class_attribute, binds_an_attribute_of_a_function, binds_a_function]
+)
+def test_what_is_bound_anew_between_runs_is_watched(module, bind):
+    assert warnings_of(lambda rank: None) == []
+    write, expected = bind(module)
+    (found,) = warnings_of(write)
+    assert found.startswith(expected)
+    assert warnings_of(lambda rank: rank or write(rank)) == []
+
+
+def test_a_lock_and_a_clock_that_a_module_has_got_between_runs_are_simulated(module):
+    assert warnings_of(lambda rank: None) == []
+    module.LOCK, module.wait = threading.Lock(), time.sleep
+    assert warnings_of(module.waits, module.locks) == []  # a million seconds, and no deadlock that nobody sees
