@@ -144,14 +144,14 @@ def test_what_the_model_cannot_read_is_refused(engine, request_, message):
     assert_is(engine, A)
 
 
-def test_F17_an_error_in_the_middle_of_a_batch_leaves_nothing_behind(engine, monkeypatch):
+def test_f17_an_error_in_the_middle_of_a_batch_leaves_nothing_behind(engine, monkeypatch):
     monkeypatch.setattr(adapter, "check_tokens", lambda requests, vocabulary: None)
     with pytest.raises(IndexError):
         generate(engine, [*PROMPTS, [OUTSIDE]], GREEDY | {"temperature": 1, "n": 2})
     assert_is(engine, A)
 
 
-def test_F17_an_engine_that_cannot_be_emptied_is_dead(engine, monkeypatch):
+def test_f17_an_engine_that_cannot_be_emptied_is_dead(engine, monkeypatch):
     def fails():
         raise RuntimeError("out of memory")
 
@@ -165,7 +165,7 @@ def test_F17_an_engine_that_cannot_be_emptied_is_dead(engine, monkeypatch):
 # -- Weights ----------------------------------------------------------------------------------------------------------
 
 
-def test_F20_updates_in_turn_are_each_the_same_as_the_first(engine):
+def test_f20_updates_in_turn_are_each_the_same_as_the_first(engine):
     found = {}
     for turn in range(3):
         for name, model in (("B", B), ("A", A)):

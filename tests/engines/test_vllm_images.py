@@ -83,7 +83,7 @@ def update(engine, folder):
 
 @pytest.mark.parametrize("turn", range(2))
 @pytest.mark.parametrize("which", [1, 0])
-def test_K06_F05_each_prompt_is_completed_for_its_own_images_with_the_present_weights(engine, folders, which, turn):
+def test_k06_f05_each_prompt_is_completed_for_its_own_images_with_the_present_weights(engine, folders, which, turn):
     update(engine, folders[which])
     one, none, two, other, film = engine.generate(MIXED, GREEDY)
     model = MODELS[which]

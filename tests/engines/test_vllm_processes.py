@@ -214,7 +214,7 @@ def rollout(folder):
     return first, second, third, str(asleep)
 
 
-def test_K05_f01_a_strategy_generates_and_updates_with_its_ranks(two_lives):
+def test_k05_f01_a_strategy_generates_and_updates_with_its_ranks(two_lives):
     (_, (first, second, third, asleep)), (_, (nothing, other, another, also)) = two_lives
     assert [one.prompt_token_ids for one in first] == [tuple(prompt) for prompt in PROMPTS]
     assert nothing == []

@@ -96,7 +96,7 @@ def _loads(stage, folder):
 
 
 @pytest.mark.parametrize(("saving", "loading"), [(1, 3), (3, 2)])
-def test_F19_processes_go_on_from_what_simulated_ranks_saved_and_the_other_way_round(saving, loading, tmp_path):
+def test_f19_processes_go_on_from_what_simulated_ranks_saved_and_the_other_way_round(saving, loading, tmp_path):
     """The optimizers differ: simulated ranks have DeepSpeed's fused one, a machine without CUDA has PyTorch's."""
     for worlds, name in (((SimWorld(4), ProcessWorld(2)), "there"), ((ProcessWorld(2), SimWorld(1)), "back")):
         folder = str(tmp_path / name)

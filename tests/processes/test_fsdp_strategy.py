@@ -18,7 +18,7 @@ def on(world, ranks, program, *args):
     return world(ranks).run(fsdp.ending, program, *args)
 
 
-def test_F13_training_equals_one_plain_process():
+def test_f13_training_equals_one_plain_process():
     expected = fsdp.plain("qwen2")
     for found in on(ProcessWorld, 2, fsdp.trains, "qwen2", 2, {}):
         torch.testing.assert_close(found["norms"], expected["norms"], rtol=1e-5, atol=0)
@@ -26,7 +26,7 @@ def test_F13_training_equals_one_plain_process():
 
 
 @pytest.mark.parametrize("settings", [{}, MASTERS])
-def test_F19_processes_read_what_simulated_ranks_wrote_and_the_other_way_round(settings, tmp_path):
+def test_f19_processes_read_what_simulated_ranks_wrote_and_the_other_way_round(settings, tmp_path):
     written = {
         world: on(world, 2, fsdp.saves, str(tmp_path / world.__name__), settings) for world in (SimWorld, ProcessWorld)
     }

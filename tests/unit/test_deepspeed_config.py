@@ -26,7 +26,7 @@ def test_the_stage_is_that_of_the_config(stage):
 
 
 @pytest.mark.parametrize(("max_norm", "told"), [(0, 0.0), (0.5, 0.5), (1.0, 1.0)])
-def test_K03_clipping_is_always_told_since_deepspeed_clips_at_1_otherwise(max_norm, told):
+def test_k03_clipping_is_always_told_since_deepspeed_clips_at_1_otherwise(max_norm, told):
     assert training(max_norm=max_norm)["gradient_clipping"] == told
 
 
@@ -41,7 +41,7 @@ def test_precision_is_told():
     assert training(fp16=True)["fp16"] == {"enabled": True}
 
 
-def test_K24_each_flag_of_deepspeed_is_told():
+def test_k24_each_flag_of_deepspeed_is_told():
     assert training(overlap_comm=True)["zero_optimization"]["overlap_comm"] is True
     assert training()["zero_optimization"]["overlap_comm"] is False
     assert training(adam_offload=True)["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
@@ -90,7 +90,7 @@ def test_frozen_models_are_spread_at_stage_3_or_if_ranks_shall_share_them(stage,
     assert evaluation_stage(StrategyConfig(zero_stage=stage), shard_size) == expected
 
 
-def test_K19_a_model_that_is_trained_is_spread_over_all_ranks():
+def test_k19_a_model_that_is_trained_is_spread_over_all_ranks():
     with pytest.raises(ConfigError, match="use -1 or 4, or FSDP"):
         training(shard_size=2)
 

@@ -72,7 +72,7 @@ def _goes_back(stage, offload, folder):
 
 @STAGES
 @pytest.mark.parametrize("offload", [False, True])
-def test_F18_after_going_back_to_the_start_the_optimizer_has_no_states_of_later_steps(stage, offload, tmp_path):
+def test_f18_after_going_back_to_the_start_the_optimizer_has_no_states_of_later_steps(stage, offload, tmp_path):
     assert run(2, _goes_back, stage, offload, tmp_path) == 0
 
 
@@ -172,7 +172,7 @@ def _loads(stage, folder, patch):
 
 
 @STAGES
-def test_K10_a_file_that_is_damaged_for_one_rank_is_an_error_on_all_and_changes_nothing(stage, tmp_path, monkeypatch):
+def test_k10_a_file_that_is_damaged_for_one_rank_is_an_error_on_all_and_changes_nothing(stage, tmp_path, monkeypatch):
     broken = _on_rank(1, saved._load, _damaged)
     assert run(2, _loads, stage, tmp_path, lambda: monkeypatch.setattr(saved, "_load", broken)) == 0
 
@@ -193,12 +193,12 @@ def _saves(stage, folder, rank, frozen, patch):
 
 @STAGES
 @pytest.mark.parametrize(("name", "rank"), [("torch.save", 0), ("torch.save", 1), ("shutil.copyfile", 0)])
-def test_K10_a_disk_that_is_full_for_one_rank_is_an_error_on_all(stage, name, rank, tmp_path, monkeypatch):
+def test_k10_a_disk_that_is_full_for_one_rank_is_an_error_on_all(stage, name, rank, tmp_path, monkeypatch):
     _fails_to_save(stage, name, rank, tmp_path, monkeypatch, frozen=False)
 
 
 @STAGES
-def test_K10_a_frozen_model_that_cannot_be_written_is_an_error_on_all(stage, tmp_path, monkeypatch):
+def test_k10_a_frozen_model_that_cannot_be_written_is_an_error_on_all(stage, tmp_path, monkeypatch):
     _fails_to_save(stage, "torch.save", 0, tmp_path, monkeypatch, frozen=True)
 
 

@@ -118,7 +118,7 @@ def _drops(stage, offload, partial):
 
 @STAGES
 @OFFLOADS
-def test_K04_dropped_micro_batches_leave_nothing_behind(stage, offload):
+def test_k04_dropped_micro_batches_leave_nothing_behind(stage, offload):
     dropped, found = run(2, _drops, stage, offload, 2)
     assert dropped == 2
     none, expected = run(2, _drops, stage, offload, 0)
@@ -151,7 +151,7 @@ def _overflows(stage, offload):
 
 @STAGES
 @OFFLOADS
-def test_K17_a_step_that_overflows_on_one_rank_moves_neither_weights_nor_scheduler(stage, offload):
+def test_k17_a_step_that_overflows_on_one_rank_moves_neither_weights_nor_scheduler(stage, offload):
     rates, norms = run(2, _overflows, stage, offload)
     assert rates == [0.05, 0.05, 0.025]
     assert norms[1] == float("inf")
@@ -177,7 +177,7 @@ def _mixed(stage, settings):
     ],
     ids=str,
 )
-def test_K17_precisions_and_offload_go_together(stage, settings):
+def test_k17_precisions_and_offload_go_together(stage, settings):
     losses, dtypes = run(2, _mixed, stage, settings)
     expected = _exact()
     assert dtypes == {torch.bfloat16 if settings.get("bf16") else torch.float16}
@@ -226,7 +226,7 @@ def _optimizers(stage):
 
 
 @STAGES
-def test_K30_matrices_decay_and_vectors_do_not_before_and_after_prepare(stage):
+def test_k30_matrices_decay_and_vectors_do_not_before_and_after_prepare(stage):
     sizes, decays, later, moved, rate = run(2, _optimizers, stage)
     matrices = sum(parameter.dim() > 1 for parameter in tiny.transformer().parameters())
     vectors = sum(parameter.dim() == 1 for parameter in tiny.transformer().parameters())
@@ -379,7 +379,7 @@ def _shard_sizes(stage):
 
 
 @STAGES
-def test_K19_shard_sizes_that_deepspeed_cannot_do_are_refused(stage):
+def test_k19_shard_sizes_that_deepspeed_cannot_do_are_refused(stage):
     run(4, _shard_sizes, stage)
 
 

@@ -44,7 +44,7 @@ def _shards(strategy, shard_size, training):
 @pytest.mark.parametrize(("fake", "real"), [("fake, as DeepSpeed", "ZeRO-2"), ("fake, as FSDP", "FSDP")])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("shard_size", [-1, 0, 1, 2, 3, 4, 8])
-def test_K19_shard_sizes_are_refused_as_they_are_by_what_is_mirrored(fake, real, shard_size, training):
+def test_k19_shard_sizes_are_refused_as_they_are_by_what_is_mirrored(fake, real, shard_size, training):
     found = run(4, _shards, fake, shard_size, training)
     assert found == run(4, _shards, real, shard_size, training)
     fits = shard_size in {-1, 4} or (shard_size in {1, 2} and not (training and real == "ZeRO-2"))
@@ -74,7 +74,7 @@ def _branches(strategy, ranks):
 
 @EVERY
 @pytest.mark.parametrize("rank", [0, 1])
-def test_F11_a_parameter_that_the_loss_reaches_on_one_rank_alone_is_an_error(name, rank):
+def test_f11_a_parameter_that_the_loss_reaches_on_one_rank_alone_is_an_error(name, rank):
     with pytest.raises((CollectiveMismatchError, RankFailedError), match="differ|sometimes"):
         run(2, _branches, name, [rank])
 
@@ -106,7 +106,7 @@ def _resumed(strategy, folder, options):
 
 @EVERY
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_K15_the_settings_of_the_optimizer_are_restored_at_any_number_of_ranks(name, size, tmp_path):
+def test_k15_the_settings_of_the_optimizer_are_restored_at_any_number_of_ranks(name, size, tmp_path):
     run(2, _changed, name, tmp_path)
     expected = [(0.125, (0.5, 0.75), 1e-3), (0.25, (0.5, 0.75), 1e-3)]
     assert run(size, _resumed, name, tmp_path, {}) == [expected] * size
@@ -161,7 +161,7 @@ def _unreadable(strategy, folder, patch):
 
 
 @pytest.mark.parametrize(("name", "reads"), [("fake, as DeepSpeed", "_load"), ("fake, as FSDP", "_read_dcp")])
-def test_K10_a_file_that_one_rank_cannot_read_is_an_error_on_all(name, reads, tmp_path, monkeypatch):
+def test_k10_a_file_that_one_rank_cannot_read_is_an_error_on_all(name, reads, tmp_path, monkeypatch):
     works = getattr(fake_checkpoints, reads)
 
     def read(path):

@@ -32,7 +32,7 @@ def on(ranks, program, *args):
 
 
 @pytest.mark.parametrize(("ranks", "others"), [(1, 4), (2, 1), (4, 2)])
-def test_F19_a_checkpoint_loads_at_another_number_of_ranks(ranks, others, tmp_path):
+def test_f19_a_checkpoint_loads_at_another_number_of_ranks(ranks, others, tmp_path):
     expected = on(ranks, fsdp.saves, str(tmp_path), {})[0]
     for found in on(others, fsdp.loads, str(tmp_path), {}):
         same(found["saved"], expected["saved"], what="loaded", within=0.0)
@@ -42,7 +42,7 @@ def test_F19_a_checkpoint_loads_at_another_number_of_ranks(ranks, others, tmp_pa
 
 
 @pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"bf16": True, "use_mp_opt": True}, FP16_MASTERS])
-def test_F18_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(settings, tmp_path):
+def test_f18_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(settings, tmp_path):
     expected = on(2, fsdp.saves, str(tmp_path), settings)[0]
     found = on(2, fsdp.loads, str(tmp_path), settings)[0]
     assert found["after"] == expected["after"]
@@ -105,7 +105,7 @@ def _without_optimizer(folder):
     return str(caught.value)
 
 
-def test_F18_states_are_not_left_out_unnoticed(tmp_path):
+def test_f18_states_are_not_left_out_unnoticed(tmp_path):
     on(2, fsdp.saves, str(tmp_path), {})
     assert "pass load_optimizer_states=False" in on(2, _without_optimizer, str(tmp_path))[0]
 
@@ -122,7 +122,7 @@ def _unreadable(folder, patch):
     return str(caught.value)
 
 
-def test_K10_files_that_one_rank_cannot_read_are_an_error_on_all(tmp_path, monkeypatch):
+def test_k10_files_that_one_rank_cannot_read_are_an_error_on_all(tmp_path, monkeypatch):
     works = fsdp_checkpoint.read_metadata
 
     def read(folder):
@@ -179,7 +179,7 @@ def _adapted():
 
 
 @pytest.mark.parametrize(("settings", "dtype"), [({}, "float32"), ({"bf16": True}, "bfloat16")])
-def test_K18_a_saved_transformers_model_loads_with_from_pretrained(settings, dtype, tmp_path):
+def test_k18_a_saved_transformers_model_loads_with_from_pretrained(settings, dtype, tmp_path):
     expected = on(2, _saves_model, "qwen2", str(tmp_path), settings)[0]
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     said = json.loads((tmp_path / "config.json").read_text())
@@ -216,7 +216,7 @@ def _cannot_write(folder):
     return str(caught.value)
 
 
-def test_K10_a_model_that_rank_0_cannot_write_is_an_error_on_all_ranks(tmp_path):
+def test_k10_a_model_that_rank_0_cannot_write_is_an_error_on_all_ranks(tmp_path):
     (tmp_path / "file").write_text("")
     for message in on(2, _cannot_write, str(tmp_path / "file")):
         assert "the model was not saved" in message
@@ -249,7 +249,7 @@ def _with_group(program, *args):
     return program(*args)
 
 
-def test_K10_weights_that_rank_0_cannot_hold_are_an_error_on_all_after_the_last_was_gathered(tmp_path):
+def test_k10_weights_that_rank_0_cannot_hold_are_an_error_on_all_after_the_last_was_gathered(tmp_path):
     for gathered, message in on(2, _with_group, _cannot_copy, str(tmp_path / "model")):
         assert gathered == ["weight", "bias"]
         assert "rank 0: MemoryError: no memory for a copy" in message

@@ -59,7 +59,7 @@ def _units():
     return units, model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_K18_the_root_holds_what_is_tied_and_keeps_it_tied():
+def test_k18_the_root_holds_what_is_tied_and_keeps_it_tied():
     assert on(2, _units) == [(["", "model.layers.0", "model.layers.1"], True)] * 2
 
 
@@ -84,7 +84,7 @@ def test_consecutive_ranks_share_a_copy_of_the_weights():
 @pytest.mark.parametrize(
     ("kind", "ranks", "accumulation"), [("plain", 1, 4), ("qwen2", 2, 2), ("actor", 2, 1), ("actor", 4, 1)]
 )
-def test_F13_losses_are_averaged_the_same_however_a_batch_is_split(kind, ranks, accumulation):
+def test_f13_losses_are_averaged_the_same_however_a_batch_is_split(kind, ranks, accumulation):
     expected = fsdp.plain(kind)
     for found in on(ranks, fsdp.trains, kind, accumulation, {}):
         torch.testing.assert_close(found["norms"], expected["norms"], rtol=1e-5, atol=0)
@@ -123,7 +123,7 @@ def _clipped(max_norm):
     return norm, float(moved)
 
 
-def test_K03_clipping_is_by_one_norm_over_all_groups():
+def test_k03_clipping_is_by_one_norm_over_all_groups():
     for norm, moved in on(2, _clipped, 0.1):
         assert norm > 0.2
         assert moved == pytest.approx(0.1, rel=1e-3)
@@ -132,7 +132,7 @@ def test_K03_clipping_is_by_one_norm_over_all_groups():
 
 
 @pytest.mark.parametrize("settings", [{}, {"bf16": True}])
-def test_K04_a_dropped_accumulation_leaves_no_gradient(settings):
+def test_k04_a_dropped_accumulation_leaves_no_gradient(settings):
     assert on(2, _norms_of_first_step, settings, True) == on(2, _norms_of_first_step, settings, False)
 
 
@@ -228,7 +228,7 @@ def _overflows(settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_mp_opt": True}, {"use_mp_opt": True, "fsdp_cpu_offload": True}])
-def test_K17_an_overflow_in_the_shard_of_one_rank_skips_the_step_on_all(settings):
+def test_k17_an_overflow_in_the_shard_of_one_rank_skips_the_step_on_all(settings):
     assert on(2, _overflows, settings) == [([False, True], 0.05)] * 2
 
 
@@ -259,7 +259,7 @@ def _unused(settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"bf16": True, "use_mp_opt": True}])
-def test_K17_a_parameter_without_gradient_stays_and_nothing_fails(settings):
+def test_k17_a_parameter_without_gradient_stays_and_nothing_fails(settings):
     assert on(2, _unused, settings)[0] == (True, ["unused.weight", "unused.bias"])
 
 
