@@ -432,3 +432,11 @@ def test_k07_each_update_is_of_the_actor_that_it_is_given(folder, engine):
     for found in with_engine(program, folder, size=2, engine_type=engine):
         assert found[:2] == found[2:]
         assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_k05_all_ranks_know_whether_their_engine_takes_seeds(folder, engine):
+    found = with_engine(
+        lambda strategy: strategy.inference_engine.takes_seeds, folder, engines="hash", engine_type=engine
+    )
+    assert found == [engine == "vllm"] * SIZE

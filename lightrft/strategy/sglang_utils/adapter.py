@@ -44,11 +44,12 @@ def start(settings: EngineSettings) -> SGLangEngine:
     ranks = Ranks(settings.group) if settings.group is not None else Ranks(rank=0, world_size=1)
     files = ModelFiles.of(settings.model)
     launched = None
-    with ranks.together("SGLang was not started", ConfigError):
+    with ranks.together("SGLang was not started", ConfigError) as outcome:
         sglang = library(settings.device)
         if ranks.rank == 0:
             launched = launch(sglang, settings, files)
-    return SGLangEngine(settings, ranks, files, sglang, launched)
+            outcome.mine = launched.seeds
+    return SGLangEngine(settings, ranks, files, sglang, launched, takes_seeds=outcome.all[0])
 
 
 class SGLangEngine(StatefulEngine):
@@ -63,10 +64,18 @@ class SGLangEngine(StatefulEngine):
         files: of its model.
         sglang: the module.
         launched: the engine, on the first rank.
+        takes_seeds: whether it was started to draw by seeds.
     """
 
     def __init__(
-        self, settings: EngineSettings, ranks: Ranks, files: ModelFiles, sglang: Any, launched: Launched | None
+        self,
+        settings: EngineSettings,
+        ranks: Ranks,
+        files: ModelFiles,
+        sglang: Any,
+        launched: Launched | None,
+        *,
+        takes_seeds: bool,
     ) -> None:
         super().__init__("SGLang")
         self._sglang = sglang
@@ -74,6 +83,7 @@ class SGLangEngine(StatefulEngine):
         self._ranks = ranks
         self._files = files
         self._launched = launched
+        self._takes_seeds = takes_seeds
         self._dtype = str(settings.options.get("dtype", settings.dtype))
         self._released: list[str] = []
         self._in_session = False
@@ -86,15 +96,15 @@ class SGLangEngine(StatefulEngine):
 
     @property
     def takes_seeds(self) -> bool:
-        """Whether SGLang was started to draw by seeds; of a rank that does not generate, whatever."""
-        return self._launched is None or self._launched.seeds
+        """Whether SGLang was started to draw by seeds; the same on all ranks."""
+        return self._takes_seeds
 
     def _generate(self, requests: list[Request], params: SamplingParams) -> list[Completion]:
         if self._launched is None:
             raise EngineStateError("SGLang runs on the first rank of its group, which generates for all of them")
         if params.max_tokens is None:
             params = dataclasses.replace(params, max_tokens=self._settings.max_tokens)
-        if params.seed is not None and params.temperature > 0 and not self._launched.seeds:
+        if params.seed is not None and params.temperature > 0 and not self._takes_seeds:
             raise ConfigError(
                 f"seed={params.seed}: SGLang draws by the seed of a request only if it was started with "
                 "engine_options={'enable_deterministic_inference': True}, which its attention backends for CPUs lack"
