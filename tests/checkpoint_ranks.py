@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+import simulated_ranks
 
-from lightrft.sim import SimWorld
 from lightrft.strategy.utils.checkpoints import CheckpointFolder
 
 SIZES = [1, 2, 4]
@@ -48,16 +48,7 @@ def leftovers(save_dir):
     return sorted(path.name for path in Path(save_dir).iterdir() if path.name.startswith("."))
 
 
-def on_ranks(size, body, **options):
-    """Run ``body()`` on ``size`` ranks that have a group; what it returns, by rank."""
-
-    def main():
-        dist.init_process_group("gloo")
-        result = body()
-        dist.destroy_process_group()
-        return result
-
-    return SimWorld(size, stall_limit=15, **options).run(main)
+on_ranks = partial(simulated_ranks.on_ranks, stall_limit=15)
 
 
 def caught(body):

@@ -1,33 +1,11 @@
-"""Values that collectives are tested with, and the ranks that run them."""
+"""Values that collectives are tested with, and what they make of them."""
 
 import torch
 import torch.distributed as dist
-
-from lightrft.sim import SimWorld
+from simulated_ranks import all_gather_single, reduce_scatter_single
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-
-
 NUMBERS = [*FLOATS, torch.int64, torch.int32, torch.int8, torch.uint8]
-
-
-# torch 2.13 renamed them; torch 2.11 and 2.12 know the old names only
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-def on_ranks(size, body, *, backend="gloo", **options):
-    """Run ``body()`` on ``size`` ranks that have a group; what it returns, by rank."""
-
-    def main():
-        dist.init_process_group(backend)
-        result = body()
-        dist.destroy_process_group()
-        return result
-
-    return SimWorld(size, **options).run(main)
 
 
 def values(owner, shape, dtype):

@@ -9,17 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from simulated_ranks import all_gather_single, reduce_scatter_single
 from torch import multiprocessing
 
 from lightrft.sim import SimWorld
 
 pytestmark = pytest.mark.gpu
 
+
 # torch 2.13 gave these two new names
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
 def collective_results(device: str) -> list[torch.Tensor]:
     """Collectives on whole numbers, which every order of adding sums exactly; this rank's results, on the CPU."""
     rank, size = dist.get_rank(), dist.get_world_size()

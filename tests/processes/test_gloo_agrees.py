@@ -13,14 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as fc
 import torch.distributed.nn.functional as dnn
+from simulated_ranks import all_gather_single, reduce_scatter_single
 
 from lightrft.sim import ProcessWorld, SimWorld
 
 SIZE = 3
 ALL = list(range(SIZE))
-
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 DTYPES = [
     torch.float64,

@@ -9,27 +9,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from simulated_ranks import all_gather_single, on_ranks, reduce_scatter_single
 from torch.distributed import distributed_c10d
 
 from lightrft.errors import CollectiveTimeoutError, DeadlockError, RankFailedError, RefusedError, UnfinishedError
 from lightrft.sim import SimWorld, works
 
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 SEEDS = range(6)
-
-
-def on_ranks(size, body, *, backend="gloo", **options):
-    """Run ``body()`` on ``size`` ranks that have a group; what it returns, by rank."""
-
-    def main():
-        dist.init_process_group(backend)
-        result = body()
-        dist.destroy_process_group()
-        return result
-
-    return SimWorld(size, **options).run(main)
 
 
 class Issued(NamedTuple):

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
-from collective_values import on_ranks
+from simulated_ranks import on_ranks
 
 from lightrft.errors import RankFailedError
 

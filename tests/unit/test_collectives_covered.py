@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from collective_values import MOVES, check_reductions, on_ranks, send_and_receive, values
+from collective_values import MOVES, check_reductions, send_and_receive, values
+from simulated_ranks import on_ranks
 from torch.distributed import distributed_c10d as c10d
 
 from lightrft.errors import RankFailedError

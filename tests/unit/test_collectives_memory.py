@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from collective_values import all_gather_single, on_ranks, reduce_scatter_single
+from simulated_ranks import all_gather_single, on_ranks, reduce_scatter_single
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 

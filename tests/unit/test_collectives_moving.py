@@ -6,9 +6,10 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from collective_values import MOVES, NUMBERS, all_gather_single, on_ranks, reduce_scatter_single, values
+from collective_values import MOVES, NUMBERS, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated_ranks import all_gather_single, on_ranks, reduce_scatter_single
 from torch.distributed import distributed_c10d as c10d
 
 from lightrft.errors import RankFailedError

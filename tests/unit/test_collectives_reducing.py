@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
-from collective_values import NUMBERS, check_reductions, on_ranks, reduce_scatter_single
+from collective_values import NUMBERS, check_reductions
+from simulated_ranks import on_ranks, reduce_scatter_single
 
 
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])

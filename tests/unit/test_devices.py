@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from simulated_ranks import all_gather_single, reduce_scatter_single
 
 from lightrft.errors import CollectiveMismatchError, RankFailedError, RefusedError
 from lightrft.sim import SimWorld, process_group
@@ -10,9 +11,6 @@ from lightrft.sim.process_group import SimProcessGroup
 
 SIZE = 3
 SCHEDULES = [{}, *({"schedule": "random", "seed": seed} for seed in range(3))]
-
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def on_ranks(body, size=SIZE, backend="gloo", **options):

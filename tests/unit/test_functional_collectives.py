@@ -7,26 +7,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as fc
 import torch.distributed.nn.functional as dnn
+from simulated_ranks import on_ranks
 
 from lightrft.errors import DeadlockError, RankFailedError
-from lightrft.sim import SimWorld, works
+from lightrft.sim import works
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch 2.13 renames some of them
 
 SIZE = 3
 RANKS = list(range(SIZE))
-
-
-def on_ranks(size, body, *, backend="gloo", **options):
-    """Run ``body()`` on ``size`` ranks that have a group; what it returns, by rank."""
-
-    def main():
-        dist.init_process_group(backend)
-        result = body()
-        dist.destroy_process_group()
-        return result
-
-    return SimWorld(size, **options).run(main)
 
 
 def mine(count=2, scale=1.0):

@@ -6,29 +6,16 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from simulated_ranks import results_and_collectives
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from lightrft.errors import ConfigError
-from lightrft.sim import SimWorld
 from lightrft.strategy.utils.gradients import clip_by_global_norm, global_norm
 
 NORMS = [1.0, 2.0, 3.0, math.inf]
-
-
-def on_ranks(size, body):
-    """Run ``body()`` on ``size`` ranks that have a group; the results by rank, and rank 0's collectives."""
-
-    def main():
-        dist.init_process_group("gloo")
-        result = body()
-        dist.destroy_process_group()
-        return result
-
-    world = SimWorld(size, stall_limit=15)
-    return world.run(main), [event.operation for event in world.trace if event.rank == 0]
 
 
 def network():
@@ -119,7 +106,7 @@ def test_k03_the_norm_is_that_of_one_process(layout, size, norm_type):
         give_gradients(model, whole_gradients())
         return global_norm(model.parameters(), norm_type)
 
-    norms, _ = on_ranks(size, body)
+    norms, _ = results_and_collectives(size, body)
     assert norms == [pytest.approx(expected_norm(norm_type), rel=1e-6)] * size
     assert len(set(norms)) == 1
 
@@ -134,7 +121,7 @@ def test_k03_the_norm_takes_one_collective_if_something_is_sharded_and_none_othe
         clip_by_global_norm(model.parameters(), 0.1)
         dist.barrier()
 
-    collectives = on_ranks(size, body)[1]
+    collectives = results_and_collectives(size, body)[1]
     first = collectives.index("barrier")
     last = len(collectives) - 1 - collectives[::-1].index("barrier")
     assert collectives[first + 1 : last] == ["all_reduce"] * (layout is not plain)
@@ -155,7 +142,7 @@ def test_k03_clipping_is_that_of_torch(layout, size, max_norm):
         before = clip_by_global_norm(model.parameters(), max_norm)
         return before, {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
-    for before, gradients in on_ranks(size, body)[0]:
+    for before, gradients in results_and_collectives(size, body)[0]:
         assert before == pytest.approx(norm, rel=1e-6)
         assert list(gradients) == list(expected)
         for name, gradient in gradients.items():
@@ -173,7 +160,7 @@ def test_k03_torch_clips_fsdp_parameters_alike(size):
         pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
         return mine, theirs, [(whole(a.grad), whole(b.grad)) for a, b in pairs if a.grad is not None]
 
-    for mine, theirs, pairs in on_ranks(size, body)[0]:
+    for mine, theirs, pairs in results_and_collectives(size, body)[0]:
         assert mine == pytest.approx(theirs, rel=1e-6)
         assert len(pairs) == 4
         for left, right in pairs:
@@ -198,7 +185,7 @@ def test_k03_gradients_of_a_real_backward_pass_have_the_norm_of_one_process():
         loss(model, inputs.chunk(4)[dist.get_rank()]).backward()
         return global_norm(model.parameters())
 
-    assert on_ranks(4, body)[0] == [pytest.approx(expected, rel=1e-5)] * 4
+    assert results_and_collectives(4, body)[0] == [pytest.approx(expected, rel=1e-5)] * 4
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -212,7 +199,7 @@ def test_k03_zero_never_clips_and_the_norm_is_reported_all_the_same(layout, size
         after = [whole(p.grad) for p in model.parameters() if p.grad is not None]
         return norm, all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
-    assert on_ranks(size, body)[0] == [(pytest.approx(expected_norm(2.0, 1e4), rel=1e-6), True)] * size
+    assert results_and_collectives(size, body)[0] == [(pytest.approx(expected_norm(2.0, 1e4), rel=1e-6), True)] * size
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -229,7 +216,7 @@ def test_k03_a_norm_that_is_not_finite_is_reported_and_leaves_the_gradients_alon
         alike = all(torch.equal(after[name], gradients[name]) for name in gradients if name != "b.weight")
         return str(norm), alike, len(after)
 
-    assert on_ranks(2, body)[0] == [(str(value), True, 4)] * 2
+    assert results_and_collectives(2, body)[0] == [(str(value), True, 4)] * 2
 
 
 def test_k03_parameters_that_are_given_twice_count_once():
@@ -250,7 +237,7 @@ def test_k03_the_norm_spans_the_parameters_of_several_optimizers():
 def test_k03_without_any_gradient_the_norm_is_zero():
     assert [global_norm(network().parameters(), norm_type) for norm_type in NORMS] == [0.0] * 4
     assert clip_by_global_norm([], 1.0) == 0.0
-    assert on_ranks(2, lambda: global_norm(sharded(network()).parameters()))[0] == [0.0, 0.0]
+    assert results_and_collectives(2, lambda: global_norm(sharded(network()).parameters()))[0] == [0.0, 0.0]
 
 
 def test_k03_a_rank_whose_shard_is_empty_takes_part():
@@ -259,7 +246,7 @@ def test_k03_a_rank_whose_shard_is_empty_takes_part():
         model.weight.grad = distribute_tensor(torch.tensor([[3.0, 4.0]]), model.weight.device_mesh, [Shard(0)])
         return [clip_by_global_norm(model.parameters(), 1.0, norm_type) for norm_type in (2.0, math.inf)]
 
-    assert on_ranks(4, body)[0] == [[pytest.approx(5.0), pytest.approx(0.8)]] * 4
+    assert results_and_collectives(4, body)[0] == [[pytest.approx(5.0), pytest.approx(0.8)]] * 4
 
 
 def test_k03_a_partial_sum_counts_with_its_value():
@@ -270,7 +257,7 @@ def test_k03_a_partial_sum_counts_with_its_value():
         parameter.grad = DTensor.from_local(local, mesh, [Partial()])
         return global_norm([parameter])
 
-    assert on_ranks(2, body)[0] == [pytest.approx(5.0)] * 2
+    assert results_and_collectives(2, body)[0] == [pytest.approx(5.0)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -4,10 +4,13 @@ import inspect
 import os
 import time
 from datetime import timedelta
+from functools import partial
 
 import pytest
+import simulated_ranks
 import torch
 import torch.distributed as dist
+from simulated_ranks import all_gather_single
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -20,19 +23,7 @@ from lightrft.errors import (
 )
 from lightrft.sim import SimWorld
 
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-def on_ranks(size, body, *, backend="nccl", **options):
-    """Run ``body()`` on ``size`` ranks that have a group; what it returns, by rank."""
-
-    def main():
-        dist.init_process_group(backend)
-        result = body()
-        dist.destroy_process_group()
-        return result
-
-    return SimWorld(size, **options).run(main)
+on_ranks = partial(simulated_ranks.on_ranks, backend="nccl")
 
 
 def members(group):

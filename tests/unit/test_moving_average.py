@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from simulated_ranks import results_and_collectives
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -10,19 +11,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from lightrft.errors import ConfigError
 from lightrft.sim import SimWorld
 from lightrft.strategy.utils.moving_average import FineAverages, copy_buffers, update
-
-
-def on_ranks(size, body):
-    """Run ``body()`` on ``size`` ranks that have a group; the results by rank, and rank 0's collectives."""
-
-    def main():
-        dist.init_process_group("gloo")
-        result = body()
-        dist.destroy_process_group()
-        return result
-
-    world = SimWorld(size, stall_limit=15)
-    return world.run(main), [event.operation for event in world.trace if event.rank == 0]
 
 
 def test_an_average_moves_towards_the_parameter_in_place():
@@ -93,7 +81,7 @@ def test_equal_shards_are_averaged_where_they_lie_without_any_collective():
         update([("w", parameter)], [("w", average)], 0.5)
         return average.to_local().tolist()
 
-    assert on_ranks(2, body) == ([[2.0, 2.0]] * 2, [])
+    assert results_and_collectives(2, body) == ([[2.0, 2.0]] * 2, [])
 
 
 def test_whole_and_sharded_tensors_and_other_placements_mix():
@@ -116,7 +104,7 @@ def test_whole_and_sharded_tensors_and_other_placements_mix():
                 results.append((average.full_tensor() if isinstance(average, DTensor) else average).tolist())
         return results
 
-    assert on_ranks(3, body)[0] == [[expected] * 16] * 3
+    assert results_and_collectives(3, body)[0] == [[expected] * 16] * 3
 
 
 def test_a_whole_tensor_finds_its_shards_without_any_collective():
@@ -126,7 +114,7 @@ def test_a_whole_tensor_finds_its_shards_without_any_collective():
         update([("w", torch.arange(4.0))], [("w", average)], 0.5)
         return average.to_local().tolist()
 
-    assert on_ranks(2, body) == ([[0.0, 0.5], [1.0, 1.5]], [])
+    assert results_and_collectives(2, body) == ([[0.0, 0.5], [1.0, 1.5]], [])
 
 
 def test_buffers_are_copied():

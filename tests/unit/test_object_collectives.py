@@ -3,21 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
+from simulated_ranks import on_ranks
 
 from lightrft.errors import DeadlockError, RankFailedError, SimulationError
-from lightrft.sim import SimWorld
-
-
-def on_ranks(size, body, *, backend="gloo", **options):
-    """Run ``body()`` on ``size`` ranks that have a group; what it returns, by rank."""
-
-    def main():
-        dist.init_process_group(backend)
-        result = body()
-        dist.destroy_process_group()
-        return result
-
-    return SimWorld(size, **options).run(main)
 
 
 def thing(rank):

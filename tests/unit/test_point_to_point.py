@@ -6,6 +6,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from simulated_ranks import on_ranks
 
 from lightrft.errors import (
     CollectiveMismatchError,
@@ -16,21 +17,8 @@ from lightrft.errors import (
     SimWarning,
     UnfinishedError,
 )
-from lightrft.sim import SimWorld
 
 SEEDS = range(6)
-
-
-def on_ranks(size, body, *, backend="gloo", **options):
-    """Run ``body()`` on ``size`` ranks that have a group; what it returns, by rank."""
-
-    def main():
-        dist.init_process_group(backend)
-        result = body()
-        dist.destroy_process_group()
-        return result
-
-    return SimWorld(size, **options).run(main)
 
 
 def number(value):

@@ -3,13 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
+from simulated_ranks import all_gather_single, reduce_scatter_single
 
 from lightrft.errors import CollectiveMismatchError, ConfigError, DeadlockError, RankFailedError, RefusedError
 from lightrft.sim import SimWorld
 from lightrft.sim.profiles import COMMON_DTYPES, PROFILES, profile_for
-
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 FNUZ = [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]

@@ -6,11 +6,11 @@ import random
 
 import numpy as np
 import pytest
+import simulated_ranks
 import torch
 import torch.distributed as dist
 
 from lightrft.errors import CheckpointError
-from lightrft.sim import SimWorld
 from lightrft.strategy.utils.checkpoints import CheckpointFolder
 from lightrft.strategy.utils.random_state import (
     capture_random_state,
@@ -40,13 +40,7 @@ def seed(value):
 
 
 def on_ranks(size, body, **options):
-    def main():
-        dist.init_process_group("gloo")
-        result = body(dist.get_rank())
-        dist.destroy_process_group()
-        return result
-
-    return SimWorld(size, stall_limit=15, **options).run(main)
+    return simulated_ranks.on_ranks(size, lambda: body(dist.get_rank()), stall_limit=15, **options)
 
 
 def saved(save_dir, size, seed_of):

@@ -9,15 +9,13 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from simulated_ranks import all_gather_single, reduce_scatter_single
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightrft import cli
 from lightrft.errors import CollectiveMismatchError, DeadlockError, RankFailedError
 from lightrft.sim import SimWorld
 from lightrft.sim.run_report import format_bytes, format_seconds
-
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def session(body, backend="gloo"):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated_ranks import results_and_collectives
 
 from lightrft.errors import ConfigError
 from lightrft.sim import SimWorld
@@ -20,16 +21,7 @@ FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 def on_ranks(size, body, **options):
     """Run ``body(rank)`` on ``size`` ranks that have a group; the results by rank, and the names of the collectives."""
-
-    def main():
-        dist.init_process_group("gloo")
-        result = body(dist.get_rank())
-        dist.destroy_process_group()
-        return result
-
-    world = SimWorld(size, stall_limit=15, **options)
-    results = world.run(main)
-    return results, [event.operation for event in world.trace if event.rank == 0]
+    return results_and_collectives(size, lambda: body(dist.get_rank()), **options)
 
 
 def refused_everywhere(size, body):
