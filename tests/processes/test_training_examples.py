@@ -7,7 +7,7 @@ import signal
 import sys
 
 import pytest
-from launches import kill_with_children, output_of, simulated, start, told_by_processes
+from launches import kill_with_children, output_of, start, told_by_processes, told_by_simulated_ranks
 
 from lightrft.errors import RankFailedError
 
@@ -46,9 +46,15 @@ def steps(told):
 @pytest.mark.parametrize("command", DOCUMENTED)
 def test_a_documented_command_runs_as_it_is_written(command, tmp_path):
     script, flags = DOCUMENTED[command]
-    found = steps(output_of(simulated(8, script, *flags.split(), *LESS, "--log_dir", str(tmp_path)), seconds=250))
+    found = steps(told_by_simulated_ranks(8, script, *flags.split(), *LESS, "--log_dir", str(tmp_path), seconds=250))
     assert found == [(1, 1)]
     assert (tmp_path / "reward.png").exists()
+
+
+@pytest.mark.parametrize("command", DOCUMENTED)
+def test_a_documented_command_runs_in_real_processes(command):
+    script, flags = DOCUMENTED[command]
+    assert steps(told_by_processes(4, script, *flags.split(), *LESS, "--fake_engine", seconds=250)) == [(1, 1)]
 
 
 @pytest.fixture(scope="module")
