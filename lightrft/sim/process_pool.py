@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -33,8 +33,12 @@ _START = (
 _PATIENCE = 120.0
 """Seconds within which the process must answer; loading libraries is the longest that it does."""
 
-FORK_SAFE = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-"""Lets libraries ask torch for GPUs when they are loaded without initialising CUDA, which no fork survives."""
+FORK_SAFE = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""Keeps libraries fit to be forked after they are loaded.
+
+With the first they ask torch for GPUs without initialising CUDA, which no fork survives. With the second pyarrow, which
+pandas, datasets and often transformers load, starts no thread, which no fork has.
+"""
 
 
 class PoolDiedError(SimulationError):
@@ -47,7 +51,7 @@ class Pool:
     def __init__(self, environ: dict[str, str], spoilers: frozenset[str] = frozenset()) -> None:
         self.spoilers = spoilers
         self.owner = os.getpid()
-        self._known: set[str] = set()
+        self._known: dict[str, None] = {}
         self._ends = 0
         self._log = memory_file()
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -78,10 +82,17 @@ class Pool:
         self._process.wait()
         os.close(self._log)
 
-    @property
-    def lives(self) -> bool:
-        """Whether the process can start ranks."""
-        return self.owner == os.getpid() and self._process.poll() is None
+    def is_spoiled(self) -> bool:
+        """Whether something that the process has loaded keeps it from starting ranks; ends those that it has.
+
+        Raises:
+            PoolDiedError: the process is gone.
+        """
+        if self.owner != os.getpid() or self._process.poll() is not None:
+            raise self.death()
+        before = self.spoilers
+        self.end_ranks()
+        return self.spoilers != before
 
     def tell(self, descriptors: Sequence[int] = (), **command: Any) -> None:
         """Give the process a command."""
@@ -117,11 +128,18 @@ class Pool:
 
     def learn(self, outcomes: Sequence[Outcome | None], environ: dict[str, str]) -> None:
         """Have the process load what ranks had to load, for the ranks of later runs."""
-        found = dict.fromkeys(name for outcome in outcomes if outcome is not None for name in outcome.modules)
+        self._load((name for outcome in outcomes if outcome is not None for name in outcome.modules), environ)
+
+    def learn_from(self, other: Pool, environ: dict[str, str]) -> None:
+        """Have the process load what ``other`` knew, in whose place it comes."""
+        self._load(other._known, environ)
+
+    def _load(self, names: Iterable[str], environ: dict[str, str]) -> None:
+        found = dict.fromkeys(names)
         modules = [name for name in found if name not in self._known and name.partition(".")[0] not in self.spoilers]
         if not modules:
             return
-        self._known.update(modules)
+        self._known.update(dict.fromkeys(modules))
         wanted = memory_file(pickle.dumps({"modules": modules, "environ": environ, "path": sys.path}))
         try:
             self.tell([wanted], do="import")
@@ -152,13 +170,25 @@ class SharedPool:
     def borrow(self, backend: str, environ: dict[str, str]) -> Iterator[Pool]:
         """The pool of a backend, for one run: other threads wait until it is over."""
         with self._lock:
-            pool = self._pools.get(backend)
-            if pool is None:
-                pool = self._pools[backend] = Pool(environ)
-            elif not (pool.lives and _is_fit(pool)):
-                pool.close()
-                pool = self._pools[backend] = Pool(environ, pool.spoilers)
-            yield pool
+            yield self._fit_pool(backend, environ)
+
+    def _fit_pool(self, backend: str, environ: dict[str, str]) -> Pool:
+        pool = self._pools.get(backend)
+        try:
+            while pool is not None and pool.is_spoiled():
+                spoiled, pool = pool, self._replace(backend, pool, environ)
+                pool.learn_from(spoiled, environ)
+        except PoolDiedError:  # perhaps of what it loaded: the next one is not told to
+            assert pool is not None
+            pool = self._replace(backend, pool, environ)
+        if pool is None:
+            pool = self._pools[backend] = Pool(environ)
+        return pool
+
+    def _replace(self, backend: str, pool: Pool, environ: dict[str, str]) -> Pool:
+        pool.close()
+        fresh = self._pools[backend] = Pool(environ, pool.spoilers)
+        return fresh
 
     def drop(self) -> None:
         """End the pools, whoever uses them."""
@@ -168,16 +198,6 @@ class SharedPool:
     def forget_lock(self) -> None:
         """In a fork of this process, nobody holds the lock."""
         self._lock = threading.Lock()
-
-
-def _is_fit(pool: Pool) -> bool:
-    """Whether nothing that the pool has loaded keeps it from starting ranks."""
-    before = pool.spoilers
-    try:
-        pool.end_ranks()
-    except PoolDiedError:
-        return False
-    return pool.spoilers == before
 
 
 shared = SharedPool()

@@ -588,6 +588,21 @@ def test_when_this_process_is_killed_all_ranks_die():
     wait_until(lambda: not any(map(is_alive, pids)))
 
 
+def test_libraries_of_data_are_loaded_once_for_all_runs():
+    """pyarrow would start a thread, and with it pandas, datasets and transformers would be left to every rank."""
+
+    def body():
+        before = "datasets" in sys.modules
+        import datasets  # noqa: F401 - it loads pyarrow and pandas
+
+        return before
+
+    with ProcessWorld(1) as world:
+        world.run(body)
+        assert world.run(body) == [True]
+        assert world.run(body) == [True]
+
+
 def test_a_library_that_starts_a_thread_is_left_to_the_ranks(tmp_path):
     site = tmp_path / "site-packages"
     site.mkdir()
@@ -609,4 +624,4 @@ def test_a_library_that_starts_a_thread_is_left_to_the_ranks(tmp_path):
     process = script(source, PYTHONPATH=f"{ROOT}{os.pathsep}{site}")
     out, err = process.communicate(timeout=60)
     assert err == ""
-    assert out == "[[(False, False, 1)], [(False, False, 1)], [(False, True, 1)]]\n"
+    assert out == "[[(False, False, 1)], [(False, True, 1)], [(False, True, 1)]]\n"
