@@ -21,10 +21,6 @@ import time
 from pathlib import Path
 
 import arithmetic
-import torch
-from torch.nn import functional
-
-from lightrft.models import tiny
 
 RANKS, SHOWN, BATCH, RATE = 8, 800, 128, 3e-3
 RIGHT = 0.4
@@ -49,24 +45,29 @@ FLAGS = {
 
 
 def shown(problems, chance):
-    """Token ids of problems with answers, shape (problems, length), as the model is shown them."""
-    letters = tiny.tokenizer()
-    texts = []
+    """Problems with answers, as the model is shown them."""
     for each in problems:
         wrong = chance.random() >= RIGHT
-        texts.append(each["prompt"] + str((int(each["answer"]) + wrong) % 10))
-    return torch.tensor([[*letters.encode(text), tiny.EOS] for text in texts])
+        yield each["prompt"] + str((int(each["answer"]) + wrong) % 10)
 
 
 def show_answers(folder, batches):
     """Write a model to ``folder`` that has seen answers to the problems that are not held out."""
+    import torch  # takes seconds, and only this part of the demonstration needs it
+    from torch.nn import functional
+
+    from lightrft.models import tiny
+
+    torch.manual_seed(0)
+    letters = tiny.tokenizer()
     problems = [json.loads(line) for line in arithmetic.TRAIN.read_text().splitlines()]
     model, chance = tiny.text_model(initializer_range=0.02, hidden_size=64), random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
     for step in range(batches):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1, (step + 1) / 50) * (1 - step / batches)
-        tokens = shown(chance.sample(problems, BATCH), chance)
+        texts = shown(chance.sample(problems, BATCH), chance)
+        tokens = torch.tensor([[*letters.encode(text), tiny.EOS] for text in texts])  # shape (problems, length)
         logits = model(tokens[:, :-1]).logits[:, -2:]  # of the answer and of the end
         loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, -2:].flatten())
         optimizer.zero_grad()
@@ -75,7 +76,7 @@ def show_answers(folder, batches):
         if (step + 1) % 100 == 0:
             print(f"answers shown: {step + 1} of {batches} batches, loss {loss.item():.3f}", flush=True)
     model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
+    letters.save_pretrained(folder)
 
 
 def command(folder, processes, words):
@@ -119,7 +120,6 @@ def main():
     parser.add_argument("--torchrun", type=int, metavar="N", help="train in N real processes instead")
     args, words = parser.parse_known_args()
 
-    torch.manual_seed(0)
     begin = time.perf_counter()
     start = args.folder / "start"
     goes_on = "--resume" in words and (start / "tokenizer_config.json").exists()  # it is written last

@@ -30,6 +30,7 @@ from lightrft.sim.environ import rank_seed, torchrun_environ
 from lightrft.sim.places import is_user_file
 from lightrft.sim.process_errors import PackedError, pack_error
 from lightrft.sim.process_pickle import dumps
+from lightrft.sim.process_rendezvous import watch_for_the_store
 from lightrft.sim.process_shared import map_file, write
 
 __all__ = ["EXIT", "GO", "RAISED", "READY", "RETURNED", "STACKS", "Outcome", "Settings", "run_rank"]
@@ -45,6 +46,9 @@ STACKS = signal.SIGRTMAX - 3
 
 _GRACE = 1.0
 """Seconds for which a rank that has returned waits for the others, so that their last words to it find it alive."""
+
+_BRIEF_LOOKUPS = {"RES_OPTIONS": "timeout:1 attempts:1"}
+"""Torch asks the resolver for the name of 127.0.0.1, and one that does not answer is asked for 5 seconds and more."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -138,6 +142,7 @@ def _run(rank: int, channel: socket.socket, outcome: int, body: int) -> int:
     """Load the function, run it, and tell what came of it; gives the exit status."""
     before = set(sys.modules)
     _forget_exit_functions()
+    watch_for_the_store()
     try:
         function = _load(rank, body)
         channel.send(READY)
@@ -161,7 +166,7 @@ def _load(rank: int, body: int) -> Callable[[], Any]:
     with map_file(body) as file:
         settings: Settings = pickle.load(file)
         os.environ.clear()
-        os.environ.update(settings.environ | rank_environ(settings, rank))
+        os.environ.update(_BRIEF_LOOKUPS | settings.environ | rank_environ(settings, rank))
         sys.path[:] = settings.path
         sys.argv[:] = settings.arguments
         os.chdir(settings.directory)

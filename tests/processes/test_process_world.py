@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch.distributed as dist
 
 import lightrft
 from lightrft.errors import CollectiveTimeoutError, ConfigError, RankFailedError, SimulationError
-from lightrft.sim import ProcessWorld, SimWorld
+from lightrft.sim import ProcessWorld, SimWorld, process_rendezvous
 
 pytestmark = pytest.mark.processes
 
@@ -586,6 +587,36 @@ def test_when_this_process_is_killed_all_ranks_die():
     process.kill()
     process.communicate(timeout=60)
     wait_until(lambda: not any(map(is_alive, pids)))
+
+
+def test_a_rank_looks_for_the_store_of_rank_0_until_it_is_there(monkeypatch):
+    """Torch would try half a second later, and half of all groups of 8 would take four times as long."""
+    made = threading.Event()
+    create = process_rendezvous.patient(lambda *_: made.set())
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        host, port = server.getsockname()
+        waiting = threading.Thread(target=create, args=(host, port, 1, 2, timedelta(seconds=60)))
+        waiting.start()
+        assert not made.wait(0.1)
+        server.listen()
+        assert made.wait(30)
+        waiting.join()
+
+    def body():
+        return sys.modules["torch.distributed.rendezvous"]._create_c10d_store.__module__, os.environ["RES_OPTIONS"]
+
+    monkeypatch.delenv("RES_OPTIONS", raising=False)
+    assert ProcessWorld(1).run(body) == [(process_rendezvous.__name__, "timeout:1 attempts:1")]
+
+
+def test_simulated_ranks_in_a_real_process_have_a_store_of_their_own():
+    def group():
+        dist.init_process_group("gloo")
+        dist.barrier()
+        dist.destroy_process_group()
+
+    ProcessWorld(1, limit=20).run(lambda: SimWorld(2).run(group) and None)
 
 
 def test_libraries_of_data_are_loaded_once_for_all_runs():

@@ -1,5 +1,6 @@
 """The scripts that train: the documented commands, the demonstration, and a run that is killed and goes on."""
 
+import importlib
 import json
 import os
 import re
@@ -90,10 +91,23 @@ def begun(folder, name):
     return kept
 
 
+def trained(folder, processes, *flags):
+    """What the command prints that the demonstration trains with, run where the libraries are loaded."""
+    sys.path.insert(0, "examples")
+    try:
+        command = importlib.import_module("demo").command(folder, processes, [*flags])
+    finally:
+        sys.path.remove("examples")
+    begin = next(place for place, word in enumerate(command) if word.endswith("train.py"))
+    script, *words = command[begin:]
+    told = told_by_processes if processes else told_by_simulated_ranks
+    return told(processes or 8, script, *words, seconds=250)
+
+
 @pytest.fixture(scope="module")
 def in_processes(folder):
     kept = begun(folder, "in_processes")
-    output_of(demo(kept, "--shown", "0", *FOUR, "--torchrun", "2"), seconds=250)
+    trained(kept, 2, *FOUR)
     return noted(kept)
 
 
@@ -124,14 +138,17 @@ def interrupted(process):
 )
 def test_f18_a_demonstration_that_is_stopped_goes_on_to_the_same_end(folder, in_processes, end, launcher):
     kept = begun(folder, f"{end.__name__}-{len(launcher)}")
-    flags = ["--shown", "0", "--max_steps", "4", "--save_steps", "1" if end is killed else "100", *launcher]
-    process = start(demo(kept, *flags))
+    flags = ["--max_steps", "4", "--save_steps", "1" if end is killed else "100"]
+    process = start(demo(kept, "--shown", "0", *flags, *launcher))
     for line in process.stdout:
         if line.startswith("step 2/"):
             rest = end(process)
             break
     assert ("stopped after iteration" in rest) is (end is interrupted)
-    told = output_of(demo(kept, *flags, "--resume"), seconds=250)
+    if end is interrupted:
+        told = output_of(demo(kept, *flags, "--resume"), seconds=250)
+    else:
+        told = trained(kept, 2 if launcher else None, *flags, "--resume")
     assert re.search(r"^resumed after iteration [123]$", told, re.MULTILINE)
     assert noted(kept) == (in_processes if launcher else noted(folder))
 

@@ -14,10 +14,11 @@ from programs import tiny
 def as_on_a_gpu():
     """Two things that real processes on a CPU need, and simulated ranks do not.
 
-    Without the first DeepSpeed compiles for minutes. Without the second it says that some CPUs cannot compute in
-    fp16 (they can, slowly), and then builds in bf16 what shall be fp32.
+    Without the first DeepSpeed compiles for minutes; what else could be compiled, nobody wants to know here. Without
+    the second it says that some CPUs cannot compute in fp16 (they can, slowly), and then builds in bf16 what shall be
+    fp32.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     type(get_accelerator()).is_fp16_supported = lambda _: True
 
 
