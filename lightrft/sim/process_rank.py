@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
+import itertools
 import logging
 import os
 import pickle
@@ -140,7 +141,7 @@ def _write_stacks_to(stacks: int) -> None:
 
 def _run(rank: int, channel: socket.socket, outcome: int, body: int) -> int:
     """Load the function, run it, and tell what came of it; gives the exit status."""
-    before = set(sys.modules)
+    newest = next(reversed(sys.modules))
     _forget_exit_functions()
     watch_for_the_store()
     try:
@@ -151,8 +152,7 @@ def _run(rank: int, channel: socket.socket, outcome: int, body: int) -> int:
         error = None
     except BaseException as raised:  # noqa: BLE001 - a rank may raise anything; the run reports it
         note, result, error = RAISED, None, pack_error(raised)
-    modules = [name for name, module in list(sys.modules.items()) if name not in before and _is_library(module)]
-    write(outcome, pickle.dumps(Outcome(result=result, error=error, modules=modules)))
+    write(outcome, pickle.dumps(Outcome(result=result, error=error, modules=_libraries_since(newest))))
     _flush()
     channel.send(note)
     if note == RAISED:
@@ -214,6 +214,15 @@ def _pickle_result(rank: int, result: Any) -> bytes:
         kind = f"{type(result).__module__}.{type(result).__qualname__}"
         problem = f"rank {rank} returned a {kind}, which cannot be pickled: {error}. Return tensors or plain data."
         raise TypeError(problem) from error
+
+
+def _libraries_since(newest: str) -> list[str]:
+    """Libraries loaded after the module ``newest``, in that order.
+
+    Older modules are not looked at: to count a reference to each would copy thousands of pages of memory.
+    """
+    names = itertools.takewhile(lambda name: name != newest, reversed(sys.modules))
+    return [name for name in reversed(list(names)) if _is_library(sys.modules[name])]
 
 
 def _is_library(module: Any) -> bool:
