@@ -123,7 +123,7 @@ def gpu(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def bench(session: nox.Session) -> None:
     """Benchmarks, and the targets they have to meet; ``nox -s bench -- --write`` writes docs/benchmarks.md."""
-    install(session, "-e", ".[deepspeed,train]", "pytest", "pytest-benchmark")
+    install(session, "-e", ".[deepspeed,plots,train]", "pytest", "pytest-benchmark")
     shown = [
         "--durations=10",
         "--benchmark-columns=median,min,max,rounds",
