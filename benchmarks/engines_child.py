@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from benchmarks.groups import grown_mib
 from lightrft.models import tiny
 from lightrft.sim import SimWorld
 from lightrft.sim.engine.samples import Sample
@@ -132,7 +133,7 @@ def update(engine: str) -> dict[str, float]:
 
     return {
         "calls": _calls(send) / len(weights),
-        "buckets": _grown(send) / _BUCKET_MIB,
+        "buckets": grown_mib(send) / _BUCKET_MIB,
         "ratio": statistics.median(mine / other for mine, other in _in_turns(send, copy)),
     }
 
@@ -181,19 +182,6 @@ def _processor_seconds(action: Callable[[], object]) -> float:
 def _used() -> float:
     """Processor seconds of this process."""
     return time.clock_gettime(time.CLOCK_PROCESS_CPUTIME_ID)
-
-
-def _grown(action: Callable[[], object]) -> float:
-    """MiB by which the memory of this process grows at most during ``action``."""
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is the present size from now on
-    action()
-    return max(0.0, _status("VmHWM") - before)
-
-
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
 
 
 def _memory() -> str | None:

@@ -35,6 +35,19 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def grown_mib(action: Callable[[], object]) -> float:
+    """MiB by which the memory of this process grows at most during ``action``."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is the present size from now on
+    action()
+    return max(0.0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
+
+
 def simulated(ranks: int, body: Body) -> list[Any]:
     """``body(rank)`` on simulated ranks, everything at its default: all state switched, all checks on."""
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.groups import grown_mib
 from lightrft.models import Actor, fused_linear_log_probs, tiny
 
 VOCABULARY, TOKENS, WIDTH = 150_000, 4096, 512
@@ -57,13 +57,9 @@ def output(way: str) -> dict[str, float]:
     hidden = torch.randn(TOKENS, WIDTH).requires_grad_()
     weight = torch.empty(VOCABULARY, WIDTH).normal_(std=0.05).requires_grad_()
     tokens = torch.randint(VOCABULARY, (TOKENS,))
-    before, begin = _peak_mib(), time.process_time()
-    WAYS[way](hidden, weight, tokens).mean().backward()
-    return {"seconds": time.process_time() - begin, "mib": _peak_mib() - before}
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    begin = time.process_time()
+    mib = grown_mib(lambda: WAYS[way](hidden, weight, tokens).mean().backward())
+    return {"seconds": time.process_time() - begin, "mib": mib}
 
 
 def packing() -> dict[str, float]:
