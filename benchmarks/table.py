@@ -6,7 +6,7 @@ import datetime as dt
 import os
 import platform
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,10 +35,19 @@ def write() -> None:
 
 
 def _sections() -> Iterator[str]:
-    measured = [_targets(), _training(), _iteration(), _engines(), _collectives(), _gloo(), _worlds(), _parts()]
+    sections = (_targets, _training, _iteration, _engines, _collectives, _gloo, _worlds, _parts)
+    measured = [_or_failure(section) for section in sections]
     yield "# Benchmarks"
     yield _where()
     yield from measured
+
+
+def _or_failure(section: Callable[[], str]) -> str:
+    """What was measured for twenty minutes is not lost for one measurement that fails."""
+    try:
+        return section()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the others are written
+        return f"{section.__name__.strip('_').capitalize()}: **failed**, {type(error).__name__}"
 
 
 def _where() -> str:
@@ -70,11 +79,11 @@ def _targets() -> str:
     rows = []
     for target in TARGETS:
         try:
-            measured = f"{target.measured():.3g}"
-            verdict = "met" if target.measured() <= target.limit else "**missed**"
-        except Exception as error:  # noqa: BLE001 - what was measured for twenty minutes is not lost for one of them
-            measured, verdict = NONE, f"**failed**: {type(error).__name__}"
-        rows.append([target.what, f"{target.limit:g}", measured, verdict, target.source])
+            measured = target.measured()
+            shown, verdict = f"{measured:.3g}", "met" if measured <= target.limit else "**missed**"
+        except Exception as error:  # noqa: BLE001 - see _or_failure
+            shown, verdict = NONE, f"**failed**: {type(error).__name__}"
+        rows.append([target.what, f"{target.limit:g}", shown, verdict, target.source])
     return f"""## Targets
 
 {_table(["", "at most", "measured", "", "kind"], rows)}

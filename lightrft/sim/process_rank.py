@@ -219,10 +219,11 @@ def _pickle_result(rank: int, result: Any) -> bytes:
 def _libraries_since(newest: str) -> list[str]:
     """Libraries loaded after the module ``newest``, in that order.
 
-    Older modules are not looked at: to count a reference to each would copy thousands of pages of memory.
+    Older modules are not looked at: to count a reference to each would copy thousands of pages of memory. The list is
+    made in one go: a thread that the rank has left may still import.
     """
-    names = itertools.takewhile(lambda name: name != newest, reversed(sys.modules))
-    return [name for name in reversed(list(names)) if _is_library(sys.modules[name])]
+    names = list(itertools.takewhile(newest.__ne__, reversed(sys.modules)))
+    return [name for name in reversed(names) if _is_library(sys.modules.get(name))]
 
 
 def _is_library(module: Any) -> bool:

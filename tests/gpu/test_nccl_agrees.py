@@ -17,7 +17,6 @@ from lightrft.sim import SimWorld
 pytestmark = pytest.mark.gpu
 
 
-# torch 2.13 gave these two new names
 def collective_results(device: str) -> list[torch.Tensor]:
     """Collectives on whole numbers, which every order of adding sums exactly; this rank's results, on the CPU."""
     rank, size = dist.get_rank(), dist.get_world_size()

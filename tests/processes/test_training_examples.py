@@ -53,9 +53,10 @@ def test_a_documented_command_runs_as_it_is_written(command, tmp_path):
 
 
 @pytest.mark.parametrize("command", DOCUMENTED)
-def test_a_documented_command_runs_in_real_processes(command):
+def test_a_documented_command_runs_in_real_processes(command, tmp_path):
     script, flags = DOCUMENTED[command]
-    assert steps(told_by_processes(4, script, *flags.split(), *LESS, "--fake_engine", seconds=250)) == [(1, 1)]
+    rest = (*LESS, "--fake_engine", "--log_dir", str(tmp_path))
+    assert steps(told_by_processes(4, script, *flags.split(), *rest, seconds=250)) == [(1, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def trained(folder, processes, *flags):
     """What the command prints that the demonstration trains with, run where the libraries are loaded."""
     sys.path.insert(0, "examples")
     try:
-        command = importlib.import_module("demo").command(folder, processes, [*flags])
+        command = importlib.import_module("demo").command(folder, processes, flags)
     finally:
         sys.path.remove("examples")
     begin = next(place for place, word in enumerate(command) if word.endswith("train.py"))
