@@ -6,7 +6,7 @@ import weakref
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
+from lightrft.errors import ConfigError, EngineStateError, LightRFTError, LostRanksError, WeightSyncError
 from lightrft.strategy import engine as engines
 from lightrft.strategy import requests, rollout, weight_sync
 from lightrft.strategy.config import StrategyConfig
@@ -160,7 +160,8 @@ class EngineCalls(ABC):
         """Generate for the prompts of this rank, together with the ranks of its engine group. *Collective*.
 
         With ``engine_sleep_level=2`` all ranks of the world call it: if the engine has dropped its weights, it gets the
-        present ones of the actor that ``update_engine_weights`` was given last, as a new version.
+        present ones of the actor that ``update_engine_weights`` was given last, as a new version. With ``plot_every``
+        all ranks of the world call it, as often as each other: lengths are plotted together.
 
         Args:
             sampling_params: the same on all ranks of the group.
@@ -196,6 +197,11 @@ class EngineCalls(ABC):
                 group=self.engine_mp_group,
                 device=self.device,
             )
+        except LostRanksError:
+            raise  # the others do not answer
+        except LightRFTError:
+            self._note_lengths(())  # other engines go on, and plot together with this one
+            raise
         finally:
             if sleep_engine:
                 self.maybe_sleep_inference_engine()
@@ -203,7 +209,7 @@ class EngineCalls(ABC):
         return completions
 
     def _note_lengths(self, completions: Sequence[Any]) -> None:
-        """Collect generation lengths, and plot those of all ranks every ``plot_every`` steps."""
+        """Collect lengths of a step, and plot those of all ranks every ``plot_every`` steps. *Collective*."""
         if not self.config.plot_every:
             return
         if self._lengths is None:

@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from lightrft.strategy.requests import Request
 
-__all__ = ["content_of", "derived_seed", "seeds_for"]
+__all__ = ["content_of", "derived_seed", "digest_of", "seeds_for"]
 
 
 def content_of(request: Request) -> bytes:
@@ -28,6 +28,11 @@ def content_of(request: Request) -> bytes:
             digest.update(kind)
             _add_medium(digest, one)
     return digest.digest()
+
+
+def digest_of(contents: Sequence[bytes]) -> str:
+    """A digest of several requests in their order, of what :func:`content_of` gives for each."""
+    return hashlib.blake2b(b"".join(contents), digest_size=8).hexdigest()
 
 
 def derived_seed(*parts: Any) -> int:

@@ -9,15 +9,16 @@ import torch
 import torch.distributed as dist
 
 from lightrft.errors import EngineStateError
-from lightrft.strategy.requests import Request
+from lightrft.strategy import packing
+from lightrft.strategy.request_seeds import content_of, digest_of
 from lightrft.strategy.sampling import SamplingParams
-from lightrft.strategy.utils import collectives
 from lightrft.strategy.utils.agreement import Ranks, check_same
 
 if TYPE_CHECKING:
     from lightrft.strategy.engine import RolloutEngine
+    from lightrft.strategy.requests import Request
 
-__all__ = ["gather", "gather_and_generate", "generate_alike"]
+__all__ = ["gather_and_generate", "generate_alike"]
 
 
 def gather_and_generate(
@@ -42,16 +43,21 @@ def gather_and_generate(
         LightRFTError: generation failed on some rank; the same error on every rank of the group.
     """
     ranks = Ranks(group) if group is not None else Ranks(rank=0, world_size=1)
-    requests, are_tokens = _read(make_requests, sampling_params, ranks)
-    shared = gather(requests, ranks, device, are_tokens=are_tokens)
-    counts = [len(each) for each in shared]
-    everything = [request for each in shared for request in each]
-    leads = engine.runs_on_all_ranks or ranks.rank == 0
+    alone = ranks.world_size == 1
+    with ranks.together("prompts were not gathered", EngineStateError) as outcome:
+        requests, told = _read(make_requests, sampling_params)
+        data = packing.packed([] if alone else requests)
+        outcome.mine = told, len(requests), len(data)
+    check_same([told for told, *_ in outcome.all], "prompts were not gathered")
+    counts, sizes = [count for _, count, _ in outcome.all], [size for *_, size in outcome.all]
+    everyone = packing.sent(data, sizes, ranks, device, to_all=engine.runs_on_all_ranks)
     completions: list[Any] = []
     with ranks.together("generation failed", EngineStateError) as outcome:
-        if everything and leads:
-            completions = engine.generate(everything, sampling_params)
-            outcome.mine = _samples(completions, everything)
+        if not alone:
+            requests = [request for each in everyone for request in packing.unpacked(each)]
+        if requests and (engine.runs_on_all_ranks or ranks.rank == 0):
+            completions = engine.generate(requests, sampling_params)
+            outcome.mine = _samples(completions, requests)
     samples = next((one for one in outcome.all if one is not None), 0)
     first = sum(counts[: ranks.rank]) * samples
     last = first + counts[ranks.rank] * samples
@@ -74,7 +80,12 @@ def generate_alike(
         LightRFTError: generation failed on some rank; the same error on every rank of the group.
     """
     ranks = Ranks(group) if group is not None else Ranks(rank=0, world_size=1)
-    requests, _ = _read(make_requests, sampling_params, ranks)
+    with ranks.together("nothing was generated", EngineStateError) as outcome:
+        requests, told = _read(make_requests, sampling_params)
+        if not engine.runs_on_all_ranks:  # else the engine compares them
+            told["the digest of prompts"] = digest_of([content_of(one) for one in requests])
+        outcome.mine = told
+    check_same(outcome.all, "nothing was generated")
     completions: list[Any] = []
     with ranks.together("generation failed", EngineStateError) as outcome:
         if engine.runs_on_all_ranks or ranks.rank == 0:
@@ -83,19 +94,13 @@ def generate_alike(
     return completions if engine.runs_on_all_ranks else list(outcome.all[0])
 
 
-def _read(
-    make_requests: Callable[[], Sequence[Request]], sampling_params: Any, ranks: Ranks
-) -> tuple[list[Request], bool]:
-    """The requests of this rank, and whether those of all ranks are token ids alone. *Collective*.
+def _read(make_requests: Callable[[], Sequence[Request]], sampling_params: Any) -> tuple[list[Request], dict[str, str]]:
+    """The requests of this rank, and what has to be the same on all.
 
     What may be wrong on one rank alone is found here, and not in an engine, where the others would wait for that rank.
     """
-    with ranks.together("prompts were not gathered", EngineStateError) as outcome:
-        requests = list(make_requests())
-        told = {"sampling_params": repr(SamplingParams.of(sampling_params))}
-        outcome.mine = all(request.is_tokens for request in requests), told
-    check_same([told for _, told in outcome.all], "prompts were not gathered")
-    return requests, all(are_tokens for are_tokens, _ in outcome.all)
+    requests = list(make_requests())
+    return requests, {"sampling_params": repr(SamplingParams.of(sampling_params))}
 
 
 def _samples(completions: Sequence[Any], requests: Sequence[Request]) -> int:
@@ -116,38 +121,3 @@ def _scattered(completions: list[Any], counts: Sequence[int], samples: int, rank
     mine: list[Any] = [None]
     dist.scatter_object_list(mine, shares, group=ranks.group, group_src=0)
     return list(mine[0])
-
-
-def gather(requests: list[Request], ranks: Ranks, device: torch.device, *, are_tokens: bool) -> list[list[Request]]:
-    """The requests of every rank, by rank. *Collective*.
-
-    Token ids travel as tensors; requests with text, images or videos on some rank are pickled.
-    """
-    if ranks.world_size == 1:
-        return [requests]
-    if not are_tokens:
-        return [list(each) for each in ranks.gather(tuple(requests))]
-    lengths = [len(request.prompt_token_ids or ()) for request in requests]
-    found = collectives.all_gather(
-        {
-            "count": len(requests),
-            "lengths": torch.tensor(lengths, dtype=torch.int64),
-            "tokens": torch.tensor([t for r in requests for t in r.prompt_token_ids or ()], dtype=torch.int64),
-        },
-        group=ranks.group,
-        device=device,
-    )
-    return _unpacked(found["count"].tolist(), found["lengths"].tolist(), found["tokens"].tolist())
-
-
-def _unpacked(counts: list[int], lengths: list[int], tokens: list[int]) -> list[list[Request]]:
-    shared: list[list[Request]] = []
-    prompt = offset = 0
-    for count in counts:
-        mine = []
-        for length in lengths[prompt : prompt + count]:
-            mine.append(Request(prompt_token_ids=tuple(tokens[offset : offset + length])))
-            offset += length
-        prompt += count
-        shared.append(mine)
-    return shared

@@ -1,11 +1,12 @@
 """Plots of generation lengths."""
 
+import contextlib
 import sys
 
 import pytest
 import torch.distributed as dist
 
-from lightrft.errors import ConfigError
+from lightrft.errors import ConfigError, EngineStateError
 from lightrft.sim import SimWorld
 from lightrft.sim.contracts.strategy.engines import Recorder
 from lightrft.strategy import get_strategy
@@ -51,6 +52,32 @@ def test_k24_lengths_of_all_ranks_are_plotted_every_few_steps(tmp_path):
     assert [each.value for each in events.Scalars("generation_length/max")] == [4, 6]
     histograms = {each.step: each.histogram_value for each in events.Histograms("generation_length")}
     assert {step: (one.num, one.min, one.max) for step, one in histograms.items()} == {2: (6, 2, 4), 4: (6, 4, 6)}
+
+
+def test_k24_an_engine_that_fails_does_not_keep_the_others_from_plotting(tmp_path):
+    class FailsOnce(Counting):
+        def generate(self, requests, sampling_params):
+            if sampling_params["fails"]:
+                raise ValueError("no memory left")
+            return super().generate(requests, sampling_params)
+
+    def program():
+        strategy = get_strategy(
+            {"strategy": "fake", "train_batch_size": 4, "engine_tp_size": 2, "plot_every": 2, "log_dir": str(tmp_path)}
+        )
+        strategy.inference_engine = FailsOnce()
+        first_engine = strategy.get_rank() < 2
+        found = []
+        for step in range(4):
+            with contextlib.suppress(EngineStateError):
+                fails = first_engine and step == 1
+                found.append(len(strategy.gather_and_generate({"fails": fails}, all_prompt_token_ids=[[1]])))
+        dist.destroy_process_group()
+        return found
+
+    assert SimWorld(4).run(program) == [[1, 1, 1]] * 2 + [[1, 1, 1, 1]] * 2
+    files = sorted(file.name for file in (tmp_path / "generation_lengths").iterdir())
+    assert files == ["step_00000002.png", "step_00000004.png"]
 
 
 def test_k24_without_plot_every_nothing_is_written(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lightrft.errors import ConfigError, LightRFTError
 from lightrft.sim import SimWorld
 from lightrft.sim.contracts.strategy.engines import Recorder
-from lightrft.strategy import get_strategy
+from lightrft.strategy import get_strategy, packing
 from lightrft.strategy.requests import Request, requests_of
 
 
@@ -117,14 +117,89 @@ def test_images_are_shared_out_as_their_numbers_say():
         Request()
 
 
-def test_token_ids_travel_as_tensors():
+class Unreadable:
+    def __reduce__(self):
+        raise OSError("image file is truncated")
+
+
+@pytest.mark.parametrize("leads", [True, False])
+@pytest.mark.parametrize(
+    ("prompts", "images", "why"),
+    [
+        ([[(1,)], [(2**70,)]], None, "Overflow"),
+        ([[(1,)], [(2,)]], [None, [Unreadable()]], "OSError: image file is truncated"),
+    ],
+    ids=["number", "image"],
+)
+def test_k10_a_prompt_that_cannot_be_sent_is_an_error_on_its_group(leads, prompts, images, why):
+    more = {} if images is None else {"all_images": images}
+    found = generate(2, 2, prompts, engine={"leads": leads}, **more)
+    assert found[0] == found[1]
+    assert found[0][0].startswith(
+        "ConfigError: prompts were not gathered: rank 1: a prompt cannot be sent to other ranks"
+    )
+    assert why in found[0][0]
+    assert found[0][1:] == ([], "asleep")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.one_of(st.text(max_size=3), st.lists(st.integers(0, 2**63 - 1), max_size=3).map(tuple)),
+            st.lists(st.binary(max_size=9), max_size=2).map(tuple),
+            st.lists(st.text(max_size=3), max_size=2).map(tuple),
+        ),
+        max_size=5,
+    ),
+    st.integers(0, 3),
+)
+def test_packed_requests_are_as_they_were(prompts, padding):
+    requests = [
+        Request(**{"prompt" if isinstance(one, str) else "prompt_token_ids": one}, images=images, videos=videos)
+        for one, images, videos in prompts
+    ]
+    data = packing.packed(requests)
+    assert packing.unpacked(torch.nn.functional.pad(data, (0, 8 * padding))) == requests
+
+
+def travelled(leads, **prompts):
+    """Bytes that a rank, which is not the first of its two, has sent and received with prompts."""
+
     def program():
         strategy = get_strategy({"strategy": "fake", "train_batch_size": 2, "engine_tp_size": 2})
-        strategy.inference_engine = Echo()
-        strategy.gather_and_generate({"n": 1}, all_prompt_token_ids=[torch.arange(1000).tolist()])
+        strategy.inference_engine = Echo(leads=leads)
+        strategy.gather_and_generate({"n": 1}, **prompts)
         dist.destroy_process_group()
 
     world = SimWorld(2)
     world.run(program)
-    sizes = [event.shape for event in world.trace if event.rank == 0 and event.operation.startswith("all_gather")]
-    assert any(size and 8000 <= size[-1] <= 8100 for size in sizes), sizes
+    found = [event for event in world.trace if event.rank == 1 and event.shape and event.shape[-1] >= 8000]
+    return [(event.operation, event.shape[-1]) for event in found]
+
+
+def test_token_ids_travel_as_tensors_and_only_to_ranks_that_generate():
+    ids = torch.arange(1000).tolist()
+    words = 3 + 1 + 1000  # the sizes, the length of the prompt, the prompt
+    assert travelled(False, all_prompt_token_ids=[ids]) == [("all_gather", 8 * words)]
+    assert travelled(True, all_prompt_token_ids=[ids])[:1] == [("gather", 8 * words)]
+    (with_image,) = travelled(False, all_prompt_token_ids=[ids, [1]], all_images=[None, b"x" * 100])
+    assert 8 * (words + 2) + 100 < with_image[1] < 8 * (words + 2) + 250
+
+
+def test_f12_ranks_that_ask_the_leader_for_other_things_are_told():
+    def program(prompts):
+        strategy = get_strategy({"strategy": "fake", "train_batch_size": 2, "engine_tp_size": 2})
+        strategy.inference_engine = Echo(leads=True)
+        try:
+            return strategy.engine_generate_local({"n": 1}, prompt_token_ids=prompts[strategy.get_rank()])
+        except ConfigError as error:
+            return str(error)
+        finally:
+            dist.destroy_process_group()
+
+    alike = SimWorld(2).run(program, [[(3, 4)], [(3, 4)]])
+    assert alike == [[((3, 4), (), 0)]] * 2
+    other = SimWorld(2).run(program, [[(3, 4)], [(3, 5)]])
+    assert other[0] == other[1]
+    assert "nothing was generated: the digest of prompts is" in other[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import hashlib
 import importlib
 import inspect
 import weakref
@@ -19,7 +18,7 @@ from lightrft.strategy.coverage import Coverage
 from lightrft.strategy.engine import EngineStatus, StatefulEngine
 from lightrft.strategy.extras import naming_extras
 from lightrft.strategy.model_files import ModelFiles
-from lightrft.strategy.request_seeds import content_of, derived_seed, seeds_for
+from lightrft.strategy.request_seeds import content_of, derived_seed, digest_of, seeds_for
 from lightrft.strategy.utils import held_weights
 from lightrft.strategy.utils.agreement import Ranks, check_same
 from lightrft.strategy.vllm_utils.arguments import environment, llm_arguments, log_probs_mode
@@ -130,8 +129,7 @@ class VLLMEngine(StatefulEngine):
         """Ranks that generate together would wait for each other for ever if they did not do the same."""
         if self._ranks.world_size == 1:
             return
-        prompts = hashlib.blake2b(b"".join(contents), digest_size=8).hexdigest()
-        mine = {"the number of prompts": len(contents), "the digest of prompts": prompts}
+        mine = {"the number of prompts": len(contents), "the digest of prompts": digest_of(contents)}
         mine |= {"sampling_params": repr(params), "the seed": seed}
         check_same(self._ranks.gather(mine), "vLLM did not generate")
 
