@@ -89,7 +89,7 @@ class RolloutEngine(ABC):
 
         Args:
             buckets: names of a checkpoint and whole tensors, every weight once; a bucket is good until the next is
-                asked for. All of them are read.
+                asked for, its tensors until the update ends. All are read, and none is kept longer than it has to be.
             version: of the new weights; larger than ``weight_version``.
 
         Raises:

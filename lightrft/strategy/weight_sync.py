@@ -22,7 +22,7 @@ __all__ = ["Sent", "in_buckets", "poisons", "send"]
 Named = tuple[str, Tensor]
 
 _POISON = "LIGHTRFT_POISON_BUCKETS"
-"""Set by the simulator, so that an engine that keeps a bucket's tensors is found out."""
+"""Set by the simulator, so that an engine that reads what it was sent after an update is found out."""
 
 
 @dataclass(kw_only=True)
@@ -43,24 +43,23 @@ class Sent:
 
 
 def poisons() -> bool:
-    """Whether the environment says that buckets are to be poisoned once they are used."""
+    """Whether the environment says that what was sent is to be poisoned after an update."""
     return os.environ.get(_POISON) == "1"
 
 
 def in_buckets(
-    parameters: Iterable[Named], limit: int, *, dtype: torch.dtype | None = None, poison: bool = False
+    parameters: Iterable[Named], limit: int, *, dtype: torch.dtype | None = None, copies: list[Tensor] | None = None
 ) -> Iterator[list[Named]]:
     """Parameters in buckets of at most ``limit`` bytes, one after the other; a larger one has a bucket to itself.
 
-    Nothing is copied that has the right dtype. A bucket is good until the next is asked for, and forgotten then: no
-    more than one, and the tensor after it, exist at a time.
+    Nothing is copied that has the right dtype. A bucket is forgotten when the next is asked for: if its reader keeps no
+    tensors, no more than one bucket, and the tensor after it, exist at a time.
 
     Args:
         parameters: names and whole tensors, each good for as long as it is kept.
         limit: bytes of a bucket.
         dtype: of floating-point tensors in the buckets; as they are if ``None``.
-        poison: send copies, and fill them with 0xFF bytes (NaN as floating point) once they are used, so that a reader
-            who is not done reads no plausible numbers.
+        copies: send copies, and put them into this list too, so that they can be poisoned.
 
     Raises:
         ConfigError: ``limit`` is below 1.
@@ -74,20 +73,20 @@ def in_buckets(
         size = tensor.numel() * wanted.itemsize
         if bucket and used + size > limit:
             yield bucket
-            _spent(bucket, poison)
-            bucket, used = [], 0
-        bucket.append((name, tensor.detach().to(wanted, copy=poison)))
+            bucket.clear()
+            used = 0
+        bucket.append((name, tensor.detach().to(wanted, copy=copies is not None)))
+        if copies is not None:
+            copies.append(bucket[-1][1])
         used += size
     if bucket:
         yield bucket
-        _spent(bucket, poison)
+        bucket.clear()
 
 
-def _spent(bucket: list[Named], poison: bool) -> None:
-    if poison:
-        for _, tensor in bucket:
-            tensor.view(-1).view(torch.uint8).fill_(255)
-    bucket.clear()
+def _poison(tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.view(-1).view(torch.uint8).fill_(255)
 
 
 def send(
@@ -107,7 +106,8 @@ def send(
         bucket_bytes: see ``in_buckets``.
         dtype: of the engine's weights; as the parameters are if ``None``.
         verify: compare what the engine holds afterwards with what was sent, bit by bit.
-        poison: see ``in_buckets``; if ``None``, as the environment says.
+        poison: send copies, and fill them with 0xFF bytes (NaN as floating point) when the engine says that it has
+            them, so that one which is not done reads no plausible numbers; if ``None``, as the environment says.
 
     Raises:
         ConfigError: the engine cannot tell what it holds, which ``verify`` needs.
@@ -118,9 +118,9 @@ def send(
         raise _untold(engine)
     sent = Sent(version=engine.weight_version + 1)
     digests: dict[str, str] | None = {} if verify else None
-    poison = poisons() if poison is None else poison
+    copies: list[Tensor] | None = [] if (poisons() if poison is None else poison) else None
     noted = _noted(sent, parameters, digests, dtype, engine.weights_dtype)
-    buckets = _counted(sent, in_buckets(noted, bucket_bytes, dtype=dtype, poison=poison))
+    buckets = _counted(sent, in_buckets(noted, bucket_bytes, dtype=dtype, copies=copies))
     try:
         engine.update_weights(buckets, sent.version)
         unread = next(buckets, None)
@@ -129,6 +129,7 @@ def send(
             _gather_rest(buckets)
         raise
     _gather_rest(buckets)
+    _poison(copies or ())
     if unread is not None:
         raise WeightSyncError(
             f"the engine stopped reading after bucket {sent.buckets - 1}: it holds a part of the weights"

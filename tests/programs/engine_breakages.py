@@ -238,6 +238,15 @@ def keeps_buckets(load):
     return lambda self, buckets: load(self, iter([list(bucket) for bucket in buckets]))
 
 
+def aliased(put):
+    def kept(self, name, tensor):
+        put(self, name, tensor)
+        for mine in (self.held[name], self._used[name]):
+            mine.data = tensor.detach()
+
+    return kept
+
+
 def without_gradients(load):
     def loaded(self, buckets):
         with torch.no_grad():

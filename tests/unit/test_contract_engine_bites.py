@@ -13,6 +13,7 @@ from lightrft.sim.contracts.engine import sharing
 from lightrft.sim.engine import core
 from lightrft.sim.engine.faces import faces
 from lightrft.sim.engine.vllm_face import llm
+from lightrft.sim.engine.weights import Weights
 from lightrft.strategy import coverage, engine, engine_state, model_files, sampling, weight_sync
 from lightrft.strategy.utils import checkpoint_form
 from lightrft.strategy.vllm_utils import engine as adapter
@@ -133,7 +134,7 @@ MUTATIONS = {
     "errors of the source are swallowed": (
         "EN506", "the error of the source is not told", (Engine, "_load", broken.swallows),
     ),
-    "buckets are kept for later": ("EN507", "are off by nan", (Engine, "_load", broken.keeps_buckets)),
+    "what was sent is kept": ("EN507", "are off by nan", (Weights, "put", broken.aliased)),
     "gradients are off in the source": (
         "EN508", "buckets were gathered with", (Engine, "_load", broken.without_gradients),
     ),
@@ -176,8 +177,10 @@ MUTATIONS = {
     ),
     "adapters are left out": ("WS105", "does not hold the weights", (checkpoint_form, "_sum", broken.not_merged)),
     "all buckets are kept": ("WS201", "bytes of gathered weights were kept", (adapter, "_fit", broken.keeping)),
-    "poisoned buckets are read": ("WS202", "are off by nan", (Engine, "_load", broken.keeps_buckets)),
-    "weights are not copied": ("WS202", "are off by nan", (adapter, "_copies_at_once", broken.returns(True))),
+    "all buckets are gathered first": (
+        "WS201", "bytes of gathered weights were kept", (Engine, "_load", broken.keeps_buckets),
+    ),
+    "weights are not copied": ("WS202", "are off by nan", (Weights, "put", broken.aliased)),
     "every weight is a bucket": (
         "WS203", "buckets for twice as much", (weight_sync, "in_buckets", broken.one_by_one),
     ),
@@ -231,7 +234,7 @@ def test_a_wrong_engine_is_caught(wrong, models, folders, remembered, monkeypatc
     def start_shared(group):
         return adapter.start(on_cpu.settings(folders[0], tp_size=2, group=group))
 
-    monkeypatch.setenv("LIGHTRFT_POISON_BUCKETS", "1")  # as in a world: then the fake engine reads weights late
+    monkeypatch.setenv("LIGHTRFT_POISON_BUCKETS", "1")  # as in a world
     for owner, name, make in replaced:
         monkeypatch.setattr(owner, name, make(getattr(owner, name, None)))
     mode = "hash" if number.startswith("EN6") else "model"  # a world of two ranks takes its time

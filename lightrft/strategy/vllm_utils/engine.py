@@ -209,7 +209,7 @@ class VLLMEngine(StatefulEngine):
         coverage = Coverage(self._files)
         try:
             with self._process.entered():
-                self._reload(_fitting(buckets, coverage, copied=not _copies_at_once(self._llm)))
+                self._reload(_fitting(buckets, coverage))
         except BaseException:
             self._mend()
             coverage.check(whole=False)  # which says better what does not fit
@@ -283,25 +283,18 @@ def _end(llm: Any, process: ProcessState) -> None:
             llm.llm_engine.engine_core.shutdown()
 
 
-def _copies_at_once(llm: Any) -> bool:
-    """Whether an engine copies each weight before it asks for the next, as the fake one does and says."""
-    return bool(getattr(llm, "copies_weights_at_once", False))
-
-
 def _fitting(
-    buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], coverage: Coverage, *, copied: bool
+    buckets: Iterable[Sequence[tuple[str, torch.Tensor]]], coverage: Coverage
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """What fits of ``buckets``; copied, as vLLM keeps tensors until it has all that it fuses, after they are gone."""
+    """What fits of ``buckets``. Nothing is copied: vLLM keeps tensors until it has all that it fuses, and no longer."""
     for bucket in buckets:
-        yield from _fit(bucket, coverage, copied=copied)  # nothing of it is kept here while the next is gathered
+        yield from _fit(bucket, coverage)  # nothing of it is kept here while the next is gathered
 
 
-def _fit(
-    bucket: Sequence[tuple[str, torch.Tensor]], coverage: Coverage, *, copied: bool
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _fit(bucket: Sequence[tuple[str, torch.Tensor]], coverage: Coverage) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in bucket:
         if coverage.fits(name, tuple(tensor.shape), tensor.dtype):
-            yield name, tensor.detach().clone() if copied else tensor.detach()
+            yield name, tensor.detach()
 
 
 @contextmanager

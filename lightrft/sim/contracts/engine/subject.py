@@ -236,4 +236,4 @@ def counted(weights: Mapping[str, Tensor], read: list[str]) -> Iterator[list[tup
 
 def buckets_of(weights: Mapping[str, Tensor], size: int = 1 << 14) -> Iterator[list[tuple[str, Tensor]]]:
     """Weights in buckets, as a strategy sends them."""
-    return weight_sync.in_buckets(weights.items(), size, poison=True)
+    return weight_sync.in_buckets(weights.items(), size)

@@ -136,8 +136,8 @@ def check_a_failing_source_is_survived(subject: Subject) -> None:
 
 
 @contract.check(507)
-def check_buckets_are_read_before_the_next(subject: Subject) -> None:
-    """Buckets may be of any size and their weights in any order; each is read before the next is asked for, and none is kept (F07, F08)."""  # noqa: E501
+def check_buckets_are_read_before_the_end(subject: Subject) -> None:
+    """Buckets may be of any size and their weights in any order; when the update has ended, all of them were read (F07, F08)."""  # noqa: E501
     subject.fresh()
     for size, index in ((1, 1), (5_000, 0), (1 << 30, 1)):
         backwards = dict(reversed(subject.weights(index).items()))

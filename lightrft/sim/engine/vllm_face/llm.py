@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -24,7 +24,6 @@ from lightrft.sim.engine.vllm_face.prompts import Prompt, Prompts, media_limits
 from lightrft.sim.engine.vllm_face.sampling_params import SamplingParams
 from lightrft.strategy.engine_state import EngineStatus
 from lightrft.strategy.utils.agreement import Ranks
-from lightrft.strategy.weight_sync import poisons
 
 if TYPE_CHECKING:
     from lightrft.strategy import sampling
@@ -34,8 +33,8 @@ __all__ = ["LLM", "EngineArgs"]
 _GENERATE = Surface(engine="vLLM", honoured=frozenset(), idle={})
 """Arguments of ``generate`` that there are not."""
 
-_LAYER = re.compile(r"\.\d+\.")
-"""In the name of a weight, the number of its layer."""
+_FUSED = re.compile(r"\.([qkv]|gate|up)_proj\.(weight|bias)$")
+_PARTS = {"qkv": 3, "gate_up": 2}
 
 
 class LLM:
@@ -202,11 +201,6 @@ class LLM:
         """Call a function with the module of this rank; what it returns."""
         return [func(self._core.model.module())]
 
-    @property
-    def copies_weights_at_once(self) -> bool:
-        """For the adapter, which then copies none; not where buckets are poisoned: there it has to, see ``Worker``."""
-        return not poisons()
-
     def get_tokenizer(self) -> Any:
         """The tokenizer of the model."""
         if self._prompts.tokenizer is None:
@@ -301,14 +295,13 @@ class Worker:
         weights_path: str | None = None,
         is_checkpoint_format: bool = True,
     ) -> None:
-        """Replace all weights; where buckets are poisoned, each is read late, as a real engine reads some."""
+        """Replace all weights; those that a real engine fuses are read late, as it reads them: once all are there."""
         if weights_iterator is None or weights_path is not None or not is_checkpoint_format:
             raise ConfigError(lacks("vLLM", "reload_weights but from an iterator, by the names of a checkpoint"))
         weights = iter(weights_iterator)
         first = list(islice(weights, 1))
         if first:  # else it ends a reload that was broken off, and leaves everything as it is
-            whole = chain(_popped(first), weights)
-            self._core.load(_by_layer(whole) if poisons() else whole)
+            self._core.load(_by_module(chain(_popped(first), weights)))
 
 
 def _popped(several: list[Any]) -> Iterator[Any]:
@@ -317,10 +310,22 @@ def _popped(several: list[Any]) -> Iterator[Any]:
         yield several.pop(0)
 
 
-def _by_layer(weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """The weights, those of a layer once all of them are there and the next layer has begun."""
-    for _, layer in groupby(weights, lambda one: _LAYER.findall(one[0])[:1]):
-        yield from _popped(list(layer))
+def _by_module(weights: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The weights; those that make one of vLLM together once all of them are there, and the rest in the end."""
+    waiting: dict[str, list[tuple[str, Any]]] = {}
+    for name, weight in weights:
+        found = _FUSED.search(name)
+        if found is None:
+            yield name, weight
+            continue
+        whole = "qkv" if found[1] in "qkv" else "gate_up"
+        parts = waiting.setdefault(f"{name[: found.start()]}.{whole}.{found[2]}", [])
+        parts.append((name, weight))
+        del weight
+        if len(parts) == _PARTS[whole]:
+            yield from _popped(parts)
+    for parts in waiting.values():
+        yield from _popped(parts)
 
 
 def _ranks(given: dict[str, Any]) -> Ranks:
