@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch.distributed as dist
+
 from lightrft.errors import ConfigError
+from lightrft.strategy.request_seeds import derived_seed
 from lightrft.strategy.sources import ReadOnlyMapping
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
 
     from lightrft.strategy.config import StrategyConfig
 
@@ -49,6 +51,12 @@ class EngineSettings:
     group: dist.ProcessGroup | None
     sleep_level: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def engine_seed(self) -> int:
+        """A seed of this engine's own: engines that draw alike would give the same prompt the same samples."""
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return derived_seed(self.seed, rank // self.tp_size)
 
     @classmethod
     def of(

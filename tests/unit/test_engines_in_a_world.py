@@ -440,3 +440,39 @@ def test_k05_all_ranks_know_whether_their_engine_takes_seeds(folder, engine):
         lambda strategy: strategy.inference_engine.takes_seeds, folder, engines="hash", engine_type=engine
     )
     assert found == [engine == "vllm"] * SIZE
+
+
+@pytest.mark.parametrize(
+    ("engine_type", "options"),
+    [("vllm", {}), ("sglang", {}), ("sglang", {"enable_deterministic_inference": True})],
+    ids=["vllm", "sglang", "sglang by seeds"],
+)
+def test_each_engine_draws_samples_of_its_own(folder, engine_type, options):
+    """Else the samples of a prompt are fewer than they seem, wherever its copies are on several engines."""
+
+    def program(strategy):
+        drawn = {"temperature": 1.0, "max_tokens": 8, "ignore_eos": True, "n": 3}
+        calls = [strategy.gather_and_generate(drawn, all_prompt_token_ids=[[3, 4]]) for _ in range(2)]
+        return [one.output_token_ids for call in calls for one in call]
+
+    found = with_engine(program, folder, engine_type=engine_type, engines="hash", engine_options=options)
+    completions = [one for each in found for one in each]
+    assert len(completions) == SIZE * 2 * 3
+    assert len(set(completions)) == len(completions)
+
+
+@pytest.mark.parametrize("engine_type", ["vllm", "sglang"])
+def test_samples_do_not_depend_on_the_order_of_prompts(folder, engine_type):
+    def completions(prompts):
+        def program(strategy):
+            drawn = {"temperature": 1.0, "max_tokens": 8, "ignore_eos": True, "n": 2}
+            found = strategy.gather_and_generate(drawn, all_prompt_token_ids=prompts)
+            return sorted((one.prompt_token_ids, one.output_token_ids) for one in found)
+
+        (found,) = with_engine(program, folder, tp_size=1, size=1, engines="hash", engine_type=engine_type)
+        return found
+
+    prompts = [[3, 4], [5], [6, 7, 8], [5]]
+    forwards = completions(prompts)
+    assert forwards == completions(prompts[::-1])
+    assert len(set(forwards)) == 8

@@ -477,3 +477,15 @@ def test_layers_that_see_a_part_are_refused(tmp_path):
     transformers.MistralConfig(**SMALL, sliding_window=16).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="whose layers have sliding_attention: use its hash mode"):
         TransformerModel(str(tmp_path), torch.float32)
+
+
+def test_hash_mode_draws_no_end_before_min_tokens_and_takes_any_seed():
+    model = HashModel(16, frozenset({0}))
+    model.put("w", torch.ones(3))
+    found = model.draw(
+        [sample([3], seed, min_tokens=100, max_tokens=120, stop_token_ids=(5,)) for seed in (-5, 2**64 + 3, 1)]
+    )
+    assert all(not {0, 5} & set(one.tokens[:100]) for one in found)
+    assert all({1, 6} <= set(one.tokens[:100]) for one in found)
+    greedy = model.draw([sample([3], seed, top_k=1, max_tokens=20) for seed in (1, 2)])
+    assert greedy[0] == greedy[1]

@@ -31,7 +31,7 @@ class HashModel(LanguageModel):
     """Fast, and right in what counts for a trainer's plumbing.
 
     A completion depends on the weights, the prompt and its media, the parameters and the seed, and on nothing else;
-    where the temperature is 0, not on the seed. Log-probs are negative and no probabilities of anything.
+    where the temperature is 0 or ``top_k`` 1, not on the seed. Log-probs are negative and no probabilities of anything.
 
     Args:
         vocabulary: how many tokens there are.
@@ -140,8 +140,8 @@ class HashModel(LanguageModel):
             if sample.media:
                 prompt ^= digest(self._media.setdefault(one.digest, weights) ^ one.digest for one in sample.media)
             source = self._prefixes.setdefault(prompt, weights) if self._prefix_caching else weights
-            greedy = sample.params.temperature == 0
-            keys[row] = (prompt, source, params, 0 if greedy else sample.seed)
+            greedy = sample.params.temperature == 0 or sample.params.top_k == 1
+            keys[row] = (prompt, source, params, 0 if greedy else sample.seed % 2**64)
         mixture = keys[:, 0]
         for column in range(1, 4):
             mixture = mixed(mixture ^ mixed(keys[:, column]), column)
@@ -151,6 +151,10 @@ class HashModel(LanguageModel):
         params = sample.params
         limit = params.max_tokens or 1
         drawn = tokens[:limit].tolist()
+        ends = self.ends.union(params.stop_token_ids)
+        for place in range(min(params.min_tokens, limit)):
+            while drawn[place] in ends and len(ends) < self.vocabulary:
+                drawn[place] = (drawn[place] + 1) % self.vocabulary
         own = sorted(self.ends) if not params.ignore_eos else []
         stops = [*params.stop_token_ids, *own]
         length, stop = limit, None  # type: int, int | str | None

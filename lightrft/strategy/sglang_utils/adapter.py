@@ -15,6 +15,7 @@ from lightrft.errors import ConfigError, EngineStateError, LightRFTError, Weight
 from lightrft.strategy.coverage import Coverage
 from lightrft.strategy.engine import StatefulEngine
 from lightrft.strategy.model_files import ModelFiles
+from lightrft.strategy.request_seeds import derived_seed
 from lightrft.strategy.sglang_utils import generation, sending, telling
 from lightrft.strategy.sglang_utils.launching import Launched, launch, library, tells
 from lightrft.strategy.utils.agreement import Outcome, Ranks
@@ -84,6 +85,8 @@ class SGLangEngine(StatefulEngine):
         self._files = files
         self._launched = launched
         self._takes_seeds = takes_seeds
+        self._first_seed = settings.engine_seed
+        self._calls = 0
         self._dtype = str(settings.options.get("dtype", settings.dtype))
         self._released: list[str] = []
         self._in_session = False
@@ -122,6 +125,9 @@ class SGLangEngine(StatefulEngine):
     def _completions(self, requests: list[Request], params: SamplingParams) -> list[Completion]:
         assert self._launched is not None
         known = _sampling_class(self._sglang)
+        if params.seed is None and self._takes_seeds:  # SGLang's own default is one seed for all samples
+            params = dataclasses.replace(params, seed=derived_seed(self._first_seed, self._calls))
+            self._calls += 1
         each, several = generation.with_seeds(requests, params)
         given = [one.to_sglang(known) for one in several] if isinstance(several, list) else several.to_sglang(known)
         mode = generation.log_probs_mode(params, raw=self._launched.raw_log_probs) if params.logprobs else None

@@ -28,6 +28,9 @@ __all__ = ["Launched", "launch", "library", "tells"]
 _MARGIN = 8
 """SGLang cuts a completion so that some positions of the context stay free."""
 
+_SEEDS = 1 << 30
+"""SGLang's own are drawn below it."""
+
 _CPU_TOKENS = 2048
 """Least size of the caches on a CPU, where SGLang would otherwise take most of the memory of the machine."""
 
@@ -115,7 +118,7 @@ def _arguments(settings: EngineSettings, files: ModelFiles, known: set[str]) -> 
         "dtype": settings.dtype,
         "tp_size": settings.tp_size,
         "context_length": settings.max_model_len + _MARGIN,
-        "random_seed": settings.seed,
+        "random_seed": settings.engine_seed % _SEEDS,
         "device": settings.device.type,
         "log_level": "error",
         "skip_tokenizer_init": files.has_tokenizer is False,

@@ -91,7 +91,7 @@ class VLLMEngine(StatefulEngine):
             with _refusals("the settings"):
                 self._llm: Any = self.vllm.LLM(**arguments)
         self._has_tokenizer = not arguments.get("skip_tokenizer_init", False)
-        self._first_seed = derived_seed(settings.seed, (rank or 0) // settings.tp_size)
+        self._first_seed = settings.engine_seed
         self._calls = 0
         self._lockstep = Lockstep(ranks)
         self._end = weakref.finalize(self, _end, self._llm, self._process)

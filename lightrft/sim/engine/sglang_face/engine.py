@@ -19,10 +19,14 @@ from lightrft.sim.engine.samples import Drawn, Medium, Sample
 from lightrft.sim.engine.sglang_face.buckets import FlattenedTensorBucket, MultiprocessingSerializer
 from lightrft.sim.engine.sglang_face.sampling_params import SamplingParams
 from lightrft.sim.engine.sglang_face.server_args import ServerArgs
+from lightrft.strategy.request_seeds import content_of, seeds_for
+from lightrft.strategy.requests import Request
 from lightrft.strategy.utils.agreement import Ranks
 from lightrft.strategy.utils.call_sites import call_site
 
 __all__ = ["Engine"]
+
+_DEFAULT_SEED = 42
 
 _THERE = ("prompt", "sampling_params", "input_ids", "image_data", "video_data", "return_logprob")
 """Arguments of ``generate`` that the fake engine heeds."""
@@ -140,6 +144,7 @@ class Engine:
         self._lost = False
         self._dirty = False
         self._requests = 0
+        self._calls = 0
         self._raw = os.environ.get("SGLANG_RETURN_ORIGINAL_LOGPROB", "").lower() in ("1", "true")
 
     # -- Generation ---------------------------------------------------------------------------------------------------
@@ -168,7 +173,11 @@ class Engine:
         several = [self._encode(text) for text in texts] if texts is not None else [input_ids] if single else input_ids
         asked = self._asked(several, sampling_params, image_data, video_data, single)
         wanted = [return_logprob] * len(asked) if not isinstance(return_logprob, list) else return_logprob
-        samples = [self._sample(one, index) for one in asked for index in range(one.params.n)]
+        samples = [
+            self._sample(one, seed + index)
+            for one, seed in zip(asked, self._seeds(asked), strict=True)
+            for index in range(one.params.n)
+        ]
         drawn = self._core.generate(samples) if samples else []
         self._dirty = True
         owners = [
@@ -223,10 +232,20 @@ class Engine:
         if not 0 <= min(tokens) <= max(tokens) < self._core.model.vocabulary:
             self._die(f"was given a token outside of its vocabulary of {self._core.model.vocabulary}")
 
-    def _sample(self, asked: Asked, index: int) -> Sample:
+    def _seeds(self, asked: Sequence[Asked]) -> list[int]:
+        """One for each prompt. Where it draws by them, its own or SGLang's default, else one that the call adds to."""
+        if self._deterministic:
+            seeds = [one.params.sampling_seed for one in asked]
+            return [_DEFAULT_SEED if seed is None else seed for seed in seeds]
+        self._calls += 1
+        contents = [
+            content_of(Request(prompt_token_ids=one.seen)) + repr([medium.digest for medium in one.media]).encode()
+            for one in asked
+        ]
+        return seeds_for(contents, digest([self.server_args.random_seed, self._calls]))
+
+    def _sample(self, asked: Asked, seed: int) -> Sample:
         self._requests += 1
-        own = asked.params.sampling_seed if self._deterministic else None
-        seed = digest([self.server_args.random_seed, self._requests]) if own is None else own + index
         ours = asked.params.ours(self._limit - len(asked.seen))
         return Sample(tokens=asked.seen, params=ours, seed=seed, media=asked.media, penalties="SGLang")
 
