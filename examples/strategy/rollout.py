@@ -70,9 +70,12 @@ def main():
             strategy.optimizer_step(optimizer, actor, None)
         strategy.update_engine_weights(actor)
         gap = strategy.all_reduce(gap, op="max")
-        first = " ".join(str(token) for token in completions[0].output_token_ids)
         version = completions[0].weight_version
-        strategy.print(f"iteration {iteration}: weights {version}, reward {mean:.4f}, first completion {first}")
+        strategy.print(f"iteration {iteration}: weights {version}, reward {mean:.4f}")
+        everyone = [None] * strategy.world_size
+        dist.all_gather_object(everyone, [one.output_token_ids for one in completions])
+        for rank, outputs in enumerate(everyone):
+            strategy.print(f"rank {rank} got", *outputs)
         strategy.print("log-probs of engine and trainer", "agree" if gap < 1e-4 else f"differ by {gap:.1e}")
     strategy.inference_engine.shutdown()
     dist.destroy_process_group()

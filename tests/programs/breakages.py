@@ -6,6 +6,7 @@ import torch
 
 from lightrft.errors import ConfigError
 from lightrft.strategy.backend_strategy import Step
+from lightrft.strategy.packing import packed
 from lightrft.strategy.utils.agreement import Outcome, Ranks
 
 
@@ -218,12 +219,12 @@ def backwards(generate):
     return lambda *args, **kwargs: generate(*args, **kwargs)[::-1]
 
 
-def own_prompts_only(gather):
-    def gathered(requests, ranks, device, **more):
-        found = gather(requests, ranks, device, **more)
-        return [each if rank == ranks.rank else [] for rank, each in enumerate(found)]
+def own_prompts_only(sent):
+    def exchanged(data, sizes, ranks, device, **more):
+        sent(data, sizes, ranks, device, **more)
+        return [data if rank == ranks.rank else packed([]) for rank in range(ranks.world_size)]
 
-    return gathered
+    return exchanged
 
 
 class Alone(Ranks):

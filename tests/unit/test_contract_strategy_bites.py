@@ -7,7 +7,7 @@ from programs import breakages as broken
 from lightrft.sim import SimWorld, fake_checkpoints, flat_parameters
 from lightrft.sim import strategy as fake
 from lightrft.sim.contracts.strategy import CHECKS, SETTINGS, Subject
-from lightrft.strategy import backend_strategy, engine, engine_calls, rollout, weight_sync
+from lightrft.strategy import backend_strategy, engine, engine_calls, packing, rollout, weight_sync
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.groups import ParallelGroups
 from lightrft.strategy.utils import (
@@ -186,7 +186,7 @@ MUTATIONS = {
         "ST504", "buckets of \\[1920000\\] bytes", weight_sync, "in_buckets", broken.one_bucket,
     ),
     "completions are in another order": ("ST505", "rank 1 got", rollout, "gather_and_generate", broken.backwards),
-    "prompts are not gathered": ("ST505", "the engine of rank 0 got", rollout, "gather", broken.own_prompts_only),
+    "prompts are not gathered": ("ST505", "the engine of rank 0 got", packing, "sent", broken.own_prompts_only),
     "an error of an engine stays with its rank": (
         "ST506", "no memory left", engine_calls, "Ranks", lambda f: broken.Alone,
     ),
