@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from engines import on_cpu
 from PIL import Image
 from safetensors.torch import load_file
 
 from lightrft.errors import ConfigError
 from lightrft.models import tiny
+from lightrft.sim import ProcessWorld
 from lightrft.strategy import vllm_utils, weight_sync
+from lightrft.strategy.requests import request_of
+from lightrft.strategy.rollout import gather_and_generate
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:::lightrft")]
 
@@ -28,16 +32,21 @@ def folders(tmp_path_factory):
     return [on_cpu.save(model, tmp_path_factory.mktemp("model"), tiny.vision_processor()) for model in MODELS]
 
 
-@pytest.fixture(scope="module")
-def engine(folders):
+def start(folder, **more):
     settings = on_cpu.settings(
-        folders[0],
+        folder,
         max_model_len=128,
         max_tokens=7,
         seed=3,
         options={"kv_cache_memory_bytes": 32 << 20, "block_size": 32},
+        **more,
     )
-    engine = vllm_utils.start(settings)
+    return vllm_utils.start(settings)
+
+
+@pytest.fixture(scope="module")
+def engine(folders):
+    engine = start(folders[0])
     yield engine
     engine.shutdown()
 
@@ -94,6 +103,31 @@ def test_k06_f05_each_prompt_is_completed_for_its_own_images_with_the_present_we
     assert one.prompt_token_ids.count(tiny.IMAGE) == TOKENS
     assert two.prompt_token_ids.count(tiny.IMAGE) == 2 * TOKENS
     assert film.prompt_token_ids.count(tiny.VIDEO) == 2 * TOKENS, "two frames become one"
+
+
+@pytest.mark.processes
+def test_k06_prompts_with_and_without_images_mix_across_ranks_that_share_an_engine(folders):
+    def rollout():
+        dist.init_process_group("gloo")
+        engine = start(folders[0], tp_size=2, group=dist.group.WORLD)
+        mine = MIXED[:1] if dist.get_rank() == 0 else MIXED[1:]
+        found = gather_and_generate(
+            engine,
+            lambda: [request_of(one) for one in mine],
+            GREEDY,
+            group=dist.group.WORLD,
+            device=torch.device("cpu"),
+        )
+        engine.shutdown()
+        return found
+
+    with ProcessWorld(2, backend="gloo", limit=180) as world:
+        (one,), (none, two, other, film) = world.run(rollout)
+    assert_sees(one, MODELS[0], image(0))
+    assert_sees(none, MODELS[0])
+    assert_sees(two, MODELS[0], image(0), image(1))
+    assert_sees(other, MODELS[0], image(2))
+    assert film.prompt_token_ids.count(tiny.VIDEO) == 2 * TOKENS
 
 
 def test_a_video_is_seen(engine):
