@@ -108,7 +108,7 @@ class SamplingParams:
 
         In a mapping the names of both engines are understood (``max_new_tokens`` is ``max_tokens``); a name that is
         none of ours goes into ``options``. Of an engine's object the values that differ from the defaults of its class
-        are taken.
+        are taken, and its limit of tokens always; one of SGLang with ``top_k=1`` is greedy.
 
         Raises:
             ConfigError: ``given`` is something else, or has a value that is not allowed.
@@ -120,8 +120,10 @@ class SamplingParams:
         if isinstance(given, Mapping):
             return cls._from(given)
         root = type(given).__module__.partition(".")[0]
-        if root in ("vllm", "sglang"):
+        if root == "vllm":
             return cls._from(_changed(given))
+        if root == "sglang":
+            return cls._from(_greedy(_changed(given)))
         raise ConfigError(
             f"sampling_params is a {type(given).__name__}: expected SamplingParams, a mapping, or an object of vLLM or "
             "SGLang"
@@ -194,15 +196,28 @@ def _several(value: Any) -> tuple[Any, ...]:
     return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
 
 
+_LIMITS = ("max_tokens", "max_new_tokens")
+
+
 def _changed(given: Any) -> dict[str, Any]:
-    """What an engine's object says, where it differs from a new object of its class."""
+    """What an engine's object says, where it differs from a new object of its class.
+
+    The limit of tokens is taken always: that of a new object is not ours, and may have been given.
+    """
     names = getattr(type(given), "__struct_fields__", None) or vars(given)
     plain = type(given)()
     return {
         name: getattr(given, name)
         for name in names
-        if not name.startswith("_") and getattr(given, name) != getattr(plain, name, None)
+        if not name.startswith("_") and (name in _LIMITS or getattr(given, name) != getattr(plain, name, None))
     }
+
+
+def _greedy(entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of SGLang's object, which makes ``top_k=1`` at temperature 1 of temperature 0: ``temperature=0`` again."""
+    if entries.get("top_k") != 1:
+        return entries
+    return {**{name: value for name, value in entries.items() if name != "top_k"}, "temperature": 0.0}
 
 
 def _made(cls: type[Any], given: Mapping[str, Any], engine: str) -> Any:

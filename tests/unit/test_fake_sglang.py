@@ -233,6 +233,6 @@ def test_an_object_of_the_face_passes_for_one_of_sglang():
 
         ours = SamplingParams(temperature=0.5, max_tokens=7, n=2, stop=("a",), seed=4, top_k=3)
         assert SamplingParams.of(Theirs(**ours.to_sglang(Theirs))) == ours
-        assert SamplingParams.of(Theirs()) == SamplingParams()
+        assert SamplingParams.of(Theirs()) == SamplingParams(max_tokens=128)
         with pytest.raises(ConfigError, match="SGLang has no bad_words"):
             SamplingParams(options={"bad_words": ["x"]}).to_sglang(Theirs)

@@ -21,10 +21,13 @@ class Vllm:
 class Sglang:
     __module__ = "sglang.srt.sampling.sampling_params"
 
-    def __init__(self, max_new_tokens=128, temperature=1.0, n=1, sampling_seed=None, stop=None, regex=None):
+    def __init__(
+        self, max_new_tokens=128, temperature=1.0, n=1, sampling_seed=None, stop=None, regex=None, top_k=1 << 30
+    ):
         if regex == "(":
             raise ValueError("unbalanced")
-        self.max_new_tokens, self.temperature, self.n = max_new_tokens, temperature, n
+        temperature, top_k = (1.0, 1) if temperature == 0 else (temperature, top_k)
+        self.max_new_tokens, self.temperature, self.n, self.top_k = max_new_tokens, temperature, n, top_k
         self.sampling_seed, self.stop_strs, self.regex = sampling_seed, stop, regex
 
 
@@ -45,6 +48,21 @@ def test_an_object_comes_back_as_it_was(given):
         assert vars(params.to_vllm(Vllm)) == vars(given)
     else:
         assert vars(Sglang(**params.to_sglang(Sglang))) == vars(given)
+
+
+@pytest.mark.parametrize("made", [Vllm, Sglang])
+@pytest.mark.parametrize("limit", [16, 128, 7])
+def test_an_object_keeps_its_limit_of_tokens_also_where_it_is_the_default_of_its_class(made, limit):
+    name = "max_tokens" if made is Vllm else "max_new_tokens"
+    assert SamplingParams.of(made(**{name: limit})).max_tokens == limit
+    assert SamplingParams.of({}).max_tokens is None
+
+
+@pytest.mark.parametrize("given", [{"temperature": 0}, {"top_k": 1}, {"top_k": 1, "temperature": 0.7}])
+def test_a_greedy_object_of_sglang_is_greedy(given):
+    assert SamplingParams.of(Sglang(**given)) == SamplingParams(temperature=0, max_tokens=128)
+    with pytest.raises(ConfigError, match="n=2 with temperature=0"):
+        SamplingParams.of(Sglang(n=2, **given))
 
 
 def test_what_an_engine_lacks_is_named():
