@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 from lightrft.errors import ConfigError
+from lightrft.strategy.plain_values import integer, token_ids
 
 __all__ = ["Completion", "Request", "request_of", "requests_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One prompt. It has token ids or text.
+    """One prompt. It has token ids or text. Lists that are given are kept as tuples.
 
     Attributes:
         prompt_token_ids: the prompt as token ids, without padding; one image token for each image.
         prompt: the prompt as text.
         images: in the order of their places in the prompt.
         videos: the same.
+
+    Raises:
+        ConfigError: token ids are no integers, the prompt is no text, or both or none of them are given.
     """
 
     prompt_token_ids: tuple[int, ...] | None = None
@@ -30,6 +35,12 @@ class Request:
     def __post_init__(self) -> None:
         if (self.prompt_token_ids is None) == (self.prompt is None):
             raise ConfigError("a request needs prompt_token_ids or prompt, and not both")
+        if not isinstance(self.prompt, str | None):
+            raise ConfigError(f"the prompt {self.prompt!r:.100} is a {type(self.prompt).__name__}: expected a text")
+        if self.prompt_token_ids is not None:
+            object.__setattr__(self, "prompt_token_ids", _token_ids(self.prompt_token_ids))
+        object.__setattr__(self, "images", _several(self.images))
+        object.__setattr__(self, "videos", _several(self.videos))
 
     @property
     def is_tokens(self) -> bool:
@@ -81,18 +92,23 @@ def requests_of(
         videos_num: how many of ``videos`` each prompt has.
 
     Raises:
-        ConfigError: both or none of ``token_ids`` and ``prompts`` are given, or lengths do not fit.
+        ConfigError: both or none of ``token_ids`` and ``prompts`` are given, lengths do not fit, or a prompt is neither
+            a list of integers nor a text.
     """
     if (token_ids is None) == (prompts is None):
         raise ConfigError("pass all_prompt_token_ids or all_prompts, and not both")
     if isinstance(prompts, str):
         raise ConfigError("all_prompts is one text: expected a list of texts")
+    if isinstance(token_ids, (str, bytes, Mapping)):
+        raise ConfigError(
+            f"all_prompt_token_ids is a {type(token_ids).__name__}: expected a list of lists of token ids"
+        )
     count = len(token_ids if prompts is None else prompts)
     pictures = _shared_out("images", images, images_num, count)
     films = _shared_out("videos", videos, videos_num, count)
     return [
         Request(
-            prompt_token_ids=None if token_ids is None else tuple(map(int, token_ids[index])),
+            prompt_token_ids=None if token_ids is None else token_ids[index],
             prompt=None if prompts is None else prompts[index],
             images=pictures[index],
             videos=films[index],
@@ -119,19 +135,26 @@ def request_of(entry: Any) -> Request:
             f"expected a mapping with some of {', '.join(sorted(known))} for each prompt, got {entry!r:.200}"
         )
     media = entry.get("multi_modal_data") or {}
-    tokens = entry.get("prompt_token_ids")
     return Request(
-        prompt_token_ids=None if tokens is None else tuple(map(int, tokens)),
+        prompt_token_ids=entry.get("prompt_token_ids"),
         prompt=entry.get("prompt"),
-        images=_several(media.get("image")),
-        videos=_several(media.get("video")),
+        images=media.get("image", ()),
+        videos=media.get("video", ()),
     )
+
+
+def _token_ids(given: Any) -> tuple[int, ...]:
+    try:
+        return token_ids(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"the prompt {given!r:.100} is no list of token ids: {error}") from error
 
 
 def _shared_out(kind: str, media: Any, numbers: Any, count: int) -> list[tuple[Any, ...]]:
     """Images or videos by prompt."""
     if numbers is None:
         return _each(kind, media, count)
+    numbers = _counts(kind, numbers)
     if media is None and any(numbers):
         raise ConfigError(f"{kind}_num asks for {sum(numbers)} {kind}, and there are none")
     if len(numbers) != count:
@@ -139,8 +162,17 @@ def _shared_out(kind: str, media: Any, numbers: Any, count: int) -> list[tuple[A
     flat = [one for entry in media or () for one in _several(entry)]
     if sum(numbers) != len(flat):
         raise ConfigError(f"{kind}_num adds up to {sum(numbers)}, and there are {len(flat)} {kind}")
-    ends = [sum(numbers[: index + 1]) for index in range(count)]
-    return [tuple(flat[end - number : end]) for number, end in zip(numbers, ends, strict=True)]
+    return [tuple(flat[end - number : end]) for number, end in zip(numbers, accumulate(numbers), strict=True)]
+
+
+def _counts(kind: str, numbers: Any) -> list[int]:
+    try:
+        found = [integer(number) for number in numbers]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{kind}_num={numbers!r:.100}: expected an integer for each prompt: {error}") from error
+    if min(found, default=0) < 0:
+        raise ConfigError(f"{kind}_num={numbers!r:.100}: expected 0 or more for each prompt")
+    return found
 
 
 def _each(kind: str, entries: Any, count: int) -> list[tuple[Any, ...]]:

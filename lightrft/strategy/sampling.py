@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from lightrft.errors import ConfigError
-from lightrft.strategy.sources import ReadOnlyMapping
+from lightrft.strategy.plain_values import biases, integer, mapping, number, switch, texts, token_ids
 
 __all__ = ["SamplingParams"]
 
@@ -40,7 +40,7 @@ class SamplingParams:
         n: samples of each prompt.
         temperature: 0 takes the likeliest token, whatever the rest says; ``n`` is 1 then.
         top_p: above 0, at most 1.
-        top_k: -1 for all tokens.
+        top_k: -1 for all tokens, which 0 becomes.
         min_p: 0 to 1.
         max_tokens: most tokens that are generated; ``generate_max_len`` of the settings if ``None``.
         min_tokens: no end before as many.
@@ -49,14 +49,14 @@ class SamplingParams:
         stop: texts that end a completion.
         stop_token_ids: tokens that end a completion, beside the end token of the model.
         ignore_eos: go on after the end token of the model.
-        logprobs: return the log-prob of each token that was generated.
+        logprobs: return the log-prob of each token that was generated; of no other token.
         presence_penalty, frequency_penalty, repetition_penalty: as the engines define them; 0, 0 and 1 change nothing.
         skip_special_tokens, include_stop_str_in_output: what the text of a completion has.
         logit_bias: what is added to the logits of some tokens, by token id.
         options: entries of one engine only, by its own names.
 
     Raises:
-        ConfigError: a value is out of its range, or ``options`` has an entry that is an attribute.
+        ConfigError: a value is of another type or out of its range, or ``options`` has an entry that is an attribute.
     """
 
     n: int = 1
@@ -80,6 +80,24 @@ class SamplingParams:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        problems = self._wrong_types() or self._wrong_values()
+        if problems:
+            raise ConfigError("sampling parameters: " + "; ".join(problems))
+
+    def _wrong_types(self) -> list[str]:
+        """What is of another type; everything else is kept as a plain value that nobody can change."""
+        problems = []
+        for name, plain, wanted in _PLAIN:
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, plain(value))
+            except (TypeError, ValueError, RuntimeError):
+                problems.append(f"{name}={value!r:.100}: expected {wanted}, got {type(value).__name__}")
+        if self.top_k == 0:
+            object.__setattr__(self, "top_k", -1)
+        return problems
+
+    def _wrong_values(self) -> list[str]:
         problems = [
             f"{name}={getattr(self, name)!r}: expected {wanted}"
             for name, fits, wanted in (
@@ -98,9 +116,7 @@ class SamplingParams:
         own = sorted(set(self.options) & _names())
         if own:
             problems.append(f"options has {', '.join(own)}, which are attributes: give them as such")
-        if problems:
-            raise ConfigError("sampling parameters: " + "; ".join(problems))
-        object.__setattr__(self, "options", ReadOnlyMapping(self.options))
+        return problems
 
     @classmethod
     def of(cls, given: Any) -> Self:
@@ -139,12 +155,8 @@ class SamplingParams:
                 raise ConfigError(f"sampling parameters: {name} and {ours} mean the same: give one of them")
             (found if ours in _names() else options)[ours] = value
         own = found.pop("options", None) or {}
-        for name in ("stop", "stop_token_ids"):
-            found[name] = _several(found.get(name))
-        if found.get("top_k") == 0:
-            found["top_k"] = -1
-        found["logprobs"] = found.get("logprobs") is not None and found["logprobs"] is not False  # 0 asks for them
-        return cls(**found, options={**own, **options})
+        found["logprobs"] = _asks_for_log_probs(found.get("logprobs"))
+        return cls(**found, options={**own, **options} if isinstance(own, Mapping) else own)
 
     def to_vllm(self, cls: type[Any]) -> Any:
         """An object of vLLM's class ``cls`` (``vllm.SamplingParams``).
@@ -177,23 +189,56 @@ class SamplingParams:
             value = getattr(self, each.name)
             if theirs is None or each.name == "options" or value == each.default:
                 continue
-            given[theirs] = list(value) if isinstance(value, tuple) else value
+            given[theirs] = _as_engines_take_it(value)
         twice = sorted(set(self.options) & set(given))
         if twice:
             raise ConfigError(f"sampling parameters: {', '.join(twice)} is given twice for {engine}")
         return {**given, **self.options}
 
 
+def _or(none: Any, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: none if value is None else plain(value)
+
+
+_KINDS: Mapping[Any, tuple[Callable[[Any], Any], str]] = {
+    "int": (integer, "an integer"),
+    "int | None": (_or(None, integer), "an integer or None"),
+    "float": (number, "a number"),
+    "bool": (switch, "True or False"),
+    "tuple[str, ...]": (_or((), texts), "texts"),
+    "tuple[int, ...]": (_or((), lambda ids: token_ids([ids] if isinstance(ids, int) else ids)), "token ids, integers"),
+    "Mapping[int, float] | None": (_or(None, biases), "a mapping from token ids to numbers"),
+    "Mapping[str, Any]": (mapping, "a mapping"),
+}
+"""By the type of a field: how its value is made a plain one, and what is expected."""
+
+_PLAIN = [(each.name, *_KINDS[each.type]) for each in dataclasses.fields(SamplingParams)]
+
+
 def _names() -> set[str]:
     return {each.name for each in dataclasses.fields(SamplingParams)}
 
 
-def _several(value: Any) -> tuple[Any, ...]:
-    if value is None:
-        return ()
-    if isinstance(value, (str, int)):
-        return (value,)
-    return tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+def _as_engines_take_it(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _asks_for_log_probs(given: Any) -> bool:
+    """Whether vLLM's ``logprobs`` asks for those of the tokens that are drawn: 0 does.
+
+    Raises:
+        ConfigError: it asks for those of other tokens.
+    """
+    if given is None or isinstance(given, bool):
+        return bool(given)
+    if given in (0, 1):
+        return True
+    raise ConfigError(
+        f"sampling parameters: logprobs={given!r:.100}: expected True or False, or 0 or 1, which ask for the same as "
+        "True: only the log-probs of the tokens that were drawn are returned"
+    )
 
 
 _LIMITS = ("max_tokens", "max_new_tokens")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from lightrft.errors import ConfigError
 
@@ -13,19 +13,29 @@ __all__ = ["ReadOnlyMapping", "entries"]
 _NO_SOURCE = (str, bytes, bool, int, float, complex, list, tuple, set, frozenset)
 
 
-class ReadOnlyMapping(Mapping[str, Any]):
-    """A mapping that nobody can change; its values are those that were given, not copies."""
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class ReadOnlyMapping(Mapping[Key, Value]):
+    """A mapping that nobody can change; its values are those that were given, not copies.
+
+    It can be hashed if its values can.
+    """
 
     __slots__ = ("_entries",)
 
-    def __init__(self, entries: Mapping[str, Any]) -> None:
+    def __init__(self, entries: Mapping[Key, Value]) -> None:
         self._entries = dict(entries)
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: Key) -> Value:
         return self._entries[name]
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Key]:
         return iter(self._entries)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._entries.items()))
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -1,8 +1,12 @@
 """Sampling parameters: ours, and what engines make of them."""
 
+import copy
+import pickle
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from lightrft.errors import ConfigError
 from lightrft.strategy.sampling import SamplingParams
@@ -96,6 +100,71 @@ def test_values_that_cannot_work_are_refused(given, message):
         SamplingParams(**given)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"temperature": "0.7"}, "temperature='0.7': expected a number, got str"),
+        ({"n": None, "top_p": None}, "n=None: expected an integer, got NoneType; top_p=None: expected a number"),
+        ({"n": True}, "n=True: expected an integer, got bool"),
+        ({"top_k": 2.5}, "top_k=2.5: expected an integer, got float"),
+        ({"max_tokens": "12"}, "max_tokens='12': expected an integer or None, got str"),
+        ({"seed": "a"}, "seed='a': expected an integer or None, got str"),
+        ({"seed": torch.tensor([1, 2])}, "seed=tensor.*: expected an integer or None, got Tensor"),
+        ({"min_p": True}, "min_p=True: expected a number, got bool"),
+        ({"ignore_eos": 1}, "ignore_eos=1: expected True or False, got int"),
+        ({"logprobs": 0}, "logprobs=0: expected True or False, got int"),
+        ({"stop": [3]}, r"stop=\[3\]: expected texts, got list"),
+        ({"stop_token_ids": ["3"]}, r"stop_token_ids=\['3'\]: expected token ids, integers, got list"),
+        ({"logit_bias": [3]}, r"logit_bias=\[3\]: expected a mapping from token ids to numbers, got list"),
+        ({"logit_bias": {"a": 1}}, "logit_bias=.*: expected a mapping from token ids to numbers, got dict"),
+        ({"options": [3]}, r"options=\[3\]: expected a mapping, got list"),
+    ],
+)
+def test_values_of_another_type_are_refused(given, message):
+    with pytest.raises(ConfigError, match=f"sampling parameters: {message}"):
+        SamplingParams(**given)
+    if given != {"logprobs": 0}:
+        with pytest.raises(ConfigError, match=f"sampling parameters: {message}"):
+            SamplingParams.of(given)
+
+
+def test_numbers_of_numpy_and_torch_become_plain_ones():
+    found = SamplingParams(
+        n=np.int64(2), temperature=np.float32(0.5), seed=torch.tensor(3), stop_token_ids=torch.tensor([4, 5])
+    )
+    assert repr(found) == repr(SamplingParams(n=2, temperature=0.5, seed=3, stop_token_ids=(4, 5)))
+    assert SamplingParams(stop="a", stop_token_ids=3) == SamplingParams(stop=("a",), stop_token_ids=(3,))
+    assert SamplingParams(stop_token_ids={5, 4}).stop_token_ids == (4, 5)
+
+
+def test_all_tokens_are_minus_one():
+    assert SamplingParams(top_k=0) == SamplingParams()
+    assert SamplingParams(top_k=0).to_sglang(Sglang) == {}
+
+
+def test_nothing_that_was_given_can_be_changed_afterwards():
+    bias, stop, options = {3: 1.0}, ["a"], {"bad_words": "x"}
+    found = SamplingParams(logit_bias=bias, stop=stop, options=options)
+    same = copy.deepcopy(found)
+    bias[4], options["regex"] = 2.0, "y"
+    stop.append("b")
+    assert found == same == pickle.loads(pickle.dumps(found))
+    assert hash(found) == hash(same)
+    assert {SamplingParams(): 1}[SamplingParams()] == 1
+    assert SamplingParams(logit_bias={"3": 1}) == SamplingParams(logit_bias={3: 1.0})
+    with pytest.raises(TypeError, match="item assignment"):
+        found.logit_bias[4] = 1.0
+
+
+def test_an_engine_gets_lists_and_dicts():
+    class Biased:
+        def __init__(self, logit_bias, stop):
+            self.logit_bias, self.stop = logit_bias, stop
+
+    made = SamplingParams(logit_bias={3: 1.0}, stop="a").to_vllm(Biased)
+    assert (type(made.logit_bias), type(made.stop)) == (dict, list)
+
+
 def test_what_is_none_is_refused():
     with pytest.raises(ConfigError, match="is a SimpleNamespace: expected SamplingParams"):
         SamplingParams.of(SimpleNamespace(n=1))
@@ -111,5 +180,8 @@ def test_no_log_probs_unless_asked_for():
         True,
         True,
     ]
+    for given in ({"logprobs": 5}, {"logprobs": -1}, {"logprobs": "1"}, Vllm(logprobs=3)):
+        with pytest.raises(ConfigError, match="logprobs=.*: expected True or False, or 0 or 1, .*only the log-probs"):
+            SamplingParams.of(given)
     assert SamplingParams(logprobs=True).to_vllm(Vllm).logprobs == 0
     assert "logprobs" not in SamplingParams(logprobs=True).to_sglang(Sglang)
