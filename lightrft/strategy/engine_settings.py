@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightrft.errors import ConfigError
 from lightrft.strategy.request_seeds import derived_seed
 from lightrft.strategy.sources import ReadOnlyMapping
+from lightrft.strategy.utils.agreement import Ranks
 
 if TYPE_CHECKING:
     import torch
@@ -93,3 +94,17 @@ class EngineSettings:
             group=group,
             options=ReadOnlyMapping(options),
         )
+
+    def ranks(self) -> Ranks:
+        """Those that share the engine.
+
+        Raises:
+            ConfigError: there are not as many as ``tp_size``.
+        """
+        ranks = Ranks(self.group) if self.group is not None else Ranks(rank=0, world_size=1)
+        if ranks.world_size != self.tp_size:
+            raise ConfigError(
+                f"engine_tp_size={self.tp_size}, but {ranks.world_size} ranks share the engine: expected as many (the "
+                "groups of ranks are those of the strategy's own settings)"
+            )
+        return ranks

@@ -137,6 +137,18 @@ def test_f16_log_probs_at_another_temperature_are_the_trainers(folder, engine):
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize(("ours", "theirs"), [(1, 2), (2, 1)])
+def test_an_engine_of_another_size_than_the_groups_of_the_strategy_is_refused(folder, engine, ours, theirs):
+    def program(strategy):
+        strategy.inference_engine.shutdown()
+        other = {"pretrain": folder, "train_batch_size": 2, "engine_tp_size": theirs, "engine_type": engine}
+        with pytest.raises(ConfigError, match=f"engine_tp_size={theirs}, but {ours} ranks share the engine"):
+            strategy.setup_inference_engine(other)
+
+    with_engine(program, folder, size=2, tp_size=ours, engine_type=engine)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_f01_f05_a_deep_sleep_asks_for_new_weights_and_no_cache_outlives_them(folder, engine):
     def program(strategy):
         actor, optimizer = prepared(strategy, folder)

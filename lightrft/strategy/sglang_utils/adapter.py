@@ -18,7 +18,6 @@ from lightrft.strategy.model_files import ModelFiles
 from lightrft.strategy.request_seeds import derived_seed
 from lightrft.strategy.sglang_utils import generation, sending, telling
 from lightrft.strategy.sglang_utils.launching import Launched, launch, library, tells
-from lightrft.strategy.utils.agreement import Outcome, Ranks
 from lightrft.strategy.utils.held_weights import DTYPES
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from lightrft.strategy.engine_settings import EngineSettings
     from lightrft.strategy.requests import Completion, Request
     from lightrft.strategy.sampling import SamplingParams
+    from lightrft.strategy.utils.agreement import Outcome, Ranks
 
 __all__ = ["SGLangEngine", "start"]
 
@@ -42,7 +42,7 @@ def start(settings: EngineSettings) -> SGLangEngine:
     Raises:
         ConfigError: it is not installed, or it refuses the settings, or it does not start.
     """
-    ranks = Ranks(settings.group) if settings.group is not None else Ranks(rank=0, world_size=1)
+    ranks = settings.ranks()
     files = ModelFiles.of(settings.model)
     launched = None
     with ranks.together("SGLang was not started", ConfigError) as outcome:

@@ -20,7 +20,7 @@ from lightrft.strategy.extras import naming_extras
 from lightrft.strategy.model_files import ModelFiles
 from lightrft.strategy.request_seeds import content_of, derived_seed, digest_of, seeds_for
 from lightrft.strategy.utils import held_weights
-from lightrft.strategy.utils.agreement import Ranks, check_same
+from lightrft.strategy.utils.agreement import check_same
 from lightrft.strategy.vllm_utils.arguments import environment, llm_arguments, log_probs_mode
 from lightrft.strategy.vllm_utils.cpu import pack_output_layer, remove_names_of_shared_memory
 from lightrft.strategy.vllm_utils.exchange import check_media, check_tokens, completions_of, prompt_of, sampling_for
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lightrft.strategy.engine_settings import EngineSettings
     from lightrft.strategy.requests import Completion, Request
     from lightrft.strategy.sampling import SamplingParams
+    from lightrft.strategy.utils.agreement import Ranks
 
 __all__ = ["VLLMEngine", "start"]
 
@@ -44,11 +45,7 @@ def start(settings: EngineSettings) -> VLLMEngine:
         ConfigError: vLLM is not installed, or refuses the settings.
         EngineStateError: it fails otherwise.
     """
-    ranks = Ranks(settings.group) if settings.group is not None else Ranks(rank=0, world_size=1)
-    if ranks.world_size != settings.tp_size:
-        raise ConfigError(
-            f"engine_tp_size={settings.tp_size}, but {ranks.world_size} ranks share the engine: expected as many"
-        )
+    ranks = settings.ranks()
     shares_memory = settings.device.type == "cpu" and ranks.world_size > 1
     if shares_memory:
         remove_names_of_shared_memory(ranks)
