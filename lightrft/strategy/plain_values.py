@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 import operator
-from array import array
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,7 +61,7 @@ def texts(value: Any) -> tuple[str, ...]:
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """Several token ids: a sequence, an array or a tensor of integers of 64 bits; those of a set in their order.
+    """Several token ids: a sequence, an array or a tensor of integers; those of a set in their order.
 
     Raises:
         TypeError, ValueError, RuntimeError: something else is among them.
@@ -70,12 +69,7 @@ def token_ids(value: Any) -> tuple[int, ...]:
     if isinstance(value, (str, bytes)):
         raise TypeError("a text has no token ids")
     found = _several(value.tolist() if hasattr(value, "tolist") else value)
-    plain = found if list(map(type, found)).count(int) == len(found) else tuple(map(integer, found))
-    try:
-        array("q", plain)
-    except OverflowError as error:
-        raise ValueError("a number among them is too large") from error
-    return plain
+    return found if list(map(type, found)).count(int) == len(found) else tuple(map(integer, found))
 
 
 def biases(value: Any) -> Mapping[int, float]:

@@ -26,7 +26,7 @@ def test_token_ids_are_plain_integers_whatever_holds_them(given):
 
 
 @pytest.mark.parametrize(
-    "given", ["12", b"12", [1.7, 2.9], [True, False], ["1"], [torch.tensor(True)], torch.tensor([1.0]), [2**70], 3]
+    "given", ["12", b"12", [1.7, 2.9], [True, False], ["1"], [torch.tensor(True)], torch.tensor([1.0]), 3]
 )
 def test_what_is_no_token_id_is_refused(given):
     with pytest.raises(ConfigError, match="the prompt .* is no list of token ids: "):

@@ -162,8 +162,11 @@ class Recorded:
         self.calls.append("reset prefix")
         return self.calls.count("reset prefix") < 3
 
-    def collective_rpc(self, method, kwargs):
+    def collective_rpc(self, method, kwargs=None):
+        if callable(method):
+            return [method(SimpleNamespace(reload_weights=lambda weights_iterator: None))]
         self.calls.append(f"{method} {[name for name, _ in kwargs['weights_iterator']]}")
+        return [None]
 
 
 @pytest.fixture
@@ -171,6 +174,38 @@ def recorded(monkeypatch):
     made = dataclasses.make_dataclass("EngineArgs", sorted(KNOWN))
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Recorded, EngineArgs=made))
     return vllm_utils.start(settings(tp_size=1))
+
+
+@pytest.mark.parametrize(
+    ("worker", "takes"),
+    [
+        (lambda weights_iterator=None, weights_path=None: None, True),
+        (lambda: None, False),
+        (None, False),
+    ],
+)
+@pytest.mark.parametrize("handed_on", [False, True])
+def test_a_vllm_that_cannot_be_sent_weights_is_refused_at_the_start(monkeypatch, worker, takes, handed_on):
+    made = []
+
+    class Older(Recorded):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            made.append(self)
+
+        def collective_rpc(self, method, kwargs=None):
+            own = SimpleNamespace(**({} if worker is None else {"reload_weights": worker}))
+            passing = SimpleNamespace(reload_weights=lambda *args, **kwargs: None, model_runner=own)
+            return [method(passing if handed_on else own)]
+
+    known = dataclasses.make_dataclass("EngineArgs", sorted(KNOWN))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Older, EngineArgs=known, __version__="0.9.1"))
+    if takes:
+        vllm_utils.start(settings(tp_size=1)).shutdown()
+    else:
+        with pytest.raises(ConfigError, match=r"vLLM 0\.9\.1 cannot be sent weights: its worker has no reload_weights"):
+            vllm_utils.start(settings(tp_size=1))
+    assert made[0].calls == ["shutdown"]
 
 
 def test_caches_are_dropped_once_a_sleeper_is_awake_as_a_whole(recorded):

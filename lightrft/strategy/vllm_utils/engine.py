@@ -42,7 +42,7 @@ def start(settings: EngineSettings) -> VLLMEngine:
     """Start vLLM on this rank. *Collective* over the default process group, if there is one.
 
     Raises:
-        ConfigError: vLLM is not installed, or refuses the settings.
+        ConfigError: vLLM is not installed, or refuses the settings, or cannot be sent weights.
         EngineStateError: it fails otherwise.
     """
     ranks = settings.ranks()
@@ -93,6 +93,18 @@ class VLLMEngine(StatefulEngine):
         self._lockstep = Lockstep(ranks)
         self._end = weakref.finalize(self, _end, self._llm, self._process)
         self._end.atexit = False
+        self._check_updates()
+
+    def _check_updates(self) -> None:
+        """Refuse a vLLM that cannot be sent weights now, and not at the first update."""
+        with self._process.entered():
+            can = all(self._llm.collective_rpc(_takes_weights))
+        if not can:
+            self._shutdown()
+            raise ConfigError(
+                f"vLLM {getattr(self.vllm, '__version__', 'of an unknown version')} cannot be sent weights: its worker "
+                "has no reload_weights(weights_iterator=...); install a later one (0.32 was tried)"
+            )
 
     def _generate(self, requests: list[Request], params: SamplingParams) -> list[Completion]:
         """Completions; each depends on its request, the parameters and the weights alone.
@@ -278,6 +290,18 @@ def _end(llm: Any, process: ProcessState) -> None:
                 llm.llm_engine.engine_core.shutdown()
         else:
             llm.llm_engine.engine_core.shutdown()
+
+
+def _takes_weights(worker: Any) -> bool:
+    """Whether a worker of vLLM has ``reload_weights(weights_iterator=...)``, or hands everything on to what has it."""
+    known = _parameters(worker)
+    hands_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values())
+    return "weights_iterator" in (_parameters(getattr(worker, "model_runner", None)) if hands_on else known)
+
+
+def _parameters(owner: Any) -> Mapping[str, inspect.Parameter]:
+    method = getattr(owner, "reload_weights", None)
+    return {} if method is None else inspect.signature(method).parameters
 
 
 def _fitting(
