@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from lightrft.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightrft.strategy.requests import Request
@@ -17,7 +19,11 @@ __all__ = ["content_of", "derived_seed", "digest_of", "seeds_for"]
 
 
 def content_of(request: Request) -> bytes:
-    """A digest of everything in ``request``; equal requests have equal ones, also in another process."""
+    """A digest of everything in ``request``; equal requests have equal ones, also in another process.
+
+    Raises:
+        ConfigError: an image or a video is nothing that can be read: no array, no text and nothing that can be pickled.
+    """
     digest = hashlib.blake2b(digest_size=16)
     if request.prompt_token_ids is not None:
         digest.update(b"tokens" + np.array(request.prompt_token_ids, dtype=np.int64).tobytes())
@@ -26,7 +32,7 @@ def content_of(request: Request) -> bytes:
     for kind, media in ((b"images", request.images), (b"videos", request.videos)):
         for one in media:
             digest.update(kind)
-            _add_medium(digest, one)
+            _add(digest, one)
     return digest.digest()
 
 
@@ -59,16 +65,54 @@ def seeds_for(contents: Sequence[bytes], seed: int) -> list[int]:
     return seeds
 
 
-def _add_medium(digest: Any, medium: Any) -> None:
-    if isinstance(medium, (list, tuple)):
-        for one in medium:
-            _add_medium(digest, one)
+_PLAIN = (type(None), bool, int, float, str, bytes)
+
+
+def _add(digest: Any, medium: Any) -> None:
+    """Add a medium, or what it is made of. Each part tells its kind and its size, so that parts cannot run together."""
+    if isinstance(medium, Mapping):
+        entries = sorted(medium.items(), key=lambda entry: repr(entry[0]))
+        _add_all(digest, "mapping", [part for entry in entries for part in entry])
+    elif isinstance(medium, (list, tuple)):
+        _add_all(digest, "sequence", medium)
+    elif isinstance(medium, (set, frozenset)):
+        _add_all(digest, "set", sorted(medium, key=repr))
     elif isinstance(medium, torch.Tensor):
         plain = medium.detach().cpu().contiguous()
-        digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+        _add_bytes(digest, (plain.dtype, tuple(plain.shape)), plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(medium, np.ndarray) and medium.dtype.hasobject:
+        _add_all(digest, f"objects {medium.shape}", medium.ravel().tolist())
     elif hasattr(medium, "tobytes"):  # an image of PIL, an array of NumPy
-        about = (getattr(medium, "mode", None), getattr(medium, "size", None), getattr(medium, "shape", None))
-        digest.update(repr(about).encode() + medium.tobytes())
+        palette = medium.getpalette() if getattr(medium, "mode", None) == "P" else None
+        about = [getattr(medium, name, None) for name in ("mode", "size", "shape", "dtype")]
+        _add_bytes(digest, (*map(str, about), palette), medium.tobytes())
+    elif isinstance(medium, _PLAIN):
+        _add_bytes(digest, type(medium).__name__, repr(medium).encode())
+    elif hasattr(medium, "__qualname__"):  # a class or a function
+        _add_bytes(digest, medium.__module__, medium.__qualname__.encode())
     else:
-        digest.update(repr(medium).encode())
+        _add_all(digest, "object", _reduced(medium))
+
+
+def _add_all(digest: Any, kind: str, parts: Sequence[Any]) -> None:
+    _add_bytes(digest, (kind, len(parts)), b"")
+    for part in parts:
+        _add(digest, part)
+
+
+def _add_bytes(digest: Any, about: Any, content: bytes) -> None:
+    digest.update(f"{about} {len(content)} ".encode() + content)
+
+
+def _reduced(medium: Any) -> list[Any]:
+    """What an object is made of, as it is pickled."""
+    try:
+        parts = medium.__reduce_ex__(4)
+    except Exception as error:
+        raise ConfigError(
+            f"an image or a video is a {type(medium).__name__}, which cannot be pickled ({error}), nor told from "
+            "another one: give images of PIL, arrays, tensors or paths"
+        ) from error
+    if isinstance(parts, str):
+        return [parts]
+    return [list(part) if isinstance(part, Iterator) else part for part in parts]
