@@ -59,6 +59,19 @@ class EngineSettings:
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         return derived_seed(self.seed, rank // self.tp_size)
 
+    def too_long(self, positions: int | None) -> str:
+        """What to add to what an engine says as it refuses them: nothing, unless they ask for more than the model has.
+
+        Args:
+            positions: most tokens that the model was made for, if it is known.
+        """
+        if positions is None or self.max_model_len <= positions:
+            return ""
+        return (
+            f" (prompt_max_len + generate_max_len is {self.max_model_len}, and the model was made for {positions} "
+            "tokens: lower one of them)"
+        )
+
     @classmethod
     def of(
         cls, config: StrategyConfig, *, device: torch.device, group: dist.ProcessGroup | None, model: str | None = None

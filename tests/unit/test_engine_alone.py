@@ -125,6 +125,18 @@ def test_in_hash_mode_it_needs_no_model(engine_type):
     assert tokens(strategy) != found
 
 
+@BOTH
+@pytest.mark.parametrize("engines", ["hash", "model"])
+def test_a_context_longer_than_that_of_the_model_is_refused(engine_type, engines, folder):
+    strategy = FakeStrategy(args=settings(folder, prompt_max_len=200, generate_max_len=57), engines=engines)
+    message = rf"{engine_type} refuses .* \(prompt_max_len \+ generate_max_len is 257, .* for 256 tokens: lower one"
+    with pytest.raises(ConfigError, match=f"(?i){message}"):
+        strategy.setup_inference_engine(engine_type=engine_type)
+    FakeStrategy(
+        args=settings(folder, prompt_max_len=200, generate_max_len=56), engines=engines
+    ).setup_inference_engine(engine_type=engine_type)
+
+
 def test_the_installed_package_is_started_where_it_is_asked_for(folder):
     with pytest.raises(ConfigError, match="needs the package vllm, which is not installed"):
         FakeStrategy(args=settings(folder), engines=False).setup_inference_engine(engine_type="vllm")

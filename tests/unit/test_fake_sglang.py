@@ -117,6 +117,28 @@ def test_requests_that_are_not_allowed_are_refused(sglang, folder, given, messag
         engine(sglang, folder).generate(input_ids=[3], sampling_params={"max_tokens": 3})
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"context_length": 257}, ValueError, r"context_length \(257\) is greater than .* \(256\)"),
+        ({"context_length": 0}, RuntimeError, "the scheduler died: context_length=0, expected 2 or more"),
+        ({"context_length": -1}, RuntimeError, "context_length=-1"),
+        ({"tp_size": 0}, ValueError, "tp_size=0: expected 1 or more"),
+        ({"attention_backend": "bogus"}, RuntimeError, "attention_backend='bogus', expected one of triton"),
+    ],
+)
+def test_settings_that_sglang_does_not_start_with_are_refused(sglang, folder, given, error, message):
+    with pytest.raises(error, match=message):
+        engine(sglang, folder, **given)
+
+
+def test_a_variable_allows_a_longer_context_than_the_model_has(sglang, folder, monkeypatch):
+    monkeypatch.setenv("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1")
+    assert engine(sglang, folder, context_length=300).generate(
+        input_ids=[3] * 256, sampling_params={"max_new_tokens": 1}
+    )
+
+
 def dies(made, call, message):
     with pytest.raises(EngineStateError, match=message):
         call(made)

@@ -270,6 +270,34 @@ def test_f12_ranks_of_one_engine_that_ask_for_different_things_are_told(folder, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"max_model_len": 257}, r"max_model_len \(257\) is greater .*max_position_embeddings=256"),
+        ({"max_model_len": 0}, "max_model_len=0: expected a number of tokens"),
+        ({"max_model_len": -5}, "max_model_len=-5"),
+        ({"max_model_len": 64.5}, "max_model_len=64.5"),
+        ({"gpu_memory_utilization": 2}, "gpu_memory_utilization=2: expected above 0, at most 1"),
+        ({"gpu_memory_utilization": 0}, "gpu_memory_utilization=0"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size=0: expected 1 or more"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0"),
+        ({"seed": "a"}, "seed='a': expected an integer"),
+    ],
+)
+def test_values_that_vllm_does_not_start_with_are_refused(vllm, folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        vllm.LLM(folder, **arguments)
+
+
+def test_the_model_says_how_long_a_context_is_and_a_variable_overrules_it(vllm, folder, tmp_path, monkeypatch):
+    assert [vllm.LLM(folder, max_model_len=most).model_config.max_model_len for most in (None, -1, 256)] == [256] * 3
+    stretched = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    text_model(rope_parameters=stretched).save_pretrained(tmp_path)
+    assert vllm.LLM(str(tmp_path)).model_config.max_model_len == 512
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    assert vllm.LLM(folder, max_model_len=300).model_config.max_model_len == 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         ({"tensor_parallel_size": 2}, "distributed_executor_backend=None"),
         (
             {"tensor_parallel_size": 3, "distributed_executor_backend": "external_launcher"},

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lightrft.sim.engine.language_model import LanguageModel
 
-__all__ = ["build", "model_config", "sampling_defaults", "tokenizer_of"]
+__all__ = ["build", "model_config", "positions", "sampling_defaults", "tokenizer_of"]
 
 _VOCABULARY = 32_000
 """Of a model of which nothing is known."""
@@ -35,6 +35,14 @@ def model_config(path: str) -> Mapping[str, Any]:
     file = Path(path) / "config.json"
     found: Mapping[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     return {**found, **(found.get("text_config") or {})}
+
+
+def positions(config: Mapping[str, Any]) -> int | None:
+    """Most tokens that a model was made for; ``None`` where its configuration does not say."""
+    found = config.get("max_position_embeddings")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    stretched = rope.get("rope_type", rope.get("type")) in ("linear", "dynamic")
+    return int(found * (rope.get("factor") or 1)) if found and stretched else found
 
 
 def sampling_defaults(path: str) -> dict[str, Any]:

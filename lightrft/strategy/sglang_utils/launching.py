@@ -73,7 +73,7 @@ def launch(sglang: Any, settings: EngineSettings, files: ModelFiles) -> Launched
     """
     with put_back(), set_aside(_variables(settings, files)):
         given = _arguments(settings, files, set(_fields(sglang.ServerArgs)))
-        engine, children = _started(sglang, given)
+        engine, children = _started(sglang, given, settings.too_long(files.max_positions))
         raw = os.environ.get("SGLANG_RETURN_ORIGINAL_LOGPROB", "").lower() in ("1", "true")
     return Launched(
         engine=engine,
@@ -90,7 +90,7 @@ def tells(sglang: Any, settings: EngineSettings) -> bool:
     return TELL in loaders and "custom_weight_loader" in _fields(sglang.ServerArgs)
 
 
-def _started(sglang: Any, given: dict[str, Any]) -> tuple[Any, list[BaseProcess]]:
+def _started(sglang: Any, given: dict[str, Any], advice: str) -> tuple[Any, list[BaseProcess]]:
     children: list[BaseProcess] = []
     try:
         with new_children(children):
@@ -100,7 +100,7 @@ def _started(sglang: Any, given: dict[str, Any]) -> tuple[Any, list[BaseProcess]
         end_processes(children)
         bury(error)  # its traceback holds the half of an engine
         if isinstance(error, (TypeError, ValueError)) and not isinstance(error, ConfigError):
-            raise ConfigError(f"SGLang refuses its settings: {error}") from error
+            raise ConfigError(f"SGLang refuses its settings: {error}{advice}") from error
         raise
     _let_signals_go(engine)
     _ask_for_prompts(engine)

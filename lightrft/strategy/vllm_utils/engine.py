@@ -85,7 +85,7 @@ class VLLMEngine(StatefulEngine):
             arguments = llm_arguments(settings, self._files, known, grouped=grouped)
             self._dtype: torch.dtype | None = held_weights.DTYPES.get(str(arguments["dtype"]).removeprefix("torch."))
             self._log_probs_mode = log_probs_mode(arguments)
-            with _refusals("the settings"):
+            with _refusals("the settings", settings.too_long(self._files.max_positions)):
                 self._llm: Any = self.vllm.LLM(**arguments)
         self._has_tokenizer = not arguments.get("skip_tokenizer_init", False)
         self._first_seed = settings.engine_seed
@@ -319,7 +319,7 @@ def _fit(bucket: Sequence[tuple[str, torch.Tensor]], coverage: Coverage) -> Iter
 
 
 @contextmanager
-def _refusals(what: str) -> Iterator[None]:
+def _refusals(what: str, advice: str = "") -> Iterator[None]:
     """Turn what vLLM raises of a wrong input into a ``ConfigError`` with its message; errors of our own pass."""
     try:
         yield
@@ -328,5 +328,5 @@ def _refusals(what: str) -> Iterator[None]:
     except Exception as error:
         own = {each.__name__ for each in type(error).__mro__}
         if isinstance(error, (TypeError, ValueError, OSError)) or "VLLMClientError" in own:
-            raise ConfigError(f"vLLM refuses {what}: {error}") from error
+            raise ConfigError(f"vLLM refuses {what}: {error}{advice}") from error
         raise

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
-from lightrft.sim.engine.building import build, model_config, tokenizer_of
+from lightrft.sim.engine.building import build, model_config, positions, tokenizer_of
 from lightrft.sim.engine.core import Core
 from lightrft.sim.engine.lacking import ORDER, Surface, lacks, lacks_text
 from lightrft.sim.engine.media import expanded
@@ -18,7 +18,7 @@ from lightrft.sim.engine.numbers import digest
 from lightrft.sim.engine.samples import Drawn, Medium, Sample
 from lightrft.sim.engine.sglang_face.buckets import FlattenedTensorBucket, MultiprocessingSerializer
 from lightrft.sim.engine.sglang_face.sampling_params import SamplingParams
-from lightrft.sim.engine.sglang_face.server_args import ServerArgs
+from lightrft.sim.engine.sglang_face.server_args import ServerArgs, check, length
 from lightrft.strategy.request_seeds import content_of, seeds_for
 from lightrft.strategy.requests import Request
 from lightrft.strategy.utils.agreement import Ranks
@@ -121,8 +121,9 @@ class Engine:
 
     def __init__(self, **kwargs: Any) -> None:
         self.server_args = given = ServerArgs(**kwargs)
+        check(given)
         config = model_config(given.model_path)
-        self._limit = given.context_length or config.get("max_position_embeddings") or 2048
+        self._limit = length(given.context_length, positions(config))
         network = build(
             given.model_path,
             given.dtype,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from lightrft.sim.engine.lacking import CODE, MEMORY, ORDER, SPEED, Surface
 
-__all__ = ["ServerArgs"]
+__all__ = ["ServerArgs", "check", "length"]
 
 ARGUMENTS = Surface(
     engine="SGLang",
@@ -30,6 +31,20 @@ ARGUMENTS = Surface(
     },
     values={"load_format": ("safetensors", "dummy")},
 )  # fmt: skip
+
+
+_LENGTH = 2048
+"""Most tokens where neither the model nor an argument says it."""
+
+_SHORTEST = 2
+"""SGLang keeps one position of the context free, and needs another."""
+
+_BACKENDS = (
+    "triton", "torch_native", "flex_attention", "dsa", "nsa", "qsa", "dsv4", "compressed", "fa3", "fa4", "flashinfer",
+    "llada2_cfg_flashinfer", "flashmla", "trtllm_mla", "cutedsl_mla", "tokenspeed_mla", "trtllm_mha", "hpc_ops",
+    "minicpm_flashattn", "minicpm_flashinfer", "aiter", "wave", "intel_amx", "ascend", "intel_xpu",
+)  # fmt: skip
+"""How SGLang computes attention."""
 
 
 @dataclass
@@ -71,6 +86,45 @@ class ServerArgs:
     def __post_init__(self) -> None:
         defaults = {one.name: one.default for one in fields(self)}
         ARGUMENTS.check({name: getattr(self, name) for name in defaults}, defaults)
+
+
+def check(given: ServerArgs) -> None:
+    """Refuse what SGLang does not start with.
+
+    Raises:
+        ValueError: there are no ranks.
+        RuntimeError: its scheduler would die of a value.
+    """
+    if given.tp_size < 1:
+        raise ValueError(f"tp_size={given.tp_size}: expected 1 or more")
+    if given.attention_backend not in (None, *_BACKENDS):
+        raise RuntimeError(
+            f"the scheduler died: attention_backend={given.attention_backend!r}, expected one of {', '.join(_BACKENDS)}"
+        )
+
+
+def length(asked: int | None, most: int | None) -> int:
+    """Most tokens of a prompt and its completion.
+
+    Args:
+        asked: ``context_length``; ``None`` leaves it to the model.
+        most: that the model was made for, if it is known.
+
+    Raises:
+        ValueError: the model was made for fewer, and ``SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN`` is not set.
+        RuntimeError: it leaves no room for anything.
+    """
+    if asked is None:
+        return most or _LENGTH
+    allowed = os.environ.get("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "").lower() in ("1", "true", "yes", "y")
+    if most is not None and asked > most and not allowed:
+        raise ValueError(
+            f"context_length ({asked}) is greater than the derived context_length ({most}): lower it, or set the "
+            "environment variable SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1"
+        )
+    if asked < _SHORTEST:
+        raise RuntimeError(f"the scheduler died: context_length={asked}, expected {_SHORTEST} or more")
+    return asked
 
 
 ServerArgs.__module__ = "sglang.srt.server_args"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import field
 from typing import Any
 
 from lightrft.errors import ConfigError
 from lightrft.sim.engine.lacking import CODE, MEMORY, ORDER, SPEED, Surface, lacks
 
-__all__ = ["ARGUMENTS", "EngineArgs", "read", "signature"]
+__all__ = ["ARGUMENTS", "EngineArgs", "length", "read", "signature"]
 
 _NAMED: dict[str, Any] = {
     "runner": "auto",
@@ -77,6 +78,9 @@ _MORE: dict[str, Any] = {
 """Those of ``EngineArgs`` alone."""
 
 _DEFAULTS = {**_NAMED, **_MORE}
+
+_LENGTH = 2048
+"""Most tokens where neither the model nor an argument says it."""
 
 _FOLDER = "which files are fetched: models are read from folders"
 
@@ -174,6 +178,7 @@ def read(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: one is lacking, or has a value that is.
         TypeError: vLLM has no such argument either.
+        ValueError: vLLM refuses a value too.
     """
     unknown = sorted(set(given) - set(_DEFAULTS) - set(_LACKING.split()))
     if unknown:
@@ -181,7 +186,43 @@ def read(given: Mapping[str, Any]) -> dict[str, Any]:
     if lacking := sorted(set(given) & set(_LACKING.split())):
         raise ConfigError(lacks("vLLM", ", ".join(lacking)))
     ARGUMENTS.check(given, _DEFAULTS)
-    return {**_DEFAULTS, **given}
+    found = {**_DEFAULTS, **given}
+    for name, fits, wanted in _rules(found):
+        if not fits:
+            raise ValueError(f"{name}={found[name]!r}: expected {wanted}")
+    return found
+
+
+def _rules(given: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:
+    most = given["max_model_len"]
+    counts = isinstance(most, int) and (most >= 1 or most == -1)
+    yield "max_model_len", most is None or counts, "a number of tokens, or -1 for what fits"
+    yield "gpu_memory_utilization", 0 < given["gpu_memory_utilization"] <= 1, "above 0, at most 1"
+    yield "seed", isinstance(given["seed"], int), "an integer"
+    yield "tensor_parallel_size", given["tensor_parallel_size"] >= 1, "1 or more"
+    for name in ("max_num_batched_tokens", "max_num_seqs"):
+        yield name, given[name] is None or given[name] >= 1, "1 or more"
+
+
+def length(asked: int | None, most: int | None) -> int:
+    """Most tokens of a prompt and its completion.
+
+    Args:
+        asked: ``max_model_len``; ``None`` and -1 leave it to the model.
+        most: that the model was made for, if it is known.
+
+    Raises:
+        ValueError: the model was made for fewer, and ``VLLM_ALLOW_LONG_MAX_MODEL_LEN`` is not set.
+    """
+    if asked is None or asked == -1:
+        return most or _LENGTH
+    allowed = os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "").strip().lower() in ("1", "true")
+    if most is not None and asked > most and not allowed:
+        raise ValueError(
+            f"max_model_len ({asked}) is greater than the derived max_model_len (max_position_embeddings={most} in the "
+            "model's config.json): lower it, or set the environment variable VLLM_ALLOW_LONG_MAX_MODEL_LEN=1"
+        )
+    return asked
 
 
 signature = inspect.Signature(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from lightrft.errors import ConfigError, EngineStateError
-from lightrft.sim.engine.building import build, model_config, sampling_defaults, tokenizer_of
+from lightrft.sim.engine.building import build, model_config, positions, sampling_defaults, tokenizer_of
 from lightrft.sim.engine.core import Core
 from lightrft.sim.engine.lacking import Surface, lacks, lacks_text
 from lightrft.sim.engine.numbers import digest
@@ -48,7 +48,7 @@ class LLM:
         given = arguments.read(kwargs)
         config = model_config(model)
         self._given = given
-        self._limit = given["max_model_len"] or config.get("max_position_embeddings") or 2048
+        self._limit = arguments.length(given["max_model_len"], positions(config))
         caching = given["enable_prefix_caching"] in (None, True)
         network = build(model, given["dtype"], prefix_caching=caching, dummy=given["load_format"] == "dummy")
         self._core = Core(network, "the fake vLLM engine", _ranks(given))
