@@ -46,6 +46,15 @@ SERVER_ARGS = (
 
 
 SAMPLED = {"n": 2, "max_new_tokens": 2, "ignore_eos": True}
+REFUSED = {
+    "no prompts": {"input_ids": []},
+    "too long": {"input_ids": [[10] * 1000]},
+    "too many tokens": {"input_ids": [[10]], "sampling_params": {"max_new_tokens": 1000}},
+    "different n": {"input_ids": [[10], [10]], "sampling_params": [{"n": 1}, {"n": 2}]},
+    "unknown parameter": {"input_ids": [[10]], "sampling_params": {"max_tokens": 3}},
+    "top_p": {"input_ids": [[10]], "sampling_params": {"top_p": 2.0}},
+}
+"""What ``Engine.generate`` of an engine for fewer than 1000 tokens refuses."""
 
 
 def declared():
@@ -102,13 +111,7 @@ def returned(engine):
         "release_memory_occupation": engine.release_memory_occupation(["kv_cache", "weights"]),
         "resume_memory_occupation": engine.resume_memory_occupation(["kv_cache", "weights"]),
     }
-    for name, arguments in {
-        "no prompts": {"input_ids": []},
-        "too long": {"input_ids": [[10] * 1000]},
-        "too many tokens": {"input_ids": [[10]], "sampling_params": {"max_new_tokens": 1000}},
-        "unknown parameter": {"input_ids": [[10]], "sampling_params": {"max_tokens": 3}},
-        "top_p": {"input_ids": [[10]], "sampling_params": {"top_p": 2.0}},
-    }.items():
+    for name, arguments in REFUSED.items():
         try:
             engine.generate(**arguments)
         except (TypeError, ValueError) as error:

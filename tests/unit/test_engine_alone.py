@@ -137,6 +137,14 @@ def test_a_context_longer_than_that_of_the_model_is_refused(engine_type, engines
     ).setup_inference_engine(engine_type=engine_type)
 
 
+def test_a_text_that_leaves_sglang_no_room_for_what_is_asked_is_refused(folder):
+    strategy = get_strategy(settings(folder))
+    strategy.setup_inference_engine(engine_type="sglang")
+    with pytest.raises(ConfigError, match="SGLang refuses a request: a prompt of 30 tokens and max_new_tokens=16"):
+        strategy.inference_engine.generate([{"prompt": "a" * 30}], {"max_tokens": 16})
+    assert strategy.inference_engine.generate([{"prompt": "a" * 16}], {"max_tokens": 16})
+
+
 def test_the_installed_package_is_started_where_it_is_asked_for(folder):
     with pytest.raises(ConfigError, match="needs the package vllm, which is not installed"):
         FakeStrategy(args=settings(folder), engines=False).setup_inference_engine(engine_type="vllm")

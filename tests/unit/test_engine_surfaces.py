@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from engines.record_sglang import REFUSED
 
 from lightrft.sim.engine.faces import faces
 
@@ -131,7 +132,7 @@ def kinds(several):
 def test_sglang_returns_what_was_recorded():
     sglang = importlib.import_module("sglang")
     returned = SGLANG["returned"]
-    engine = sglang.Engine(model_path="any", skip_tokenizer_init=True)
+    engine = sglang.Engine(model_path="any", skip_tokenizer_init=True, context_length=72)
     assert engine.begin_weight_update()[0] is returned["begin_weight_update"][0]
     assert engine.begin_weight_update()[0] is returned["begin_weight_update twice"][0]
     serializer = importlib.import_module("sglang.srt.utils").MultiprocessingSerializer
@@ -162,14 +163,10 @@ def test_sglang_returns_what_was_recorded():
     assert [type(log_prob).__name__, *(type(one).__name__ for one in log_prob)] == recorded["meta_info"][
         "output_token_logprobs"
     ][1]
-    for asked, error in {
-        "generate: no prompts": {"input_ids": [[]]},
-        "generate: top_p": {"input_ids": [3], "sampling_params": {"top_p": 0}},
-        "generate: unknown parameter": {"input_ids": [3], "sampling_params": {"max_tokens": 3}},
-    }.items():
+    for name, asked in REFUSED.items():
         with pytest.raises(Exception) as caught:  # noqa: PT011 - the record says which
-            engine.generate(**error)
-        assert type(caught.value).__name__ == returned[asked]
+            engine.generate(**asked)
+        assert (name, type(caught.value).__name__) == (name, returned[f"generate: {name}"])
     engine.flush_cache()
     assert engine.release_memory_occupation() is returned["release_memory_occupation"]
     assert engine.resume_memory_occupation() is returned["resume_memory_occupation"]

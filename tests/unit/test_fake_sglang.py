@@ -100,7 +100,10 @@ def test_seeds_count_only_where_inference_is_deterministic(sglang, folder):
     ("given", "message"),
     [
         ({"input_ids": [[]]}, "a prompt is empty"),
+        ({"input_ids": []}, "input_ids cannot be empty"),
         ({"input_ids": [3] * 256}, "as long as the context, 256"),
+        ({"input_ids": [3] * 250, "sampling_params": {"max_new_tokens": 7}}, "max_new_tokens=7 are more than .* 256"),
+        ({"input_ids": [[3], [4]], "sampling_params": [{"n": 2}, {}]}, "n differs from prompt to prompt"),
         ({"prompt": "text"}, "no tokenizer"),
         ({}, "expected prompt or input_ids"),
         ({"input_ids": [3], "sampling_params": {"temperature": -1}}, "temperature=-1"),
@@ -137,6 +140,12 @@ def test_a_variable_allows_a_longer_context_than_the_model_has(sglang, folder, m
     assert engine(sglang, folder, context_length=300).generate(
         input_ids=[3] * 256, sampling_params={"max_new_tokens": 1}
     )
+
+
+def test_a_completion_that_no_length_was_asked_for_is_cut_where_the_context_ends(sglang, folder):
+    found = engine(sglang, folder).generate(input_ids=[3] * 200, sampling_params={"ignore_eos": True})
+    assert found["meta_info"]["finish_reason"]["type"] == "length"
+    assert len(found["output_ids"]) < 128
 
 
 def dies(made, call, message):

@@ -167,6 +167,8 @@ class Engine:
         self._check_awake("generate")
         if (prompt is None) == (input_ids is None):
             raise ValueError("expected prompt or input_ids, and not both")
+        if input_ids is not None and not input_ids:
+            raise ValueError("input_ids cannot be empty")
         single = isinstance(prompt, str) or (
             input_ids is not None and bool(input_ids) and isinstance(input_ids[0], int)
         )
@@ -197,6 +199,8 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], given: Any, images: Any, videos: Any, single: bool
     ) -> list[Asked]:
         params = list(given) if isinstance(given, list) else [given] * len(prompts)
+        if len({(one or {}).get("n", 1) for one in params}) > 1:
+            raise ValueError("n differs from prompt to prompt: expected the same in one call")
         media = [[one] if single else one or [None] * len(prompts) for one in (images, videos)]
         found = []
         for tokens, one, *several in zip(prompts, params, *media, strict=True):
@@ -205,7 +209,7 @@ class Engine:
             if made.texts and self._tokenizer is None:
                 raise ConfigError(lacks_text("SGLang", f"stop={made.stop!r}"))
             digests, seen = self._media(tuple(tokens), *several)
-            self._check(seen)
+            self._check(seen, (one or {}).get("max_new_tokens"))
             found.append(Asked(tuple(tokens), seen, made, digests))
         return found
 
@@ -225,11 +229,16 @@ class Engine:
             found += media
         return tuple(found), tokens
 
-    def _check(self, tokens: Sequence[int]) -> None:
+    def _check(self, tokens: Sequence[int], most: int | None) -> None:
+        """Refuse a prompt, or one that is too long with as many new tokens as the request itself asks for."""
         if not tokens:
             raise ValueError("a prompt is empty")
         if len(tokens) >= self._limit:
             raise ValueError(f"a prompt of {len(tokens)} tokens is as long as the context, {self._limit}")
+        if len(tokens) + (most or 0) > self._limit:
+            raise ValueError(
+                f"a prompt of {len(tokens)} tokens and max_new_tokens={most} are more than the context, {self._limit}"
+            )
         if not 0 <= min(tokens) <= max(tokens) < self._core.model.vocabulary:
             self._die(f"was given a token outside of its vocabulary of {self._core.model.vocabulary}")
 
