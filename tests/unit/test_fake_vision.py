@@ -139,12 +139,12 @@ def test_f05_each_cache_that_outlives_an_update_is_seen(vllm, models, folders):
     llm = vllm.LLM(folders[0])
     (prompt, images, _), params = PROMPTS[0], vllm.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     other = dict(checkpoint_tensors(folders[1]))
-    llm.generate([{"prompt_token_ids": prompt, "multi_modal_data": {"image": images}}], params)
+    llm.generate([{"prompt_token_ids": list(prompt), "multi_modal_data": {"image": images}}], params)
 
     def log_probs(*caches):
         for forget in caches:
             forget()
-        asked = [{"prompt_token_ids": prompt, "multi_modal_data": {"image": images}}]
+        asked = [{"prompt_token_ids": list(prompt), "multi_modal_data": {"image": images}}]
         wanted = vllm.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0, flat_logprobs=True)
         found = llm.generate(asked, wanted)[0].outputs[0]
         return tuple(found.token_ids), tuple(round(each, 4) for each in found.logprobs.logprobs)
@@ -181,7 +181,7 @@ def test_a_prompt_that_is_seen_again_is_completed_the_same(folders):
 
 def test_what_it_cannot_see_is_refused(vllm, tmp_path, models, folders):
     bare = vllm.LLM(on_cpu.save(models[0], tmp_path / "bare"))
-    asked = {"prompt_token_ids": PROMPTS[0][0], "multi_modal_data": {"image": SMALL}}
+    asked = {"prompt_token_ids": list(PROMPTS[0][0]), "multi_modal_data": {"image": SMALL}}
     with pytest.raises(ConfigError, match="no image processor for the images of a prompt: there is none in"):
         bare.generate([asked])
     config = json.loads((Path(folders[0]) / "config.json").read_text())

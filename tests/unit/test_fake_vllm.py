@@ -124,9 +124,49 @@ def test_prompts_that_cannot_be_completed_are_refused(vllm, folder, prompts, mes
 
 
 @pytest.mark.parametrize(
+    "prompts",
+    [
+        torch.tensor([3, 4]),
+        torch.tensor([[3, 4]]),
+        [torch.tensor([3, 4])],
+        [{"prompt_token_ids": torch.tensor([3, 4])}],
+        (3, 4),
+        [(3, 4)],
+        range(3, 5),
+        [[3.0, 4.0]],
+        [None],
+        [{}],
+        [{"prompt": 3}],
+    ],
+)
+def test_prompts_of_other_types_than_those_of_vllm_are_refused(vllm, folder, prompts):
+    with pytest.raises(TypeError, match="a prompt|prompt_token_ids"):
+        vllm.LLM(folder).generate(prompts)
+
+
+@pytest.mark.parametrize("given", [{"temperature": 0}, [{"temperature": 0}], "a"])
+def test_parameters_of_other_types_than_those_of_vllm_are_refused(vllm, folder, given):
+    with pytest.raises(TypeError, match=r"sampling_params is a (dict|str): expected SamplingParams"):
+        vllm.LLM(folder).generate([[3]], given)
+
+
+def test_more_tokens_at_least_than_fit_are_refused(vllm, folder):
+    from vllm.exceptions import VLLMValidationError
+
+    llm = vllm.LLM(folder, max_model_len=10)
+    fits = vllm.SamplingParams(max_tokens=None, min_tokens=8)
+    assert len(llm.generate([[3] * 2], fits)[0].outputs[0].token_ids) == 8
+    with pytest.raises(VLLMValidationError, match="min_tokens=8: expected at most 7"):
+        llm.generate([[3] * 3], fits)
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"n": 0}, "n=0: expected at least 1"),
+        ({"n": 16385}, "n=16385: expected at least 1, and at most 16384"),
+        ({"n": 2.5}, "n=2.5"),
+        ({"top_k": 2.5}, "top_k=2.5"),
         ({"temperature": 2.5}, "temperature=2.5: expected 0 to 2"),
         ({"temperature": -0.1}, "temperature"),
         ({"top_p": 0}, "top_p=0"),

@@ -95,9 +95,10 @@ class LLM:
     def _params_of(self, given: Any, count: int) -> list[SamplingParams]:
         if given is None:
             return [self.get_default_sampling_params()] * count
-        if isinstance(given, SamplingParams):
-            return [given] * count
-        several = list(given)
+        several = list(given) if isinstance(given, (list, tuple)) else [given] * count
+        for one in several:
+            if not isinstance(one, SamplingParams):
+                raise TypeError(f"sampling_params is a {type(one).__name__}: expected SamplingParams or a list")
         if len(several) != count:
             raise VLLMValidationError(f"{len(several)} sampling_params for {count} prompts: expected as many, or one")
         return several

@@ -64,20 +64,27 @@ class Prompts:
         """The prompts in ``given``: one, or several in a sequence.
 
         Raises:
+            TypeError: one is no text, no list of integers and no mapping.
             VLLMValidationError: one is empty, too long, or has tokens that there are not.
         """
-        one = isinstance(given, (str, Mapping)) or (isinstance(given, Sequence) and given and isinstance(given[0], int))
+        one = isinstance(given, (str, dict)) or (isinstance(given, list) and given and isinstance(given[0], int))
         return [self._read(each) for each in ([given] if one else given)]
 
     def _read(self, given: Any) -> Prompt:
         if isinstance(given, str):
             given = {"prompt": given}
-        elif not isinstance(given, Mapping):
+        elif isinstance(given, list):
             given = {"prompt_token_ids": given}
+        elif not isinstance(given, dict):
+            raise TypeError(f"a prompt is a {type(given).__name__}: expected a text, a list of integers or a mapping")
         if lacking := sorted(key for key in given.keys() - _KEYS if given[key] is not None):
             raise ConfigError(lacks("vLLM", f"{', '.join(lacking)} in a prompt"))
         text, tokens = given.get("prompt"), given.get("prompt_token_ids")
+        if tokens is not None and not (isinstance(tokens, list) and all(isinstance(one, int) for one in tokens)):
+            raise TypeError(f"prompt_token_ids is a {type(tokens).__name__}: expected a list of integers")
         if tokens is None:
+            if not isinstance(text, str):
+                raise TypeError(f"a prompt has the text {text!r}: expected a text, or prompt_token_ids")
             if self.tokenizer is None:
                 raise VLLMValidationError("a prompt is text, and there is no tokenizer: pass prompt_token_ids")
             tokens = self.tokenizer.encode(text)

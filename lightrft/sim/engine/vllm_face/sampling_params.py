@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -18,6 +19,9 @@ _COLDEST = 1e-2
 """A temperature below it, and not 0, is raised to it."""
 
 _GREEDY = 1e-5
+
+_MOST_SAMPLES = 16384
+"""Of one prompt, where the environment variable ``VLLM_MAX_N_SEQUENCES`` does not say."""
 
 FIELDS = Surface(
     engine="vLLM",
@@ -115,13 +119,14 @@ class SamplingParams:
             self.skip_reading_prefix_cache = self.prompt_logprobs is not None
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
-        yield "n", self.n >= 1, "at least 1"
+        most = int(os.environ.get("VLLM_MAX_N_SEQUENCES", _MOST_SAMPLES))
+        yield "n", isinstance(self.n, int) and 1 <= self.n <= most, f"at least 1, and at most {most}"
         yield "presence_penalty", -2 <= self.presence_penalty <= 2, "-2 to 2"
         yield "frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2"
         yield "repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number above 0"
         yield "temperature", 0 <= self.temperature <= 2, "0 to 2"
         yield "top_p", 0 < self.top_p <= 1, "above 0, at most 1"
-        yield "top_k", self.top_k >= -1, "0 for all tokens, or a number of tokens"
+        yield "top_k", isinstance(self.top_k, int) and self.top_k >= -1, "0 for all tokens, or a number of tokens"
         yield "min_p", 0 <= self.min_p <= 1, "0 to 1"
         yield "max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"
         yield "min_tokens", 0 <= self.min_tokens <= (self.max_tokens or math.inf), "0 to max_tokens"
@@ -154,8 +159,11 @@ class SamplingParams:
 
         Raises:
             ConfigError: something of it is lacking.
+            VLLMValidationError: it has no ``max_tokens``, and fewer than ``min_tokens`` fit.
         """
         FIELDS.check({one.name: getattr(self, one.name) for one in fields(self)}, _PLAIN)
+        if self.max_tokens is None and self.min_tokens > max_tokens:
+            raise VLLMValidationError(f"min_tokens={self.min_tokens}: expected at most {max_tokens}, which fit")
         return sampling.SamplingParams(
             temperature=0.0 if self.temperature < _GREEDY else self.temperature,
             top_p=self.top_p,
