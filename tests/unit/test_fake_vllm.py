@@ -64,6 +64,7 @@ def test_outputs_have_the_form_of_vllm(vllm, folder):
     assert (first.prompt_token_ids, second.prompt_token_ids) == ([3, 4], [5])
     assert [one.index for one in first.outputs] == [0, 1]
     assert first.finished
+    assert (first.num_cached_tokens, first.num_cache_creation_tokens) == (0, 0)
     assert first.request_id != second.request_id
     for one in (*first.outputs, *second.outputs):
         assert len(one.token_ids) == 4

@@ -18,15 +18,16 @@ RETURNED = "when results are returned: a call returns them all at its end"
 CODE = "whether code of a model may run: models are those of transformers"
 
 
-def lacks(engine: str, what: str) -> str:
+def lacks(engine: str, what: str, instead: str = "leave it out") -> str:
     """That the fake engine lacks something, and what to do.
 
     Args:
         engine: whose face is asked, ``vLLM`` or ``SGLang``.
         what: is lacking, as the user wrote it.
+        instead: what to do.
     """
     return (
-        f"the fake {engine} engine has no {what}: leave it out, or run with the installed package, by "
+        f"the fake {engine} engine has no {what}: {instead}, or run with the installed package, by "
         "SimWorld(engines=False) or `lightrft sim --engines installed`"
     )
 

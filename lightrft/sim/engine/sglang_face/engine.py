@@ -169,11 +169,11 @@ class Engine:
             raise ValueError("expected prompt or input_ids, and not both")
         if input_ids is not None and not input_ids:
             raise ValueError("input_ids cannot be empty")
-        single = isinstance(prompt, str) or (
-            input_ids is not None and bool(input_ids) and isinstance(input_ids[0], int)
-        )
+        single = isinstance(prompt, str) or (input_ids is not None and isinstance(input_ids[0], int))
         texts = [prompt] if isinstance(prompt, str) else prompt
-        several = [self._encode(text) for text in texts] if texts is not None else [input_ids] if single else input_ids
+        several: Any = [input_ids] if single else input_ids
+        if texts is not None:
+            several = [self._encode(text) for text in texts]
         asked = self._asked(several, sampling_params, image_data, video_data, single)
         wanted = [return_logprob] * len(asked) if not isinstance(return_logprob, list) else return_logprob
         samples = [

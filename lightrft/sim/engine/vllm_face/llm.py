@@ -142,6 +142,8 @@ class LLM:
             prompt_logprobs=None,
             outputs=[self._completion(index, params, one) for index, one in enumerate(drawn)],
             finished=True,
+            num_cached_tokens=0,
+            num_cache_creation_tokens=0,
         )
 
     def _completion(self, index: int, params: SamplingParams, drawn: Drawn) -> CompletionOutput:

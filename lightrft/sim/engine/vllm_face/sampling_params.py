@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from lightrft.sim.engine.lacking import RETURNED, Surface
+from lightrft.errors import ConfigError
+from lightrft.sim.engine.lacking import RETURNED, Surface, lacks
 from lightrft.sim.engine.vllm_face.exceptions import VLLMValidationError
 from lightrft.strategy import sampling
 
@@ -120,13 +121,13 @@ class SamplingParams:
 
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
         most = int(os.environ.get("VLLM_MAX_N_SEQUENCES", _MOST_SAMPLES))
-        yield "n", isinstance(self.n, int) and 1 <= self.n <= most, f"at least 1, and at most {most}"
+        yield "n", _whole(self.n) and 1 <= self.n <= most, f"at least 1, and at most {most}"
         yield "presence_penalty", -2 <= self.presence_penalty <= 2, "-2 to 2"
         yield "frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2"
         yield "repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number above 0"
         yield "temperature", 0 <= self.temperature <= 2, "0 to 2"
         yield "top_p", 0 < self.top_p <= 1, "above 0, at most 1"
-        yield "top_k", isinstance(self.top_k, int) and self.top_k >= -1, "0 for all tokens, or a number of tokens"
+        yield "top_k", _whole(self.top_k) and self.top_k >= -1, "0 for all tokens, or a number of tokens"
         yield "min_p", 0 <= self.min_p <= 1, "0 to 1"
         yield "max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"
         yield "min_tokens", 0 <= self.min_tokens <= (self.max_tokens or math.inf), "0 to max_tokens"
@@ -161,6 +162,9 @@ class SamplingParams:
             ConfigError: something of it is lacking.
             VLLMValidationError: it has no ``max_tokens``, and fewer than ``min_tokens`` fit.
         """
+        if self.logprobs not in (None, 0):
+            instead = "logprobs=0 gives those of the tokens that were drawn; take it"
+            raise ConfigError(lacks("vLLM", f"logprobs={self.logprobs}", instead))
         FIELDS.check({one.name: getattr(self, one.name) for one in fields(self)}, _PLAIN)
         if self.max_tokens is None and self.min_tokens > max_tokens:
             raise VLLMValidationError(f"min_tokens={self.min_tokens}: expected at most {max_tokens}, which fit")
@@ -180,6 +184,10 @@ class SamplingParams:
             repetition_penalty=self.repetition_penalty,
             logit_bias=self.logit_bias,
         )
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int)
 
 
 _PLAIN = {**{one.name: getattr(SamplingParams(), one.name) for one in fields(SamplingParams)}, "logprobs": None}
