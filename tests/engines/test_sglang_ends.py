@@ -59,6 +59,8 @@ def test_a_failed_start_is_an_error(folder, bystander):
     assert bystander.poll() is None
     with pytest.raises(ConfigError, match="SGLang refuses its settings: .*deterministic"):
         start(on_cpu.settings(folder, options={"enable_deterministic_inference": True}))
+    with pytest.raises(ConfigError, match="SGLang refuses its settings: .*made for 256 tokens: lower one of them"):
+        start(on_cpu.settings(folder, max_model_len=300))
 
 
 def test_f17_a_scheduler_that_raises_is_an_error_and_no_end_of_the_process(engine, models):

@@ -132,7 +132,7 @@ def test_the_group_of_the_trainer_outlives_an_engine_that_was_dropped(settings, 
     ("changes", "message"),
     [
         ({"model": "/no/such/model"}, "vLLM refuses the settings: .*no/such/model"),
-        ({"max_model_len": 10_000}, r"(?s)vLLM refuses the settings: .*max_model_len"),
+        ({"max_model_len": 10_000}, r"(?s)vLLM refuses the settings: .*max_model_len.*for 256 tokens: lower one"),
         ({"options": {"kv_cache_megabytes": 1}}, "vLLM refuses the settings: .*kv_cache_megabytes"),
         ({"options": {"logprobs_mode": "raw_logits"}}, "logprobs_mode='raw_logits': expected 'processed_logprobs' or"),
         ({"tp_size": 2}, "engine_tp_size=2, but 1 ranks share the engine"),

@@ -99,7 +99,6 @@ def test_seeds_count_only_where_inference_is_deterministic(sglang, folder):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"input_ids": [[]]}, "a prompt is empty"),
         ({"input_ids": []}, "input_ids cannot be empty"),
         ({"input_ids": [3] * 256}, "as long as the context, 256"),
         ({"input_ids": [3] * 250, "sampling_params": {"max_new_tokens": 7}}, "max_new_tokens=7 are more than .* 256"),
@@ -159,6 +158,7 @@ def dies(made, call, message):
     ("call", "message"),
     [
         (lambda made: made.resume_memory_occupation(["weights"]), "resume weights, which was never released"),
+        (lambda made: made.generate(input_ids=[[]]), "was given an empty prompt"),
         (lambda made: made.generate(input_ids=[VOCABULARY]), "a token outside of its vocabulary"),
         (lambda made: (made.generate(input_ids=[3]), made.release_memory_occupation()), "flush_cache comes before"),
         (lambda made: [made.release_memory_occupation() for _ in range(2)], "release kv_cache, .* twice, since"),

@@ -232,7 +232,7 @@ class Engine:
     def _check(self, tokens: Sequence[int], most: int | None) -> None:
         """Refuse a prompt, or one that is too long with as many new tokens as the request itself asks for."""
         if not tokens:
-            raise ValueError("a prompt is empty")
+            self._die("was given an empty prompt")
         if len(tokens) >= self._limit:
             raise ValueError(f"a prompt of {len(tokens)} tokens is as long as the context, {self._limit}")
         if len(tokens) + (most or 0) > self._limit:
