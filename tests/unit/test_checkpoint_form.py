@@ -72,29 +72,82 @@ def test_a_model_of_ones_own_keeps_its_parameters():
     same(sent(model), dict(model.named_parameters()))
 
 
-@pytest.mark.parametrize("adapters", [1, 2])
-def test_lora_adapters_are_merged(tmp_path, adapters):
+def adapted(folder, *, tied=False, second=False, **settings):
+    """A model with adapters that change what it computes."""
     torch.manual_seed(0)
-    model = tiny_text_model(tmp_path)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
-    if adapters == 2:
+    model = tiny_text_model(folder, tie_word_embeddings=tied)
+    settings = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **settings}
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    if second:
         wrapped.add_adapter("second", peft.LoraConfig(r=3, target_modules=["q_proj"]))
         wrapped.base_model.set_adapter(["default", "second"])
     for name, parameter in wrapped.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "modules_to_save" in name:
             nn.init.normal_(parameter, std=0.1)
+    return wrapped
+
+
+def computes_the_same_once_sent(folder, wrapped):
+    """What is sent computes what the model does; names of the weights that are not those before the adapters."""
     ids = torch.randint(2, 64, (1, 7))
+    found = {name: tensor.clone() for name, tensor in sent(wrapped).items()}
     logits = wrapped(ids).logits
-    found = sent(wrapped)
-    plain = tiny_text_model(tmp_path / "plain")
-    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
-    plain.load_state_dict(found)
-    torch.testing.assert_close(plain(ids).logits, logits, atol=1e-5, rtol=1e-5)
-    changed = {name for name, tensor in found.items() if not torch.equal(tensor, before[name])}
-    assert changed == {name for name in before if "q_proj.weight" in name or "down_proj.weight" in name}
-    for name, module in wrapped.named_modules():
-        if name.endswith("q_proj"):
-            assert torch.equal(module.base_layer.weight, before[f"{name.removeprefix('base_model.model.')}.weight"])
+    model = tiny_text_model(folder / "plain")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(found)
+    torch.testing.assert_close(model(ids).logits, logits, atol=1e-5, rtol=1e-5)
+    return {name for name, tensor in found.items() if not torch.allclose(tensor, before[name], atol=1e-6)}
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_lora_adapters_are_merged(tmp_path, second):
+    wrapped = adapted(tmp_path, second=second)
+    base = {name: tensor.clone() for name, tensor in wrapped.named_parameters() if "base_layer" in name}
+    changed = computes_the_same_once_sent(tmp_path, wrapped)
+    assert {name.split(".", 3)[3] for name in changed} == {"self_attn.q_proj.weight", "mlp.down_proj.weight"}
+    assert all(torch.equal(tensor, base[name]) for name, tensor in wrapped.named_parameters() if name in base)
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_f06_adapters_that_are_merged_already_are_not_merged_again(tmp_path, second):
+    wrapped = adapted(tmp_path, second=second)
+    wrapped.merge_adapter()
+    assert computes_the_same_once_sent(tmp_path, wrapped)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_f06_adapters_that_are_off_are_left_out(tmp_path, merged):
+    wrapped = adapted(tmp_path, modules_to_save=["lm_head"])
+    if merged:
+        wrapped.merge_adapter()
+    wrapped.base_model.disable_adapter_layers()
+    assert computes_the_same_once_sent(tmp_path, wrapped) == set()
+
+
+@pytest.mark.parametrize("module", ["lm_head", "norm"])
+def test_f06_modules_that_are_trained_beside_the_adapters_are_sent(tmp_path, module):
+    wrapped = adapted(tmp_path, modules_to_save=[module])
+    assert any(name.endswith(f"{module}.weight") for name in computes_the_same_once_sent(tmp_path, wrapped))
+
+
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")
+def test_f06_biases_of_adapters_are_merged_or_have_no_place(tmp_path):
+    wrapped = adapted(tmp_path, target_modules=["q_proj"], lora_bias=True)
+    changed = computes_the_same_once_sent(tmp_path, wrapped)
+    assert {name.split(".", 3)[3] for name in changed} == {"self_attn.q_proj.weight", "self_attn.q_proj.bias"}
+    with pytest.raises(WeightSyncError, match=r"down_proj adds a bias \(lora_bias\), and the layer has none"):
+        sent(adapted(tmp_path, lora_bias=True))
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True.:UserWarning")
+def test_f06_a_copy_of_one_of_two_tied_layers_is_refused(tmp_path):
+    wrapped = adapted(tmp_path, tied=True, modules_to_save=["lm_head"])
+    with pytest.raises(WeightSyncError, match="which the model ties to each other"):
+        sent(wrapped)
+    wrapped.base_model.disable_adapter_layers()
+    assert "lm_head.weight" not in sent(wrapped)
+    both = adapted(tmp_path, tied=True, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    assert torch.equal(sent(both)["model.embed_tokens.weight"], both.get_output_embeddings().weight)
 
 
 def test_adapters_that_cannot_be_merged_are_refused(tmp_path):
@@ -105,6 +158,11 @@ def test_adapters_that_cannot_be_merged_are_refused(tmp_path):
     with pytest.raises(WeightSyncError, match=r"q_proj has an adapter of Linear: LoRA of linear layers can be merged"):
         sent(ia3)
     lora = peft.get_peft_model(tiny_text_model(tmp_path), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    dora = peft.get_peft_model(
+        tiny_text_model(tmp_path), peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    )
+    with pytest.raises(WeightSyncError, match="q_proj has an adapter of Linear"):
+        sent(dora)
     few = [(name, tensor) for name, tensor in lora.named_parameters() if "layers.1.self_attn.q_proj.lora_B" not in name]
     with pytest.raises(WeightSyncError, match="adapters of .*layers.1.self_attn.q_proj were not sent whole"):
         list(in_checkpoint_form(lora, few))
