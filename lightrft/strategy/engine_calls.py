@@ -116,20 +116,20 @@ class EngineCalls(ABC):
             EngineStateError: there is no engine.
             WeightSyncError: what the engine holds afterwards is not what was sent.
         """
-        self._engine("update_engine_weights")
-        self.drop_partial_accumulation(actor)
+        with Ranks().together("the weights of the engine were not woken", EngineStateError):
+            engine = self._engine("update_engine_weights")
+            self.drop_partial_accumulation(actor)
+            engines.wake_weights(engine)
         self._in_engine = None  # which weights it holds after an update that fails nobody knows
         self._send(actor, verify=verify)
         self._in_engine = weakref.ref(actor)
         self.engine_updates += 1
 
     def _send(self, actor: torch.nn.Module, verify: bool = False) -> None:
+        """Send weights to the engine, whose weights are awake. *Collective*."""
         engine = self.inference_engine
         bucket_bytes = self.config.engine_update_bucket_mb << 20
-        ranks = Ranks()
-        with ranks.together("the weights of the engine were not woken", EngineStateError):
-            engines.wake_weights(engine)
-        with ranks.together("weights were not sent", WeightSyncError):
+        with Ranks().together("weights were not sent", WeightSyncError):
             weights = in_checkpoint_form(self.unwrap_model(actor), self.full_parameters(actor))
             weight_sync.send(engine, weights, bucket_bytes=bucket_bytes, verify=verify)
 
@@ -144,6 +144,8 @@ class EngineCalls(ABC):
         told = Ranks().gather((self.inference_engine.is_stale, actor is not None))
         if any(is_stale for is_stale, _ in told) and all(is_known for _, is_known in told):
             assert actor is not None
+            with Ranks().together("the weights of the engine were not woken", EngineStateError):
+                engines.wake_weights(self.inference_engine)
             self._send(actor)
 
     def gather_and_generate(

@@ -234,6 +234,45 @@ def test_f06_f20_an_update_that_fails_is_an_error_on_all_ranks_and_the_next_one_
     with_engine(program, folder, engine_type=engine)
 
 
+@pytest.mark.parametrize("backend", ["fake", "FSDP"])
+def test_f17_an_actor_that_one_rank_has_not_prepared_is_an_error_on_all(folder, backend):
+    def program(strategy):
+        actor, _ = prepared(strategy, folder)
+        given = torch.nn.Linear(2, 2) if strategy.get_rank() == 1 else actor
+        with pytest.raises(ConfigError, match="rank 1: Linear was not prepared by this strategy"):
+            strategy.update_engine_weights(given)
+        strategy.update_engine_weights(actor)
+
+    with_engine(program, folder, size=2, backend=backend, engines="hash", engine_type="vllm")
+
+
+def test_f17_an_update_while_the_engine_of_one_group_is_dead_is_an_error_on_all(folder):
+    def program(strategy):
+        actor, _ = prepared(strategy, folder)
+        if strategy.get_rank() < 2:
+            strategy.inference_engine.shutdown()
+        with pytest.raises(EngineStateError, match=r"rank 0: .* which is dead"):
+            strategy.update_engine_weights(actor)
+
+    with_engine(program, folder, engines="hash", engine_type="vllm")
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_f01_after_an_update_that_failed_the_weights_of_the_one_before_are_not_sent_again(folder, engine):
+    def program(strategy):
+        actor, _ = prepared(strategy, folder)
+        smaller = strategy.prepare_model(torch.nn.Linear(2, 2), is_training=True)
+        strategy.update_engine_weights(actor)
+        with pytest.raises(WeightSyncError, match="unexpected: weight"):
+            strategy.update_engine_weights(smaller)
+        with pytest.raises(StaleWeightsError):
+            strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3, 4]])
+        strategy.update_engine_weights(actor)
+        assert strategy.gather_and_generate(GREEDY, all_prompt_token_ids=[[3, 4]])
+
+    with_engine(program, folder, size=2, engines="hash", engine_type=engine, engine_sleep_level=2)
+
+
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_k10_f17_a_prompt_that_an_engine_refuses_is_an_error_on_its_group_and_no_other(folder, engine):
     def program(strategy):
