@@ -122,6 +122,17 @@ class RolloutEngine(ABC):
         """
         return None
 
+    def spoil(self, reason: str) -> None:
+        """Generate no more until the next update: the weights are others than they should be.
+
+        An engine that has no such state ends.
+
+        Args:
+            reason: completes "the engine ...".
+        """
+        del reason
+        self.shutdown()
+
     @abstractmethod
     def shutdown(self) -> None:
         """End the engine. It is ``DEAD`` afterwards."""
@@ -195,6 +206,10 @@ class StatefulEngine(RolloutEngine):
         """See ``RolloutEngine``."""
         self.state.check_weights("fingerprints")
         return self._fingerprints()
+
+    def spoil(self, reason: str) -> None:
+        """See ``RolloutEngine``."""
+        self.state.spoil(reason)
 
     def shutdown(self) -> None:
         """See ``RolloutEngine``. A second call does nothing."""

@@ -111,8 +111,8 @@ def send(
 
     Raises:
         ConfigError: the engine cannot tell what it holds, which ``verify`` needs.
-        WeightSyncError: names are missing, unexpected or come twice, or the engine did not read them all: it is stale
-            then. Or it holds something else.
+        WeightSyncError: names are missing, unexpected or come twice, or the engine did not read them all, or it holds
+            something else: it is stale then.
     """
     if verify and not engine.tells_weights:
         raise _untold(engine)
@@ -139,7 +139,7 @@ def send(
         held = engine.fingerprints()
         if held is None:
             raise _untold(engine)
-        _compare(digests, held)
+        _compare(engine, digests, held)
     return sent
 
 
@@ -184,8 +184,9 @@ def _counted(sent: Sent, buckets: Iterable[list[Named]]) -> Iterator[list[Named]
         yield bucket
 
 
-def _compare(sent: Mapping[str, str], held: Mapping[str, str]) -> None:
+def _compare(engine: RolloutEngine, sent: Mapping[str, str], held: Mapping[str, str]) -> None:
     other = [name for name, digest in sent.items() if held.get(name) != digest]
     if other:
+        engine.spoil("holds other weights than were sent, as an update with verify=True has found")
         named = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
         raise WeightSyncError(f"the engine holds other weights than were sent: {named}")

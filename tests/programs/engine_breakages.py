@@ -346,8 +346,8 @@ def names_may_collide(noted):
     return made
 
 
-def not_merged(merged):
-    return lambda held, adapters: held.weight
+def not_merged(value):
+    return lambda self: self.parts[self.base]
 
 
 def outermost(savable):

@@ -15,7 +15,7 @@ from lightrft.sim.engine.faces import faces
 from lightrft.sim.engine.vllm_face import llm
 from lightrft.sim.engine.weights import Weights
 from lightrft.strategy import coverage, engine, engine_state, model_files, sampling, weight_sync
-from lightrft.strategy.utils import checkpoint_form
+from lightrft.strategy.utils import adapters, checkpoint_form
 from lightrft.strategy.vllm_utils import engine as adapter
 
 pytest.importorskip("transformers")
@@ -175,7 +175,7 @@ MUTATIONS = {
     "names are those of the trainer": (
         "WS104", "unexpected: actor.model", (checkpoint_form, "savable", broken.outermost),
     ),
-    "adapters are left out": ("WS105", "does not hold the weights", (checkpoint_form, "_sum", broken.not_merged)),
+    "adapters are left out": ("WS105", "does not hold the weights", (adapters._Sum, "value", broken.not_merged)),
     "all buckets are kept": ("WS201", "bytes of gathered weights were kept", (adapter, "_fit", broken.keeping)),
     "all buckets are gathered first": (
         "WS201", "bytes of gathered weights were kept", (Engine, "_load", broken.keeps_buckets),
@@ -202,6 +202,9 @@ MUTATIONS = {
     ),
     "nothing is compared": (
         "WS402", "expected WeightSyncError, and it returned", (weight_sync, "_compare", broken.returns(None)),
+    ),
+    "wrong weights are left to it": (
+        "WS402", "arrived otherwise, and the engine is awake", (Engine, "spoil", broken.returns(None)),
     ),
     "nothing is verified": (
         "WS403", "expected ConfigError, and it returned", (weight_sync, "send", broken.never_verified),

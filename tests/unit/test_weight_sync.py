@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
-from lightrft.strategy.engine import EngineStatus, StatefulEngine
+from lightrft.errors import ConfigError, EngineStateError, StaleWeightsError, WeightSyncError
+from lightrft.strategy.engine import EngineStatus, RolloutEngine, StatefulEngine
 from lightrft.strategy.utils.fingerprints import fingerprint
 from lightrft.strategy.weight_sync import in_buckets, send
 
@@ -126,6 +126,22 @@ def test_f06_verify_names_what_arrived_otherwise():
     engine = Holder(wrong)
     with pytest.raises(WeightSyncError, match="holds other weights than were sent: b$"):
         send(engine, [("a", torch.ones(2)), ("b", torch.ones(2))], bucket_bytes=8, verify=True)
+    assert engine.status is EngineStatus.STALE
+    with pytest.raises(StaleWeightsError, match="the holder holds other weights than were sent"):
+        engine.generate([{"prompt_token_ids": [1]}], {})
+    engine._reads = lambda buckets: [engine._put(bucket) for bucket in buckets]
+    send(engine, [("a", torch.ones(2)), ("b", torch.ones(2))], bucket_bytes=8, verify=True)
+    assert engine.status is EngineStatus.AWAKE
+
+
+def test_f06_an_engine_without_states_that_holds_other_weights_ends():
+    class Stateless(Holder):
+        spoil = RolloutEngine.spoil
+
+    engine = Stateless(list)
+    with pytest.raises(WeightSyncError, match="holds other weights than were sent: a$"):
+        send(engine, [("a", torch.ones(2))], bucket_bytes=8, verify=True)
+    assert engine.status is EngineStatus.DEAD
 
 
 def test_f06_a_name_that_comes_twice_is_an_error_that_leaves_the_engine_stale():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
+from lightrft.errors import ConfigError, EngineStateError, StaleWeightsError, WeightSyncError
 from lightrft.sim.contracts.contract import Contract
 from lightrft.sim.contracts.engine import reference
 from lightrft.sim.contracts.engine.capabilities import CAPABILITIES
@@ -364,7 +364,7 @@ def check_the_engine_tells_what_it_holds(subject: Subject) -> None:
 
 @contract.check(402, "tells_weights")
 def check_verify_finds_what_arrived_otherwise(subject: Subject) -> None:
-    """`verify=True` passes if all arrived, with weights of another dtype too, and names a weight of which one number arrived otherwise (F06)."""  # noqa: E501
+    """`verify=True` passes if all arrived, with weights of another dtype too, and names a weight of which one number arrived otherwise; the engine is stale then, until the next update (F06)."""  # noqa: E501
     engine = subject.fresh()
     weights = subject.weights(1)
     subject.send(1, verify=True)
@@ -375,6 +375,8 @@ def check_verify_finds_what_arrived_otherwise(subject: Subject) -> None:
         send = functools.partial(weight_sync.send, watching, weights.items(), bucket_bytes=1 << 16, verify=True)
         message = refused(send, WeightSyncError)
         expect(message.endswith(f": {name}"), f"{name} arrived otherwise, and the error is {message!r}")
+        expect(engine.is_stale, f"{name} arrived otherwise, and the engine is {engine.status}")
+        refused(subject.generate, StaleWeightsError)
     subject.send(1, verify=True)
     subject.holds(1, "verified")
 

@@ -109,6 +109,10 @@ class _Alone(RolloutEngine):
         with faces(self._mode):
             return self._engine.fingerprints()
 
+    def spoil(self, reason: str) -> None:
+        """See ``RolloutEngine``."""
+        self._engine.spoil(reason)
+
     def shutdown(self) -> None:
         """See ``RolloutEngine``."""
         with faces(self._mode):
