@@ -131,7 +131,7 @@ class EngineCalls(ABC):
         bucket_bytes = self.config.engine_update_bucket_mb << 20
         with Ranks().together("weights were not sent", WeightSyncError):
             weights = in_checkpoint_form(self.unwrap_model(actor), self.full_parameters(actor))
-            weight_sync.send(engine, weights, bucket_bytes=bucket_bytes, verify=verify)
+            weight_sync.send(engine, weights, bucket_bytes=bucket_bytes, dtype=engine.weights_dtype, verify=verify)
 
     def _send_what_was_dropped(self) -> None:
         """Send the weights again of the actor that the engine has had, if a sleep at level 2 has dropped them.

@@ -32,7 +32,7 @@ class Sent:
     Attributes:
         version: that the engine has now.
         names: of the parameters, in order.
-        bytes: of all of them.
+        bytes: of all of them, as they travelled.
         buckets: how many they travelled in.
     """
 
@@ -52,13 +52,14 @@ def in_buckets(
 ) -> Iterator[list[Named]]:
     """Parameters in buckets of at most ``limit`` bytes, one after the other; a larger one has a bucket to itself.
 
-    Nothing is copied that has the right dtype. A bucket is forgotten when the next is asked for: if its reader keeps no
+    Nothing is copied that is not rounded. A bucket is forgotten when the next is asked for: if its reader keeps no
     tensors, no more than one bucket, and the tensor after it, exist at a time.
 
     Args:
         parameters: names and whole tensors, each good for as long as it is kept.
         limit: bytes of a bucket.
-        dtype: of floating-point tensors in the buckets; as they are if ``None``.
+        dtype: to which wider floating-point tensors are rounded. Those of one dimension, which take little room, are
+            left as they are: engines keep some of them, such as the biases of routers, in full precision.
         copies: send copies, and put them into this list too, so that they can be poisoned.
 
     Raises:
@@ -69,7 +70,7 @@ def in_buckets(
     bucket: list[Named] = []
     used = 0
     for name, tensor in parameters:
-        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        wanted = _travelling(tensor, dtype)
         size = tensor.numel() * wanted.itemsize
         if bucket and used + size > limit:
             yield bucket
@@ -82,6 +83,12 @@ def in_buckets(
     if bucket:
         yield bucket
         bucket.clear()
+
+
+def _travelling(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """In which dtype a tensor travels to an engine whose weights have ``dtype``."""
+    rounds = dtype is not None and tensor.is_floating_point() and tensor.dim() > 1
+    return dtype if dtype is not None and rounds and dtype.itemsize < tensor.itemsize else tensor.dtype
 
 
 def _poison(tensors: Iterable[Tensor]) -> None:
@@ -104,7 +111,7 @@ def send(
         engine: with its weights awake.
         parameters: all of them: names of a checkpoint, whole tensors.
         bucket_bytes: see ``in_buckets``.
-        dtype: of the engine's weights; as the parameters are if ``None``.
+        dtype: of the engine's weights, see ``in_buckets``; parameters travel as they are if ``None``.
         verify: compare what the engine holds afterwards with what was sent, bit by bit.
         poison: send copies, and fill them with 0xFF bytes (NaN as floating point) when the engine says that it has
             them, so that one which is not done reads no plausible numbers; if ``None``, as the environment says.
@@ -157,11 +164,12 @@ def _noted(
     sent: Sent,
     parameters: Iterable[Named],
     digests: dict[str, str] | None,
-    *dtypes: torch.dtype | None,
+    dtype: torch.dtype | None,
+    held: torch.dtype | None,
 ) -> Iterator[Named]:
     """``parameters``, written down in ``sent``, and their digests, if they are wanted, in ``digests``.
 
-    Digests are of what arrives: rounded to each of ``dtypes``, one after the other.
+    Digests are of what the engine tells: rounded as they travel to weights of ``dtype``, and then to ``held``.
     """
     seen: set[str] = set()
     for name, tensor in parameters:
@@ -169,12 +177,11 @@ def _noted(
             raise WeightSyncError(f"{name} was sent twice: names of the trainer are mapped to the same one")
         seen.add(name)
         sent.names.append(name)
-        sent.bytes += tensor.numel() * tensor.element_size()
+        sent.bytes += tensor.numel() * _travelling(tensor, dtype).itemsize
         if digests is not None:
-            rounded = tensor
-            for dtype in dtypes:
-                rounded = rounded.to(dtype) if dtype and rounded.is_floating_point() else rounded
-            digests[name] = fingerprint(rounded)
+            arrived = tensor.to(_travelling(tensor, dtype))
+            digests[name] = fingerprint(arrived.to(held) if held and arrived.is_floating_point() else arrived)
+            del arrived
         yield name, tensor
 
 

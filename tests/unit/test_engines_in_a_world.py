@@ -468,6 +468,30 @@ def test_f06_verify_knows_every_name_of_the_dtype_of_an_engine(folder, engine):
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize(("dtype", "matrices"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
+def test_weights_travel_in_the_dtype_of_an_engine_that_has_a_narrower_one(folder, engine, dtype, matrices):
+    def program(strategy):
+        actor, _ = prepared(strategy, folder)
+        seen, made = set(), strategy.inference_engine
+        original = made.update_weights
+
+        def watched(buckets, version):
+            original(
+                ([seen.add((one.dim() > 1, one.dtype)) or (name, one) for name, one in each] for each in buckets),
+                version,
+            )
+
+        made.update_weights = watched
+        strategy.update_engine_weights(actor, verify=True)
+        return seen
+
+    found = with_engine(
+        program, folder, size=1, tp_size=1, engines="hash", engine_type=engine, engine_options={"dtype": dtype}
+    )
+    assert found == [{(True, matrices), (False, torch.float32)}]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_k07_each_update_is_of_the_actor_that_it_is_given(folder, engine):
     def program(strategy):
         first, second = prepared(strategy, folder), prepared(strategy, folder)

@@ -88,7 +88,7 @@ def check_a_tied_output_layer_may_be_sent_or_not(subject: Subject) -> None:
 
 @contract.check(103, "language_model")
 def check_weights_of_another_dtype_are_converted(subject: Subject) -> None:
-    """Weights of another floating-point dtype are converted to that of the engine, and `dtype=` rounds them on the way."""  # noqa: E501
+    """Weights of another floating-point dtype are converted to that of the engine, and `dtype=` rounds matrices on the way."""  # noqa: E501
     subject.fresh()
     weights = subject.weights(1)
     rounded = {name: weight.bfloat16() for name, weight in weights.items()}
@@ -98,7 +98,8 @@ def check_weights_of_another_dtype_are_converted(subject: Subject) -> None:
     subject.send({name: weight.double() for name, weight in weights.items()})
     subject.holds(1, "sent in float64")
     subject.send(weights, dtype=torch.bfloat16)
-    subject.holds(model, "sent with dtype=bfloat16")
+    matrices = {name: rounded[name] if weight.dim() > 1 else weight for name, weight in weights.items()}
+    subject.holds(_loaded(subject.models[1], matrices), "sent with dtype=bfloat16")
 
 
 def _loaded(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
