@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from lightrft.strategy import engine as engines
 from lightrft.strategy import requests, rollout, weight_sync
 from lightrft.strategy.config import StrategyConfig
 from lightrft.strategy.engine_settings import EngineSettings
+from lightrft.strategy.model_files import ModelFiles
 from lightrft.strategy.utils.agreement import Ranks
 from lightrft.strategy.utils.checkpoint_form import in_checkpoint_form
 from lightrft.strategy.utils.generation_lengths import GenerationLengths
@@ -90,6 +92,14 @@ class EngineCalls(ABC):
         return self.inference_engine
 
     def _start_engine(self, engine_type: str, settings: EngineSettings) -> engines.RolloutEngine:
+        if ModelFiles.of(settings.model).shapes is None and Ranks().rank == 0:
+            warnings.warn(
+                f"{settings.model}: no weights lie on this machine, as safetensors or pytorch_model.bin. Names and shapes "
+                "of the weights that are sent to the engine are not checked, and verify=True is refused: download the "
+                "model first",
+                UserWarning,
+                stacklevel=3,
+            )
         return engines.start(engine_type, settings)
 
     def _engine(self, purpose: str) -> Any:

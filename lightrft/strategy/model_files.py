@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ class ModelFiles:
         weights = _weights(folder)
         return cls(
             shapes={name: shape for name, (shape, _) in weights.items()} or None,
-            whole_numbers=frozenset(name for name, (_, kind) in weights.items() if not kind.startswith(_FLOATING)),
+            whole_numbers=frozenset(name for name, (_, floating) in weights.items() if not floating),
             tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
             vocab_size=text.get("vocab_size"),
             max_positions=text.get("max_position_embeddings"),
@@ -104,21 +105,45 @@ def _json(file: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _weights(folder: Path) -> dict[str, tuple[Shape, str]]:
-    """Shape and dtype of each weight, from the heads of all safetensors files; empty where there are none."""
-    files = sorted(folder.glob("*.safetensors"))
-    index = _json(folder / "model.safetensors.index.json")
-    if index is not None:  # other files may lie beside those of the model
-        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
-    found: dict[str, tuple[Shape, str]] = {}
-    for file in files:
+def _weights(folder: Path) -> dict[str, tuple[Shape, bool]]:
+    """Shape of each weight, and whether it is of floating-point numbers; empty where no file tells.
+
+    Safetensors files are preferred to those of ``torch.save``, as engines do.
+    """
+    found: dict[str, tuple[Shape, bool]] = {}
+    for file in _files(folder, "*.safetensors", "model.safetensors.index.json"):
         found |= _head(file)
+    if not found:
+        for file in _files(folder, "pytorch_model*.bin", "pytorch_model.bin.index.json"):
+            found |= _saved_by_torch(file)
     return {name: entry for name, entry in found.items() if not name.endswith(_NOT_WEIGHTS)}
 
 
-def _head(file: Path) -> dict[str, tuple[Shape, str]]:
+def _files(folder: Path, pattern: str, index: str) -> list[Path]:
+    """Those of the model: what its index names, as other files may lie beside them, or all of a pattern."""
+    told = _json(folder / index)
+    if told is None:
+        return sorted(folder.glob(pattern))
+    return [folder / name for name in sorted(set(told["weight_map"].values()))]
+
+
+def _head(file: Path) -> dict[str, tuple[Shape, bool]]:
     """What one file says of its weights: eight bytes tell how long the JSON is that follows (safetensors format)."""
     with file.open("rb") as opened:
         (length,) = struct.unpack("<Q", opened.read(8))
         head = json.loads(opened.read(length))
-    return {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in head.items() if name != "__metadata__"}
+    return {
+        name: (tuple(entry["shape"]), entry["dtype"].startswith(_FLOATING))
+        for name, entry in head.items()
+        if name != "__metadata__"
+    }
+
+
+def _saved_by_torch(file: Path) -> dict[str, tuple[Shape, bool]]:
+    """The same of a file of ``torch.save``, whose weights stay where they are."""
+    import torch
+
+    held = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+    return {
+        name: (tuple(one.shape), one.is_floating_point()) for name, one in held.items() if isinstance(one, torch.Tensor)
+    }

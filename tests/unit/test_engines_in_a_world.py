@@ -1,6 +1,7 @@
 """The adapters of vLLM and SGLang on the fake engine, under every backend: what a trainer's iteration does."""
 
 import gc
+import shutil
 import time
 
 import pytest
@@ -465,6 +466,34 @@ def test_f06_verify_knows_every_name_of_the_dtype_of_an_engine(folder, engine):
 
     settings = {"engine_type": engine, "engine_options": {"dtype": "half"}}
     assert with_engine(program, folder, size=1, tp_size=1, engines="hash", **settings) == [torch.float16]
+
+
+@pytest.fixture(scope="module")
+def saved_by_torch(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved by torch")
+    shutil.copytree(folder, path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.save(model.state_dict(), path / "pytorch_model.bin")
+    return str(path)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_f06_weights_that_are_missing_are_named_where_the_model_was_saved_by_torch(saved_by_torch, engine):
+    def program(strategy):
+        actor, _ = prepared(strategy, saved_by_torch)
+        whole = strategy.full_parameters
+        strategy.full_parameters = lambda model: ((n, one) for n, one in whole(model) if "q_proj" not in n)
+        with pytest.raises(WeightSyncError, match="missing: model.layers.0.self_attn.q_proj"):
+            strategy.update_engine_weights(actor)
+        strategy.full_parameters = whole
+        strategy.update_engine_weights(actor, verify=True)
+
+    with_engine(program, saved_by_torch, size=1, tp_size=1, engines="hash", engine_type=engine)
+
+
+def test_f06_weights_that_nothing_can_be_compared_with_are_told_at_the_start():
+    with pytest.warns(UserWarning, match="any/name: no weights lie on this machine.*are not checked"):
+        with_engine(lambda strategy: None, "any/name", size=1, tp_size=1, engines="hash", engine_type="vllm")
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])

@@ -57,6 +57,26 @@ def test_the_files_of_a_model_tell_its_weights(tmp_path, index):
     )
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("index", [False, True])
+def test_f06_files_of_torch_tell_the_weights_where_there_are_no_others(tmp_path, zipped, index):
+    def write(name, weights):
+        torch.save(weights, tmp_path / name, _use_new_zipfile_serialization=zipped)
+
+    write("pytorch_model-1.bin", {"a": torch.zeros(2, 3).half(), "layers.0.rotary_emb.inv_freq": torch.zeros(4)})
+    write("pytorch_model-2.bin", {"b": torch.tensor(1)})
+    write("training_args.bin", {"c": torch.zeros(1)})
+    if index:
+        write("pytorch_model-old.bin", {"c": torch.zeros(1)})
+        weight_map = {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "config.json").write_text("{}")
+    found = ModelFiles.of(str(tmp_path))
+    assert (found.shapes, found.whole_numbers) == ({"a": (2, 3), "b": ()}, frozenset({"b"}))
+    write_weights(tmp_path / "model.safetensors", {"d": [1]})
+    assert ModelFiles.of(str(tmp_path)).shapes == {"d": (1,)}
+
+
 def test_a_model_that_is_nowhere_is_unknown(tmp_path):
     assert ModelFiles.of(str(tmp_path / "none")) == ModelFiles()
     assert ModelFiles.of(str(tmp_path)) == ModelFiles()
