@@ -16,9 +16,10 @@ from lightrft.strategy.model_files import ModelFiles
 from lightrft.strategy.utils.agreement import Ranks
 from lightrft.strategy.utils.checkpoint_form import in_checkpoint_form
 from lightrft.strategy.utils.generation_lengths import GenerationLengths
+from lightrft.strategy.utils.saving import persistent_buffers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     import torch
     from torch.distributed import ProcessGroup
@@ -37,6 +38,7 @@ class EngineCalls(ABC):
     inference_engine: Any
     inference_engine_type: str | None
     engine_updates: int
+    _engine_model: str | None = None
     _lengths: GenerationLengths | None = None
     _in_engine: weakref.ref[torch.nn.Module] | None = None
 
@@ -87,6 +89,7 @@ class EngineCalls(ABC):
         settings = EngineSettings.of(config, device=self.device, group=self.engine_mp_group)
         self.inference_engine = self._start_engine(chosen, settings)
         self.inference_engine_type = chosen
+        self._engine_model = settings.model
         if actor is not None:
             self.update_engine_weights(actor)
         return self.inference_engine
@@ -140,8 +143,15 @@ class EngineCalls(ABC):
         engine = self.inference_engine
         bucket_bytes = self.config.engine_update_bucket_mb << 20
         with Ranks().together("weights were not sent", WeightSyncError):
-            weights = in_checkpoint_form(self.unwrap_model(actor), self.full_parameters(actor))
+            module = self.unwrap_model(actor)
+            weights = in_checkpoint_form(module, self.full_parameters(actor), buffers=self._engine_names(module))
             weight_sync.send(engine, weights, bucket_bytes=bucket_bytes, dtype=engine.weights_dtype, verify=verify)
+
+    def _engine_names(self, module: torch.nn.Module) -> Collection[str]:
+        """Names of the checkpoint of the engine, if ``module`` has something besides parameters that it may hold."""
+        if self._engine_model is None or not persistent_buffers(module):
+            return ()
+        return ModelFiles.of(self._engine_model).shapes or ()
 
     def _send_what_was_dropped(self) -> None:
         """Send the weights again of the actor that the engine has had, if a sleep at level 2 has dropped them.

@@ -72,6 +72,23 @@ def test_a_model_of_ones_own_keeps_its_parameters():
     same(sent(model), dict(model.named_parameters()))
 
 
+@pytest.mark.parametrize("wraps", [lambda model: model, lambda model: nn.Sequential(model), "peft"])
+def test_f06_buffers_that_a_checkpoint_has_are_sent_and_no_others(tmp_path, wraps):
+    model = tiny_text_model(tmp_path)
+    for name in ("bias", "count"):
+        model.model.layers[1].mlp.register_buffer(name, torch.ones(3))
+    model.model.layers[1].mlp.register_buffer("cache", torch.ones(3), persistent=False)
+    wrap = (
+        wraps if wraps != "peft" else lambda one: peft.get_peft_model(one, peft.LoraConfig(target_modules=["q_proj"]))
+    )
+    plain = set(saved(model, tmp_path)) - {"model.layers.1.mlp.bias", "model.layers.1.mlp.count"}
+    names = {"model.layers.1.mlp.bias", "model.layers.1.mlp.cache", "model.norm.weight"}
+    wrapped = wrap(model)
+    found = [name for name, _ in in_checkpoint_form(wrapped, wrapped.named_parameters(), buffers=names)]
+    assert sorted(found) == sorted({*plain, "model.layers.1.mlp.bias"})
+    assert set(sent(wrapped)) == plain
+
+
 def adapted(folder, *, tied=False, second=False, **settings):
     """A model with adapters that change what it computes."""
     torch.manual_seed(0)

@@ -496,6 +496,42 @@ def test_f06_weights_that_nothing_can_be_compared_with_are_told_at_the_start():
         with_engine(lambda strategy: None, "any/name", size=1, tp_size=1, engines="hash", engine_type="vllm")
 
 
+@pytest.fixture(scope="module")
+def with_buffers(tmp_path_factory):
+    """A mixture of experts, whose checkpoint has the biases of its router, which are no parameters."""
+    config = transformers.DeepseekV3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2,
+        n_shared_experts=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    path = str(tmp_path_factory.mktemp("with buffers"))
+    transformers.DeepseekV3ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_f06_buffers_that_the_checkpoint_has_are_sent(with_buffers, engine, backend):
+    def program(strategy):
+        actor, _ = prepared(strategy, with_buffers)
+        names, made = [], strategy.inference_engine
+        original = made.update_weights
+
+        def watched(buckets, version):
+            original(([names.append(name) or (name, one) for name, one in each] for each in buckets), version)
+
+        made.update_weights = watched
+        strategy.update_engine_weights(actor)
+        return [name for name in names if "bias" in name]
+
+    found = with_engine(
+        program, with_buffers, size=2, backend=backend, engines="hash", engine_type=engine, prompt_max_len=8
+    )
+    assert found == [["model.layers.1.mlp.gate.e_score_correction_bias"]] * 2
+
+
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 @pytest.mark.parametrize(("dtype", "matrices"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)])
 def test_weights_travel_in_the_dtype_of_an_engine_that_has_a_narrower_one(folder, engine, dtype, matrices):

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightrft.strategy.utils import adapters
-from lightrft.strategy.utils.saving import savable
+from lightrft.strategy.utils.saving import persistent_buffers, savable
 
 __all__ = ["in_checkpoint_form", "keep_used_conversions"]
 
 Named = tuple[str, Tensor]
 
 
-def in_checkpoint_form(model: nn.Module, parameters: Iterable[Named]) -> Iterator[Named]:
+def in_checkpoint_form(
+    model: nn.Module, parameters: Iterable[Named], *, buffers: Collection[str] = ()
+) -> Iterator[Named]:
     """``parameters`` of ``model`` as an engine loads them, each as soon as all that it is made of has come.
 
     Adapters are merged as ``adapters.merged`` says. Names, and layouts that transformers changes when it loads a model,
@@ -25,6 +27,7 @@ def in_checkpoint_form(model: nn.Module, parameters: Iterable[Named]) -> Iterato
         model: of transformers, perhaps with adapters of PEFT, or one that has such a model inside: what is outside of
             it is left out. Of any other model parameters stay as they are.
         parameters: names of the model and whole tensors.
+        buffers: names of a checkpoint. Buffers of ``model`` that belong to its state and have one of them come last.
 
     Raises:
         WeightSyncError: adapters cannot be merged, or were not sent whole.
@@ -39,6 +42,8 @@ def in_checkpoint_form(model: nn.Module, parameters: Iterable[Named]) -> Iterato
     revert = _reverting(inner)
     for name, tensor in own:
         yield from revert(name, tensor)
+    for name, tensor in persistent_buffers(inner).items() if inner is not None and buffers else ():
+        yield from ((one, value) for one, value in revert(name, tensor) if one in buffers)
 
 
 def keep_used_conversions(model: nn.Module) -> None:
