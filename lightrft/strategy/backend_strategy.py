@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["BackendStrategy", "Loading", "Step"]
 
 
+_NOTICEABLE = 1e-4
+"""Norm of a gradient that changes weights for sure: what is left of one by cancellation may change none of them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """What came of one optimizer step.
@@ -208,6 +212,8 @@ class BackendStrategy(StrategyBase):
         step = self._step(prepared)
         prepared.micro_steps = 0
         prepared.steps += 1
+        if step.applied and step.norm > _NOTICEABLE:
+            prepared.trained |= _changing(prepared)
         scheduler = scheduler if scheduler is not None else prepared.scheduler
         prepared.scheduler = scheduler
         if step.applied and scheduler is not None:
@@ -318,6 +324,7 @@ class BackendStrategy(StrategyBase):
                 f"{found} holds the state of a scheduler, and none is known: pass scheduler=, prepare the model with "
                 "it, or pass load_lr_scheduler_states=False"
             )
+        prepared.trained, prepared.verified = set(), None
         self._read(prepared, found, Loading(strict=load_module_strict, optimizer=whole and load_optimizer_states))
         if not whole:
             return str(found), {}
@@ -408,6 +415,14 @@ class BackendStrategy(StrategyBase):
                 "prepare() returned, or create it with create_optimizer(prepared_model)"
             )
         return prepared
+
+
+def _changing(prepared: Prepared) -> set[str]:
+    """Names of the parameters that a step with a gradient changes."""
+    groups = [] if prepared.optimizer is None else prepared.optimizer.param_groups
+    if not all(group["lr"] > 0 for group in groups):
+        return set()
+    return {name for name, parameter in prepared.module.named_parameters() if parameter.requires_grad}
 
 
 def _check_optimizer(prepared: Prepared, optimizer: Optimizer | None) -> None:

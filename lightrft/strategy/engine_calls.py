@@ -16,13 +16,15 @@ from lightrft.strategy.model_files import ModelFiles
 from lightrft.strategy.utils.agreement import Ranks
 from lightrft.strategy.utils.checkpoint_form import in_checkpoint_form
 from lightrft.strategy.utils.generation_lengths import GenerationLengths
-from lightrft.strategy.utils.saving import persistent_buffers
+from lightrft.strategy.utils.saving import persistent_buffers, savable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     import torch
     from torch.distributed import ProcessGroup
+
+    from lightrft.strategy.prepared import Registry
 
 __all__ = ["EngineCalls"]
 
@@ -38,6 +40,7 @@ class EngineCalls(ABC):
     inference_engine: Any
     inference_engine_type: str | None
     engine_updates: int
+    prepared: Registry
     _engine_model: str | None = None
     _lengths: GenerationLengths | None = None
     _in_engine: weakref.ref[torch.nn.Module] | None = None
@@ -97,9 +100,9 @@ class EngineCalls(ABC):
     def _start_engine(self, engine_type: str, settings: EngineSettings) -> engines.RolloutEngine:
         if ModelFiles.of(settings.model).shapes is None and Ranks().rank == 0:
             warnings.warn(
-                f"{settings.model}: no weights lie on this machine, as safetensors or pytorch_model.bin. Names and shapes "
-                "of the weights that are sent to the engine are not checked, and verify=True is refused: download the "
-                "model first",
+                f"{settings.model}: no weights lie on this machine, as safetensors or pytorch_model.bin. Names and "
+                "shapes of what is sent to the engine are not checked, and verify=True is refused: download the model "
+                "first",
                 UserWarning,
                 stacklevel=3,
             )
@@ -127,25 +130,46 @@ class EngineCalls(ABC):
         Raises:
             ConfigError: ``verify`` is asked of an engine that cannot tell.
             EngineStateError: there is no engine.
-            WeightSyncError: what the engine holds afterwards is not what was sent.
+            WeightSyncError: what the engine holds afterwards is not what was sent; or, with ``verify``, optimizer steps
+                since the last verified update of ``actor`` have changed nothing of it.
         """
         with Ranks().together("the weights of the engine were not woken", EngineStateError):
             engine = self._engine("update_engine_weights")
             self.drop_partial_accumulation(actor)
             engines.wake_weights(engine)
         self._in_engine = None  # which weights it holds after an update that fails nobody knows
-        self._send(actor, verify=verify)
+        sent = self._send(actor, verify=verify)
         self._in_engine = weakref.ref(actor)
         self.engine_updates += 1
+        if sent.digests is not None:
+            with Ranks().together("the weights of the actor do not change", WeightSyncError):
+                self._check_trained(actor, sent.digests)
 
-    def _send(self, actor: torch.nn.Module, verify: bool = False) -> None:
+    def _check_trained(self, actor: torch.nn.Module, digests: Mapping[str, str]) -> None:
+        """Something has changed by the optimizer steps since the last verified update of ``actor``."""
+        prepared = self.prepared.find(actor)
+        if prepared is None:
+            return
+        prefix, _ = savable(prepared.module)
+        trained = [
+            name
+            for name, parameter in prepared.module.named_parameters()
+            if name in prepared.trained and name.startswith(prefix) and parameter.requires_grad
+        ]
+        if prepared.verified is not None:
+            weight_sync.check_trained(prepared.verified, digests, trained)
+        prepared.verified, prepared.trained = digests, set()
+
+    def _send(self, actor: torch.nn.Module, verify: bool = False) -> weight_sync.Sent:
         """Send weights to the engine, whose weights are awake. *Collective*."""
         engine = self.inference_engine
         bucket_bytes = self.config.engine_update_bucket_mb << 20
         with Ranks().together("weights were not sent", WeightSyncError):
             module = self.unwrap_model(actor)
             weights = in_checkpoint_form(module, self.full_parameters(actor), buffers=self._engine_names(module))
-            weight_sync.send(engine, weights, bucket_bytes=bucket_bytes, dtype=engine.weights_dtype, verify=verify)
+            return weight_sync.send(
+                engine, weights, bucket_bytes=bucket_bytes, dtype=engine.weights_dtype, verify=verify
+            )
 
     def _engine_names(self, module: torch.nn.Module) -> Collection[str]:
         """Names of the checkpoint of the engine, if ``module`` has something besides parameters that it may hold."""

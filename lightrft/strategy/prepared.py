@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,9 @@ class Prepared:
         training: whether it may be trained.
         micro_steps: micro-batches since the last optimizer step.
         steps: optimizer steps so far, skipped ones included.
+        trained: names of the parameters that optimizer steps should have changed since the last verified update of the
+            engine.
+        verified: fingerprints of the weights of that update, by name.
         offloaded_at: where the model was offloaded, as ``file:line``; ``None`` while it is loaded.
         optimizer_offloaded_at: the same of its optimizer.
         backend: whatever the backend keeps of it.
@@ -35,6 +38,8 @@ class Prepared:
     training: bool = False
     micro_steps: int = 0
     steps: int = 0
+    trained: set[str] = field(default_factory=set)
+    verified: Mapping[str, str] | None = None
     offloaded_at: str | None = None
     optimizer_offloaded_at: str | None = None
     backend: dict[str, Any] = field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from lightrft.strategy.utils.fingerprints import fingerprint
 if TYPE_CHECKING:
     from lightrft.strategy.engine import RolloutEngine
 
-__all__ = ["Sent", "in_buckets", "poisons", "send"]
+__all__ = ["Sent", "check_trained", "in_buckets", "poisons", "send"]
 
 Named = tuple[str, Tensor]
 
@@ -34,12 +34,14 @@ class Sent:
         names: of the parameters, in order.
         bytes: of all of them, as they travelled.
         buckets: how many they travelled in.
+        digests: fingerprints of what arrived, by name; ``None`` if it was not verified.
     """
 
     version: int
     names: list[str] = field(default_factory=list)
     bytes: int = 0
     buckets: int = 0
+    digests: dict[str, str] | None = None
 
 
 def poisons() -> bool:
@@ -123,10 +125,9 @@ def send(
     """
     if verify and not engine.tells_weights:
         raise _untold(engine)
-    sent = Sent(version=engine.weight_version + 1)
-    digests: dict[str, str] | None = {} if verify else None
+    sent = Sent(version=engine.weight_version + 1, digests={} if verify else None)
     copies: list[Tensor] | None = [] if (poisons() if poison is None else poison) else None
-    noted = _noted(sent, parameters, digests, dtype, engine.weights_dtype)
+    noted = _noted(sent, parameters, dtype, engine.weights_dtype)
     buckets = _counted(sent, in_buckets(noted, bucket_bytes, dtype=dtype, copies=copies))
     try:
         engine.update_weights(buckets, sent.version)
@@ -142,11 +143,11 @@ def send(
             f"the engine stopped reading after bucket {sent.buckets - 1}: it holds a part of the weights"
         )
     engine.reset_caches()
-    if digests is not None:
+    if sent.digests is not None:
         held = engine.fingerprints()
         if held is None:
             raise _untold(engine)
-        _compare(engine, digests, held)
+        _compare(engine, sent.digests, held)
     return sent
 
 
@@ -163,11 +164,10 @@ def _untold(engine: RolloutEngine) -> ConfigError:
 def _noted(
     sent: Sent,
     parameters: Iterable[Named],
-    digests: dict[str, str] | None,
     dtype: torch.dtype | None,
     held: torch.dtype | None,
 ) -> Iterator[Named]:
-    """``parameters``, written down in ``sent``, and their digests, if they are wanted, in ``digests``.
+    """``parameters``, written down in ``sent``, with their digests if they are wanted.
 
     Digests are of what the engine tells: rounded as they travel to weights of ``dtype``, and then to ``held``.
     """
@@ -178,9 +178,9 @@ def _noted(
         seen.add(name)
         sent.names.append(name)
         sent.bytes += tensor.numel() * _travelling(tensor, dtype).itemsize
-        if digests is not None:
+        if sent.digests is not None:
             arrived = tensor.to(_travelling(tensor, dtype))
-            digests[name] = fingerprint(arrived.to(held) if held and arrived.is_floating_point() else arrived)
+            sent.digests[name] = fingerprint(arrived.to(held) if held and arrived.is_floating_point() else arrived)
             del arrived
         yield name, tensor
 
@@ -195,5 +195,27 @@ def _compare(engine: RolloutEngine, sent: Mapping[str, str], held: Mapping[str, 
     other = [name for name, digest in sent.items() if held.get(name) != digest]
     if other:
         engine.spoil("holds other weights than were sent, as an update with verify=True has found")
-        named = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
-        raise WeightSyncError(f"the engine holds other weights than were sent: {named}")
+        raise WeightSyncError(f"the engine holds other weights than were sent: {_some(other)}")
+
+
+def check_trained(before: Mapping[str, str], now: Mapping[str, str], trained: Sequence[str]) -> None:
+    """Training has changed something.
+
+    Args:
+        before: digests of the weights of a former update.
+        now: of the present one.
+        trained: names of parameters that were trained in between, and are sent.
+
+    Raises:
+        WeightSyncError: it has changed nothing.
+    """
+    if trained and before == now:
+        raise WeightSyncError(
+            f"no weight has changed by the optimizer steps since the last verified update: {_some(trained)}. The "
+            "optimizer may have been made of other parameters than those of this model (of a copy, or of the model "
+            "before it was wrapped), or the learning rate is too small for all weights in their dtype"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

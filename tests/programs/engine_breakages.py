@@ -340,8 +340,8 @@ def never_verified(send):
 
 
 def names_may_collide(noted):
-    def made(sent, parameters, digests, *dtypes):
-        yield from dict(noted(sent, dict(parameters).items(), digests, *dtypes)).items()
+    def made(sent, parameters, *dtypes):
+        yield from dict(noted(sent, dict(parameters).items(), *dtypes)).items()
 
     return made
 

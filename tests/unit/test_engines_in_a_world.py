@@ -1,6 +1,7 @@
 """The adapters of vLLM and SGLang on the fake engine, under every backend: what a trainer's iteration does."""
 
 import gc
+import math
 import shutil
 import time
 
@@ -19,6 +20,7 @@ from lightrft.errors import (
 from lightrft.models.tiny import tiny_text_model
 from lightrft.sim import SimWorld
 from lightrft.strategy import get_strategy
+from lightrft.strategy.backend_strategy import Step
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("deepspeed")
@@ -501,9 +503,9 @@ def with_buffers(tmp_path_factory):
     """A mixture of experts, whose checkpoint has the biases of its router, which are no parameters."""
     config = transformers.DeepseekV3Config(
         vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2,
-        n_shared_experts=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8,
-        qk_nope_head_dim=8, v_head_dim=8,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, n_group=2, topk_group=1,
+        num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
     )  # fmt: skip
     torch.manual_seed(0)
     path = str(tmp_path_factory.mktemp("with buffers"))
@@ -554,6 +556,63 @@ def test_weights_travel_in_the_dtype_of_an_engine_that_has_a_narrower_one(folder
         program, folder, size=1, tp_size=1, engines="hash", engine_type=engine, engine_options={"dtype": dtype}
     )
     assert found == [{(True, matrices), (False, torch.float32)}]
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_f06_weights_that_no_step_has_changed_are_named(folder, backend):
+    def program(strategy):
+        actor, optimizer = prepared(strategy, folder)
+        trained(strategy, actor, optimizer)
+        strategy.update_engine_weights(actor, verify=True)  # nothing to compare with
+        trained(strategy, actor, optimizer)
+        strategy.update_engine_weights(actor, verify=True)
+        strategy._step = lambda one: Step(norm=1.0, applied=True)  # of an optimizer that has other parameters
+        trained(strategy, actor, optimizer)
+        strategy.update_engine_weights(actor)
+        message = r"no weight has changed by the optimizer steps .*: model\.embed_tokens\.weight, .* and \d+ more\. The"
+        for _ in range(2):
+            with pytest.raises(WeightSyncError, match=message):
+                strategy.update_engine_weights(actor, verify=True)
+        del strategy._step
+        trained(strategy, actor, optimizer)
+        strategy.update_engine_weights(actor, verify=True)
+
+    with_engine(program, folder, size=2, backend=backend, engines="hash", engine_type="vllm")
+
+
+def test_f06_weights_that_need_not_have_changed_are_no_error(folder, tmp_path):
+    def program(strategy):
+        actor, optimizer = prepared(strategy, folder)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        strategy.update_engine_weights(actor, verify=True)
+        strategy.update_engine_weights(actor, verify=True)  # without a step
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        trained(strategy, actor, optimizer)
+        strategy.update_engine_weights(actor, verify=True)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        strategy.save_ckpt(actor, str(tmp_path))
+        trained(strategy, actor, optimizer)
+        strategy.load_ckpt(actor, str(tmp_path))
+        strategy.update_engine_weights(actor, verify=True)  # back where it was
+        whole = strategy.unwrap_model(actor)
+        for name, parameter in whole.named_parameters():
+            parameter.requires_grad_("norm.weight" in name)
+        trained(strategy, actor, optimizer)
+        strategy.update_engine_weights(actor, verify=True)  # most have not changed
+        strategy._step = lambda one: Step(norm=1e-9, applied=True)  # as if nothing were left of the gradient
+        trained(strategy, actor, optimizer)
+        strategy.update_engine_weights(actor, verify=True)
+        strategy._step = lambda one: Step(norm=math.inf, applied=False)
+        trained(strategy, actor, optimizer)
+        strategy.update_engine_weights(actor, verify=True)
+        strategy._step = lambda one: Step(norm=1.0, applied=True)
+        trained(strategy, actor, optimizer)
+        whole.requires_grad_(False)  # as adapters that are switched off
+        strategy.update_engine_weights(actor, verify=True)
+
+    with_engine(program, folder, size=1, tp_size=1, engines="hash", engine_type="vllm")
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
