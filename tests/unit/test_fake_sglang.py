@@ -267,3 +267,35 @@ def test_an_object_of_the_face_passes_for_one_of_sglang():
         assert SamplingParams.of(Theirs()) == SamplingParams(max_tokens=128)
         with pytest.raises(ConfigError, match="SGLang has no bad_words"):
             SamplingParams(options={"bad_words": ["x"]}).to_sglang(Theirs)
+
+
+def test_an_engine_is_shut_down_at_the_end_of_its_block(sglang, folder):
+    with engine(sglang, folder) as made:
+        assert made.generate(input_ids=[3])
+    with pytest.raises(EngineStateError, match="was shut down"):
+        made.generate(input_ids=[3])
+
+
+def test_an_engine_may_be_given_its_arguments_as_an_object(sglang, folder):
+    arguments = sglang.ServerArgs(model_path=folder, skip_tokenizer_init=True, weight_version="7")
+    made = sglang.Engine(server_args=arguments)
+    assert made.server_args is arguments
+    assert made.generate(input_ids=[3])["meta_info"]["weight_version"] == "7"
+
+
+def test_lacking_arguments_are_taken_with_their_defaults_alone(sglang, folder):
+    assert engine(sglang, folder, dp_size=1, enable_lora=None)
+    with pytest.raises(ConfigError, match="the fake SGLang engine has no dp_size=2, enable_lora=True: "):
+        engine(sglang, folder, enable_lora=True, dp_size=2)
+    with pytest.raises(TypeError, match="enable_lor"):
+        engine(sglang, folder, enable_lor=True)
+
+
+def test_a_bucket_tells_bytes_and_its_parts(sglang):
+    from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+    assert sglang
+    bucket = FlattenedTensorBucket(named_tensors=[("a", torch.ones(3)), ("b", torch.ones(2, dtype=torch.bfloat16))])
+    assert [one.numel for one in bucket.metadata] == [12, 4]
+    assert bucket.flattened_tensor.numel() == 16
+    assert [name for name, _ in bucket.reconstruct_tensors()] == ["a", "b"]

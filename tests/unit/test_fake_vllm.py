@@ -35,7 +35,7 @@ def test_an_import_gives_the_face_meanwhile_and_no_longer():
         from vllm.outputs import RequestOutput
 
         assert (RequestOutput, vllm.__version__) == (vllm.RequestOutput, "0.32.0")
-        with pytest.raises(ModuleNotFoundError, match=r"has no vllm.lora: SimWorld\(engines=False\)"):
+        with pytest.raises(ModuleNotFoundError, match=r"has no vllm.lora: .* SimWorld\(engines=False\)"):
             importlib.import_module("vllm.lora")
     assert sys.modules.get("vllm") is before
     with pytest.raises(ConfigError, match="no mode 'fast': expected one of model, hash"), faces("fast"):
@@ -417,3 +417,40 @@ def test_a_text_has_what_ended_it_only_if_asked(tmp_path):
             assert text(**ended, include_stop_str_in_output=True).text == before + last
         early = text(stop=[whole.text[0]], min_tokens=3)
         assert early.text.startswith(whole.text[:3]), "a text that had come before min_tokens ends nothing"
+
+
+def test_prompts_may_be_those_of_vllm_inputs(vllm, tmp_path):
+    from vllm.inputs import TextPrompt, TokensPrompt
+
+    assert (vllm.TextPrompt, vllm.TokensPrompt) == (TextPrompt, TokensPrompt)
+    tiny_text_model(tmp_path)
+    llm = vllm.LLM(str(tmp_path))
+    asked = vllm.SamplingParams(temperature=0, max_tokens=4)
+    text = llm.get_tokenizer().decode([20, 21, 22])
+    ids = llm.get_tokenizer().encode(text)
+    first, second = llm.generate([TokensPrompt(prompt_token_ids=ids), TextPrompt(prompt=text)], asked)
+    assert first.prompt_token_ids == second.prompt_token_ids == ids
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids
+
+
+def test_flat_log_probs_grow_at_their_end(vllm):
+    from vllm.logprobs import FlatLogprobs, Logprob
+
+    found = FlatLogprobs()
+    positions = [{3: Logprob(-1.0, 1, "a"), 4: Logprob(-2.0, 2, "b")}, {}, {5: Logprob(-3.0)}]
+    found.extend(positions)
+    assert list(found) == positions
+    assert (found.start_indices, found.end_indices) == ([0, 2, 2], [2, 2, 3])
+    assert list(found[1:]) == positions[1:]
+    for change in (lambda: found.insert(0, {}), found.pop, lambda: found.__setitem__(0, {})):
+        with pytest.raises(TypeError, match="added at the end"):
+            change()
+
+
+def test_lacking_arguments_are_taken_with_their_defaults_alone(vllm, folder):
+    assert vllm.LLM(folder, enable_lora=False, max_loras=1)
+    assert vllm.EngineArgs(enable_lora=True).enable_lora
+    with pytest.raises(ConfigError, match="the fake vLLM engine has no enable_lora=True, max_loras=2: "):
+        vllm.LLM(folder, enable_lora=True, max_loras=2)
+    with pytest.raises(TypeError, match="'max_lora', which vLLM does not know"):
+        vllm.LLM(folder, max_lora=2)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from lightrft.errors import ConfigError
 
-__all__ = ["CODE", "MEMORY", "ORDER", "RETURNED", "SPEED", "Surface", "lacks", "lacks_text"]
+__all__ = [
+    "CODE", "MEMORY", "ORDER", "RETURNED", "SPEED", "LackingModuleError", "LackingNameError", "Refusing", "Surface",
+    "lacks", "lacks_text",
+]  # fmt: skip
 
 # Why names change no result, see ``Surface.idle``.
 MEMORY = "how much memory is taken"
@@ -16,6 +19,27 @@ SPEED = "how it is computed"
 ORDER = "when requests are computed: completions do not depend on it"
 RETURNED = "when results are returned: a call returns them all at its end"
 CODE = "whether code of a model may run: models are those of transformers"
+
+
+class LackingNameError(ConfigError, AttributeError):
+    """The fake engine has nothing of that name."""
+
+
+class LackingModuleError(ConfigError, ModuleNotFoundError):
+    """The fake engine has no such module, or nothing of that name in it to import.
+
+    It tells no ``name``: one that does is passed over by ``from module import name``, for an error that says less.
+    """
+
+
+class Refusing:
+    """Attributes that a class lacks are refused by name."""
+
+    __slots__ = ()
+    _engine: ClassVar[str]
+
+    def __getattr__(self, name: str) -> Any:
+        raise LackingNameError(lacks(self._engine, f"{type(self).__name__}.{name}"))
 
 
 def lacks(engine: str, what: str, instead: str = "leave it out") -> str:

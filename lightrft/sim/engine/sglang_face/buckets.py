@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +43,7 @@ class MultiprocessingSerializer:
 
 @dataclass
 class FlattenedTensorMetadata:
-    """Where a tensor is in a bucket, in bytes."""
+    """Where a tensor is in a bucket, in bytes, of which ``numel`` is the number."""
 
     name: str
     shape: torch.Size
@@ -75,22 +74,22 @@ class FlattenedTensorBucket:
             flattened_tensor, metadata = _flattened(named_tensors)
         if flattened_tensor is None or metadata is None:
             raise ValueError("expected named_tensors, or flattened_tensor and metadata")
-        self._flat = flattened_tensor
-        self._metadata = metadata
+        self.flattened_tensor = flattened_tensor
+        self.metadata = metadata
 
     def get_flattened_tensor(self) -> Tensor:
         """The bytes."""
-        return self._flat
+        return self.flattened_tensor
 
     def get_metadata(self) -> list[FlattenedTensorMetadata]:
         """Where each is."""
-        return self._metadata
+        return self.metadata
 
     def reconstruct_tensors(self) -> list[tuple[str, Tensor]]:
         """The tensors, as views."""
         return [
-            (one.name, self._flat[one.start_idx : one.end_idx].view(one.dtype).reshape(one.shape))
-            for one in self._metadata
+            (one.name, self.flattened_tensor[one.start_idx : one.end_idx].view(one.dtype).reshape(one.shape))
+            for one in self.metadata
         ]
 
 
@@ -101,7 +100,7 @@ def _flattened(tensors: Sequence[tuple[str, Tensor]]) -> tuple[Tensor, list[Flat
         end = first + tensor.numel() * tensor.itemsize
         if first % tensor.itemsize:
             raise RuntimeError(f"{name} begins at byte {first}, where no {tensor.dtype} can: larger elements go first")
-        metadata.append(FlattenedTensorMetadata(name, tensor.shape, tensor.dtype, first, end, math.prod(tensor.shape)))
+        metadata.append(FlattenedTensorMetadata(name, tensor.shape, tensor.dtype, first, end, end - first))
         first = end
     parts = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for _, tensor in tensors]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8), metadata

@@ -7,12 +7,12 @@ import os
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from lightrft.errors import ConfigError, EngineStateError, WeightSyncError
 from lightrft.sim.engine.building import build, model_config, positions, tokenizer_of
 from lightrft.sim.engine.core import Core
-from lightrft.sim.engine.lacking import ORDER, Surface, lacks, lacks_text
+from lightrft.sim.engine.lacking import ORDER, Refusing, Surface, lacks, lacks_text
 from lightrft.sim.engine.media import expanded
 from lightrft.sim.engine.numbers import digest
 from lightrft.sim.engine.samples import Drawn, Medium, Sample
@@ -112,15 +112,17 @@ class Asked(NamedTuple):
     media: tuple[Medium, ...]
 
 
-class Engine:
+class Engine(Refusing):
     """The engine, in this process. What makes the scheduler of SGLang die makes this one dead.
 
     Args:
-        kwargs: see ``ServerArgs``.
+        kwargs: see ``ServerArgs``; or ``server_args``, which are those, and nothing else counts then.
     """
 
+    _engine = "SGLang"
+
     def __init__(self, **kwargs: Any) -> None:
-        self.server_args = given = ServerArgs(**kwargs)
+        self.server_args = given = kwargs["server_args"] if "server_args" in kwargs else ServerArgs(**kwargs)
         check(given)
         config = model_config(given.model_path)
         self._limit = length(given.context_length, positions(config))
@@ -393,8 +395,11 @@ class Engine:
         """End the engine."""
         self._core.state.end("was shut down")
 
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(lacks("SGLang", f"Engine.{name}"))
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        self.shutdown()
 
     def _check_alive(self, call: str) -> None:
         self._core.state.check(call)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
-from lightrft.sim.engine.lacking import CODE, MEMORY, ORDER, SPEED, Surface
+from lightrft.sim.engine.lacking import CODE, MEMORY, ORDER, SPEED, Refusing, Surface
+from lightrft.sim.engine.sglang_face.more_server_args import MORE
 
 __all__ = ["ServerArgs", "check", "length"]
 
@@ -48,12 +49,14 @@ _BACKENDS = (
 
 
 @dataclass
-class ServerArgs:
+class _Taken(Refusing):
     """Settings of an engine: those of SGLang that trainers use.
 
     Raises:
         ConfigError: one has a value that the fake engine lacks.
     """
+
+    _engine = "SGLang"
 
     model_path: str
     tokenizer_path: str | None = None
@@ -84,11 +87,11 @@ class ServerArgs:
     custom_weight_loader: list[str] | None = None
 
     def __post_init__(self) -> None:
-        defaults = {one.name: one.default for one in fields(self)}
+        defaults = {one.name: one.default for one in fields(self)} | MORE
         ARGUMENTS.check({name: getattr(self, name) for name in defaults}, defaults)
 
 
-def check(given: ServerArgs) -> None:
+def check(given: _Taken) -> None:
     """Refuse what SGLang does not start with.
 
     Raises:
@@ -127,4 +130,9 @@ def length(asked: int | None, most: int | None) -> int:
     return asked
 
 
+def _field(value: Any) -> Any:
+    return field(default_factory=list) if value == [] else field(default=value)
+
+
+ServerArgs = make_dataclass("ServerArgs", [(name, Any, _field(MORE[name])) for name in MORE], bases=(_Taken,))
 ServerArgs.__module__ = "sglang.srt.server_args"

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import field
 from typing import Any
 
-from lightrft.errors import ConfigError
-from lightrft.sim.engine.lacking import CODE, MEMORY, ORDER, SPEED, Surface, lacks
+from lightrft.sim.engine.lacking import CODE, MEMORY, ORDER, SPEED, Refusing, Surface
 
 __all__ = ["ARGUMENTS", "EngineArgs", "length", "read", "signature"]
 
@@ -77,8 +76,6 @@ _MORE: dict[str, Any] = {
 }
 """Those of ``EngineArgs`` alone."""
 
-_DEFAULTS = {**_NAMED, **_MORE}
-
 _LENGTH = 2048
 """Most tokens where neither the model nor an argument says it."""
 
@@ -118,56 +115,98 @@ ARGUMENTS = Surface(
 )  # fmt: skip
 """``distributed_executor_backend`` and ``tensor_parallel_size`` are checked where the ranks of an engine are found."""
 
-_LACKING = """
-_api_process_count _api_process_rank additional_config aggregate_engine_logging all2all_backend
-allow_deprecated_quantization attention_backend aux_output_config code_revision collect_detailed_traces config_format
-cp_kv_cache_interleave_size cpu_distributed_timeout_seconds cpu_offload_params cudagraph_capture_sizes
-cudagraph_metrics custom_histogram_buckets data_parallel_address data_parallel_backend data_parallel_external_lb
-data_parallel_hybrid_lb data_parallel_multi_port_external_lb data_parallel_rank data_parallel_rpc_port
-data_parallel_size data_parallel_size_local data_parallel_start_rank dbo_decode_token_threshold
-dbo_prefill_token_threshold dcp_comm_backend dcp_kv_cache_interleave_size dcp_q_replicate decode_context_parallel_size
-default_mm_loras device_ids diffusion_config disable_cascade_attn disable_chunked_mm_input
-disable_hybrid_kv_cache_manager disable_nccl_for_dp_synchronization disable_sliding_window distributed_timeout_seconds
-download_dir dp_sync_interval ec_manager_config ec_transfer_config elastic_ep_max_dp_size
-enable_batch_sharded_sampling enable_cumem_allocator enable_dbo enable_elastic_ep enable_ep_weight_filter enable_eplb
-enable_expert_parallel enable_fault_tolerance enable_flashinfer_autotune enable_hc_sp enable_layerwise_nvtx_tracing
-enable_logging_iteration_details enable_lora enable_mamba_cache_stochastic_rounding
-enable_mamba_shared_prefix_checkpoint enable_mfu_metrics enable_mixed_moe_lora_format enable_mm_embeds
-enable_mm_processor_stats enable_moe_shared_loras enable_nccl_comm_suspend enable_prompt_embeds
-enable_shm_tensor_arena enable_tower_connector_lora enable_trace_replay engram_config eplb_config
-expert_placement_strategy fail_on_environ_validation fault_tolerance_config fully_sharded_loras gdn_prefill_backend
-hf_config_path ignore_patterns interleave_mm_strings io_processor_plugin ir_op_priority jit_monitor_mode
-jit_monitor_verbose kda_decode_backend kda_prefill_backend kernel_config kv_cache_dtype kv_cache_dtype_skip_layers
-kv_cache_metrics kv_cache_metrics_sample kv_events_config kv_offloading_backend kv_offloading_size
-kv_sharing_fast_prefill kv_transfer_config language_model_only linear_backend log_config_file log_level logging_config
-long_prefill_token_threshold long_prefill_token_threshold_adaptive lora_dtype lora_target_modules mamba_backend
-mamba_block_size mamba_cache_dtype mamba_cache_mode mamba_cache_philox_rounds mamba_config mamba_ssm_cache_dtype
-mamba_ssu_algorithm master_addr master_port max_cpu_loras max_cudagraph_capture_size max_logprobs max_lora_cls_labels
-max_lora_rank max_loras max_num_active_seqs max_num_queued_reqs max_num_queued_tokens max_num_scheduled_tokens
-max_parallel_loading_workers media_io_kwargs mm_device_do_normalize mm_encoder_attn_backend mm_encoder_attn_dtype
-mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_margin mm_encoder_fp8_scale_save_path mm_encoder_only
-mm_encoder_tp_mode mm_hasher_algorithm mm_ipc_gpu_memory_gb mm_processor_cache_gb mm_processor_cache_type
-mm_processor_device mm_shm_cache_max_object_size_mb mm_tensor_ipc model_class_overrides model_impl
-model_loader_extra_config model_weights moe_backend nnodes node_rank num_gpu_blocks_override numa_bind numa_bind_cpus
-numa_bind_nodes offload_backend optimization_level otlp_traces_endpoint per_request_spec_decode_metrics
-performance_mode pipeline_parallel_size prefill_context_parallel_size prefill_schedule_interval
-prefix_cache_retention_interval prefix_caching_hash_algo prefix_match_unit pt_load_map_location ray_workers_use_nsight
-reasoning_config reasoning_parser reasoning_parser_plugin renderer_num_workers replayssm_buffer_len
-safetensors_load_strategy safetensors_prefetch_block_size safetensors_prefetch_num_threads scheduler_cls
-scheduler_reserve_full_isl scheduling_policy served_model_name show_hidden_metrics_for_version shutdown_timeout
-skip_mm_profiling sleep_mode_offload_cudagraph sleep_preserve_parameter_names sparse_indexer_topk_backend
-specialize_active_lora speculative_config stream_interval swa_bounded_replay tokens_only ubatch_size use_fp64_gumbel
-use_replayssm use_tqdm_on_load video_pruning_method video_pruning_rate watermark watermark_config
-weight_transfer_config worker_cls
+_LACKING: dict[str, Any] = {
+    "_api_process_count": 1, "_api_process_rank": 0, "additional_config": {}, "aggregate_engine_logging": False,
+    "all2all_backend": "allgather_reducescatter", "allow_deprecated_quantization": False, "attention_backend": None,
+    "aux_output_config": None, "code_revision": None, "collect_detailed_traces": None, "config_format": "auto",
+    "cp_kv_cache_interleave_size": None, "cpu_distributed_timeout_seconds": None, "cpu_offload_params": set(),
+    "cudagraph_capture_sizes": None, "cudagraph_metrics": False, "custom_histogram_buckets": None,
+    "data_parallel_address": None, "data_parallel_backend": "mp", "data_parallel_external_lb": False,
+    "data_parallel_hybrid_lb": False, "data_parallel_multi_port_external_lb": False, "data_parallel_rank": None,
+    "data_parallel_rpc_port": None, "data_parallel_size": 1, "data_parallel_size_local": None,
+    "data_parallel_start_rank": None, "dbo_decode_token_threshold": 32, "dbo_prefill_token_threshold": 512,
+    "dcp_comm_backend": None, "dcp_kv_cache_interleave_size": 1, "dcp_q_replicate": None,
+    "decode_context_parallel_size": 1, "default_mm_loras": None, "device_ids": None, "diffusion_config": None,
+    "disable_cascade_attn": None, "disable_chunked_mm_input": False, "disable_hybrid_kv_cache_manager": None,
+    "disable_nccl_for_dp_synchronization": None, "disable_sliding_window": False,
+    "distributed_timeout_seconds": None, "download_dir": None, "dp_sync_interval": 16, "ec_manager_config": None,
+    "ec_transfer_config": None, "elastic_ep_max_dp_size": None, "enable_batch_sharded_sampling": None,
+    "enable_cumem_allocator": False, "enable_dbo": False, "enable_elastic_ep": False,
+    "enable_ep_weight_filter": False, "enable_eplb": False, "enable_expert_parallel": False,
+    "enable_fault_tolerance": False, "enable_flashinfer_autotune": None, "enable_hc_sp": False,
+    "enable_layerwise_nvtx_tracing": False, "enable_logging_iteration_details": False, "enable_lora": False,
+    "enable_mamba_cache_stochastic_rounding": False, "enable_mamba_shared_prefix_checkpoint": False,
+    "enable_mfu_metrics": False, "enable_mixed_moe_lora_format": False, "enable_mm_embeds": False,
+    "enable_mm_processor_stats": False, "enable_moe_shared_loras": False, "enable_nccl_comm_suspend": False,
+    "enable_prompt_embeds": False, "enable_shm_tensor_arena": False, "enable_tower_connector_lora": False,
+    "enable_trace_replay": False, "engram_config": None, "eplb_config": None, "expert_placement_strategy": "linear",
+    "fail_on_environ_validation": False, "fault_tolerance_config": None, "fully_sharded_loras": False,
+    "gdn_prefill_backend": None, "hf_config_path": None, "ignore_patterns": None, "interleave_mm_strings": False,
+    "io_processor_plugin": None, "ir_op_priority": None, "jit_monitor_mode": "warn", "jit_monitor_verbose": False,
+    "kda_decode_backend": None, "kda_prefill_backend": None, "kernel_config": None, "kv_cache_dtype": "auto",
+    "kv_cache_dtype_skip_layers": [], "kv_cache_metrics": False, "kv_cache_metrics_sample": 0.01,
+    "kv_events_config": None, "kv_offloading_backend": "native", "kv_offloading_size": None,
+    "kv_sharing_fast_prefill": False, "kv_transfer_config": None, "language_model_only": False,
+    "linear_backend": "auto", "log_config_file": None, "log_level": None, "logging_config": None,
+    "long_prefill_token_threshold": 0, "long_prefill_token_threshold_adaptive": False, "lora_dtype": "auto",
+    "lora_target_modules": None, "mamba_backend": None, "mamba_block_size": None, "mamba_cache_dtype": "auto",
+    "mamba_cache_mode": "none", "mamba_cache_philox_rounds": 0, "mamba_config": None,
+    "mamba_ssm_cache_dtype": "auto", "mamba_ssu_algorithm": None, "master_addr": "127.0.0.1", "master_port": 29501,
+    "max_cpu_loras": None, "max_cudagraph_capture_size": None, "max_logprobs": 20, "max_lora_cls_labels": None,
+    "max_lora_rank": 16, "max_loras": 1, "max_num_active_seqs": None, "max_num_queued_reqs": None,
+    "max_num_queued_tokens": None, "max_num_scheduled_tokens": None, "max_parallel_loading_workers": None,
+    "media_io_kwargs": {}, "mm_device_do_normalize": True, "mm_encoder_attn_backend": None,
+    "mm_encoder_attn_dtype": None, "mm_encoder_fp8_scale_path": None, "mm_encoder_fp8_scale_save_margin": 1.5,
+    "mm_encoder_fp8_scale_save_path": None, "mm_encoder_only": False, "mm_encoder_tp_mode": "weights",
+    "mm_hasher_algorithm": "blake3", "mm_ipc_gpu_memory_gb": 0, "mm_processor_cache_gb": 4,
+    "mm_processor_cache_type": "lru", "mm_processor_device": "auto", "mm_shm_cache_max_object_size_mb": 128,
+    "mm_tensor_ipc": "direct_rpc", "model_class_overrides": {}, "model_impl": "auto",
+    "model_loader_extra_config": {}, "model_weights": "", "moe_backend": "auto", "nnodes": 1, "node_rank": 0,
+    "num_gpu_blocks_override": None, "numa_bind": False, "numa_bind_cpus": None, "numa_bind_nodes": None,
+    "offload_backend": "auto", "optimization_level": None, "otlp_traces_endpoint": None,
+    "per_request_spec_decode_metrics": "none", "performance_mode": "balanced", "pipeline_parallel_size": 1,
+    "prefill_context_parallel_size": 1, "prefill_schedule_interval": 1, "prefix_cache_retention_interval": 0,
+    "prefix_caching_hash_algo": "sha256", "prefix_match_unit": None, "pt_load_map_location": "cpu",
+    "ray_workers_use_nsight": False, "reasoning_config": None, "reasoning_parser": "",
+    "reasoning_parser_plugin": None, "renderer_num_workers": 1, "replayssm_buffer_len": 16,
+    "safetensors_load_strategy": None, "safetensors_prefetch_block_size": 16777216,
+    "safetensors_prefetch_num_threads": 8, "scheduler_cls": None, "scheduler_reserve_full_isl": True,
+    "scheduling_policy": "fcfs", "served_model_name": None, "show_hidden_metrics_for_version": None,
+    "shutdown_timeout": 0, "skip_mm_profiling": False, "sleep_mode_offload_cudagraph": False,
+    "sleep_preserve_parameter_names": [], "sparse_indexer_topk_backend": "auto", "specialize_active_lora": False,
+    "speculative_config": None, "stream_interval": 1, "swa_bounded_replay": True, "tokens_only": False,
+    "ubatch_size": 0, "use_fp64_gumbel": False, "use_replayssm": False, "use_tqdm_on_load": True,
+    "video_pruning_method": "evs", "video_pruning_rate": None, "watermark": 0.0, "watermark_config": None,
+    "weight_transfer_config": None, "worker_cls": "auto",
+}  # fmt: skip
+"""The other arguments of ``EngineArgs``, none of which there is but with these values, its defaults.
+
+``None`` stands for those that are objects of vLLM.
 """
-"""The other arguments of ``EngineArgs``, none of which there is."""
+
+_DEFAULTS = {**_NAMED, **_MORE, **_LACKING}
+"""Of ``LLM``."""
+
+_ENGINE_ARGS = {
+    "model": "Qwen/Qwen3-0.6B",
+    **{name: value for name, value in _DEFAULTS.items() if name != "chat_template"},
+    "disable_log_stats": False,
+    "hf_overrides": {},
+    "offload_params": set(),
+    "override_generation_config": {},
+}
+"""Of ``EngineArgs``."""
+
+
+def _field(value: Any) -> Any:
+    return field(default_factory=type(value)) if isinstance(value, (dict, list, set)) else field(default=value)
+
 
 EngineArgs = dataclasses.make_dataclass(
     "EngineArgs",
-    [
-        ("model", str),
-        *((name, Any, field(default=value)) for name, value in _DEFAULTS.items() if name != "chat_template"),
-    ],
+    [(name, Any, _field(_ENGINE_ARGS[name])) for name in _ENGINE_ARGS],
+    bases=(Refusing,),
+    namespace={"_engine": "vLLM"},
 )
 EngineArgs.__module__ = "vllm.engine.arg_utils"
 
@@ -180,11 +219,9 @@ def read(given: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: vLLM has no such argument either.
         ValueError: vLLM refuses a value too.
     """
-    unknown = sorted(set(given) - set(_DEFAULTS) - set(_LACKING.split()))
+    unknown = sorted(set(given) - set(_DEFAULTS))
     if unknown:
         raise TypeError(f"LLM got an unexpected keyword argument {unknown[0]!r}, which vLLM does not know")
-    if lacking := sorted(set(given) & set(_LACKING.split())):
-        raise ConfigError(lacks("vLLM", ", ".join(lacking)))
     ARGUMENTS.check(given, _DEFAULTS)
     found = {**_DEFAULTS, **given}
     for name, fits, wanted in _rules(found):

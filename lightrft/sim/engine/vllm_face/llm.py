@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lightrft.errors import ConfigError, EngineStateError
 from lightrft.sim.engine.building import build, model_config, positions, sampling_defaults, tokenizer_of
 from lightrft.sim.engine.core import Core
-from lightrft.sim.engine.lacking import Surface, lacks, lacks_text
+from lightrft.sim.engine.lacking import Refusing, Surface, lacks, lacks_text
 from lightrft.sim.engine.numbers import digest
 from lightrft.sim.engine.samples import Drawn, Sample
 from lightrft.sim.engine.vllm_face import arguments
@@ -37,12 +37,14 @@ _FUSED = re.compile(r"\.([qkv]|gate|up)_proj\.(weight|bias)$")
 _PARTS = {"qkv": 3, "gate_up": 2}
 
 
-class LLM:
+class LLM(Refusing):
     """The engine in this process.
 
     With ``tensor_parallel_size`` above 1 the executor has to be ``"external_launcher"``: consecutive ranks of the
     default group share an engine, all of them make it and all of them generate.
     """
+
+    _engine = "vLLM"
 
     def __init__(self, model: str, **kwargs: Any) -> None:
         given = arguments.read(kwargs)
@@ -150,7 +152,7 @@ class LLM:
         found = drawn.processed if self._given["logprobs_mode"].startswith("processed") else drawn.raw
         log_probs: Sequence[dict[int, Logprob]] | None = None
         if params.flat_logprobs and params.logprobs is not None:
-            log_probs = FlatLogprobs(drawn.tokens, found)
+            log_probs = FlatLogprobs._of(drawn.tokens, found)
         elif params.logprobs is not None:
             log_probs = [{t: Logprob(p)} for t, p in zip(drawn.tokens, found, strict=True)]
         return CompletionOutput(
@@ -214,16 +216,15 @@ class LLM:
         """Those of vLLM, and over them those in the generation configuration of the model."""
         return SamplingParams(**self._defaults)
 
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(lacks("vLLM", f"LLM.{name}"))
-
 
 LLM.__signature__ = arguments.signature  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
-class ModelConfig:
+class ModelConfig(Refusing):
     """``llm.model_config``."""
+
+    _engine = "vLLM"
 
     max_model_len: int
     vocabulary: int
@@ -240,8 +241,10 @@ class OutputProcessor:
     request_states: dict[str, Any] = field(default_factory=dict)
 
 
-class LLMEngine:
+class LLMEngine(Refusing):
     """``llm.llm_engine``."""
+
+    _engine = "vLLM"
 
     def __init__(self, core: Core, tokenizer: Any, model_config: ModelConfig) -> None:
         self._core = core
@@ -268,14 +271,20 @@ class LLMEngine:
     def reset_mm_cache(self) -> None:
         """Forget what was made of images and videos before the encoder; it does not depend on weights."""
 
-    def reset_prefix_cache(self) -> bool:
+    def reset_prefix_cache(
+        self,
+        reset_running_requests: bool = False,  # noqa: ARG002 - none runs
+        reset_connector: bool = False,  # noqa: ARG002 - there is none
+    ) -> bool:
         """Forget prompts that were seen."""
         self._core.model.forget()
         return True
 
 
-class EngineCore:
+class EngineCore(Refusing):
     """``llm.llm_engine.engine_core``."""
+
+    _engine = "vLLM"
 
     def __init__(self, core: Core) -> None:
         self._core = core
@@ -285,8 +294,10 @@ class EngineCore:
         self._core.state.end("was shut down")
 
 
-class Worker:
+class Worker(Refusing):
     """What ``collective_rpc`` calls."""
+
+    _engine = "vLLM"
 
     def __init__(self, core: Core) -> None:
         self._core = core

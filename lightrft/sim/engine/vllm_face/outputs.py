@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,39 +19,82 @@ class Logprob:
 
 
 @dataclass
-class FlatLogprobs(Sequence[dict[int, Logprob]]):
-    """Log-probs of all positions in lists, where ``SamplingParams.flat_logprobs`` asks for them; one at each."""
+class FlatLogprobs(MutableSequence[dict[int, Logprob]]):
+    """Log-probs of all positions in lists, where ``SamplingParams.flat_logprobs`` asks for them.
 
-    token_ids: Sequence[int]
-    logprobs: Sequence[float]
+    Those of position ``i`` are at ``start_indices[i]`` to ``end_indices[i]`` of the other lists. It grows at its end
+    alone.
+    """
 
-    @property
-    def start_indices(self) -> list[int]:
-        """Where the log-probs of each position begin."""
-        return list(range(len(self.token_ids)))
+    start_indices: list[int] = field(default_factory=list)
+    end_indices: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ranks: list[int | None] = field(default_factory=list)
+    decoded_tokens: list[str | None] = field(default_factory=list)
 
-    @property
-    def end_indices(self) -> list[int]:
-        """Where they end."""
-        return list(range(1, len(self.token_ids) + 1))
+    @classmethod
+    def _of(cls, token_ids: Sequence[int], logprobs: Sequence[float]) -> FlatLogprobs:
+        """With one log-prob at each position, whose rank and text are unknown, as in ``Logprob``."""
+        unknown: list[Any] = [None] * len(token_ids)
+        starts, ends = list(range(len(token_ids))), list(range(1, len(token_ids) + 1))
+        return cls(starts, ends, list(token_ids), list(logprobs), unknown, list(unknown))
 
-    @property
-    def ranks(self) -> list[int | None]:
-        """Unknown, as ``Logprob.rank``."""
-        return [None] * len(self.token_ids)
+    def append(self, logprobs_one_position: dict[int, Logprob] | None) -> None:
+        """Add a position."""
+        several = logprobs_one_position or {}
+        found = several.values()
+        self.append_fast(
+            list(several),
+            [one.logprob for one in found],
+            [one.rank for one in found],
+            [one.decoded_token for one in found],
+        )
 
-    @property
-    def decoded_tokens(self) -> list[str | None]:
-        """Unknown, as ``Logprob.decoded_token``."""
-        return [None] * len(self.token_ids)
+    def append_fast(
+        self,
+        token_ids: list[int],
+        logprobs: list[float],
+        ranks: Iterable[int | None],
+        decoded_tokens: Iterable[str | None],
+    ) -> None:
+        """Add a position, by the lists of what is there."""
+        self.start_indices.append(len(self.logprobs))
+        for token, logprob, rank, text in zip(token_ids, logprobs, ranks, decoded_tokens, strict=False):
+            self.token_ids.append(token)
+            self.logprobs.append(logprob)
+            self.ranks.append(rank)
+            self.decoded_tokens.append(text)
+        self.end_indices.append(len(self.logprobs))
+
+    def extend(self, logprobs_multi_positions: Iterable[dict[int, Logprob] | None]) -> None:
+        """Add positions."""
+        for one in logprobs_multi_positions:
+            self.append(one)
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.start_indices)
 
     def __getitem__(self, position: Any) -> Any:
         if isinstance(position, slice):
-            return FlatLogprobs(self.token_ids[position], self.logprobs[position])
-        return {self.token_ids[position]: Logprob(self.logprobs[position])}
+            chosen = FlatLogprobs()
+            chosen.extend(self[each] for each in range(*position.indices(len(self))))
+            return chosen
+        start, end = self.start_indices[position], self.end_indices[position]
+        return {
+            self.token_ids[each]: Logprob(self.logprobs[each], self.ranks[each], self.decoded_tokens[each])
+            for each in range(start, end)
+        }
+
+    def __setitem__(self, position: Any, value: Any) -> None:
+        raise TypeError("log-probs of a position cannot be replaced: positions are added at the end")
+
+    def __delitem__(self, position: Any) -> None:
+        raise TypeError("a position cannot be taken away: positions are added at the end")
+
+    def insert(self, index: int, value: dict[int, Logprob] | None) -> None:  # noqa: ARG002
+        """Not possible: positions are added at the end."""
+        raise TypeError("a position cannot be put between others: positions are added at the end")
 
 
 @dataclass
