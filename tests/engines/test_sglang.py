@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the processes of the engin
 
 import on_cpu
 import record_sglang
+from engines.surfaces import faces_surface
 from on_cpu import settings
 
 pytestmark = pytest.mark.filterwarnings("default")  # those of SGLang, and what its processes leave open
@@ -168,3 +169,11 @@ def test_the_record_is_of_what_is_installed(subject):
     record = json.loads(record_sglang.RECORD.read_text())
     found = {**record_sglang.declared(), "returned": record_sglang.returned(subject.engine._launched.engine)}
     assert json.loads(json.dumps(found)) == record
+
+
+def test_the_record_of_all_public_names_is_that_of_the_installed_package():
+    recorded = json.loads(faces_surface.RECORDS["sglang"].read_text(encoding="utf-8"))
+    installed = json.loads(json.dumps(faces_surface.surface("sglang")))
+    assert installed.keys() == recorded.keys()
+    for where, entry in installed.items():
+        assert entry == recorded[where], f"{where} has changed: write the record anew"

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from engines.surfaces import vllm_surface
+from engines.surfaces import faces_surface, vllm_surface
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -17,6 +17,14 @@ def test_the_record_is_that_of_the_installed_package():
         assert installed[part].keys() == recorded[part].keys()
         for name, entries in installed[part].items():
             assert entries == recorded[part][name], f"{name} has changed: write the record anew"
+
+
+def test_the_record_of_all_public_names_is_that_of_the_installed_package():
+    recorded = json.loads(faces_surface.RECORDS["vllm"].read_text(encoding="utf-8"))
+    installed = json.loads(json.dumps(faces_surface.surface("vllm")))
+    assert installed.keys() == recorded.keys()
+    for where, entry in installed.items():
+        assert entry == recorded[where], f"{where} has changed: write the record anew"
 
 
 def test_the_record_has_what_the_adapter_uses():

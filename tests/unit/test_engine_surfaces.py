@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 from engines.record_sglang import REFUSED
+from engines.surfaces import faces_surface
 
-from lightrft.sim.engine.faces import faces
+from lightrft.errors import ConfigError
+from lightrft.sim.engine.faces import EXPORTS, faces
+from lightrft.sim.engine.lacking import Refusing
 
 SURFACES = Path(__file__).parents[1] / "engines" / "surfaces"
 VLLM = json.loads((SURFACES / "vllm-0.32.json").read_text())
@@ -78,7 +81,7 @@ def test_objects_of_vllm_have_the_same_fields(name):
 
 def test_arguments_and_errors_of_vllm_are_there():
     vllm = importlib.import_module("vllm")
-    assert {one.name for one in dataclasses.fields(vllm.EngineArgs)} <= set(VLLM["arguments"])
+    assert {one.name for one in dataclasses.fields(vllm.EngineArgs)} == set(VLLM["arguments"])
     error = importlib.import_module("vllm.exceptions").VLLMValidationError
     assert [cls.__name__ for cls in error.__mro__] == VLLM["errors"]
 
@@ -170,3 +173,137 @@ def test_sglang_returns_what_was_recorded():
     engine.flush_cache()
     assert engine.release_memory_occupation() is returned["release_memory_occupation"]
     assert engine.resume_memory_occupation() is returned["resume_memory_occupation"]
+
+
+# -- Every public name of the modules ---------------------------------------------------------------------------------
+
+RECORDED = {
+    where: entry
+    for library, file in faces_surface.RECORDS.items()
+    for where, entry in json.loads(file.read_text()).items()
+    if where != "taken over"
+}
+OURS = {theirs: ours for several in faces_surface.REACHED.values() for ours, theirs in several.items()}
+
+INSIDE = "objects of it are met, and nobody makes them"
+ROUTE = "how an answer finds its way between processes"
+OBJECT = "an object of vLLM in the place of which there is None"
+WHOLE = {
+    **{(where, "constructor"): INSIDE for where in OURS},
+    ("vllm.config:ModelConfig", "fields"): INSIDE,
+    ("vllm.outputs:RequestOutput", "fields"): "the real one is no dataclass",
+}
+"""Parts of a description that are not compared, and why."""
+
+DIFFERS = {
+    **{
+        ("vllm.engine.arg_utils:EngineArgs", name): OBJECT
+        for name, default in RECORDED["vllm.engine.arg_utils:EngineArgs"]["fields"]
+        if str(default).startswith("<")
+    },
+    **{("sglang.srt.managers.io_struct:FlushCacheReqOutput", name): ROUTE for name in ("rid", "http_worker_ipc")},
+    ("vllm.outputs:RequestOutput", "kwargs"): "the real one warns of further arguments and ignores them",
+}
+"""Parameters and fields of a class that differ, and why."""
+
+UNORDERED = {"sglang.srt.server_args:ServerArgs", "vllm.engine.arg_utils:EngineArgs"}
+"""Classes whose arguments are given by name."""
+
+ADDED = {
+    ("sglang.srt.sampling.sampling_params:SamplingParams", "ours"): "what the fake engine makes of it",
+    ("vllm.sampling_params:SamplingParams", "ours"): "what the fake engine makes of it",
+    ("vllm.sampling_params:SamplingParams", "verify"): "the real one takes configurations of vLLM, which calls it",
+}
+"""Methods that the real ones have not, or otherwise, and why."""
+
+METHODS = {
+    "sglang.srt.sampling.sampling_params:SamplingParams": "normalize",
+    "sglang.srt.weight_sync.tensor_bucket:FlattenedTensorBucket": "empty",
+    "vllm.outputs:RequestOutput": "add",
+    "vllm.sampling_params:SamplingParams": "for_sampler_warmup from_optional update_from_generation_config "
+    "update_from_tokenizer",
+}
+"""Methods that are lacking and not refused by name, since they are for engines, not for trainers."""
+
+
+def face_of(where):
+    """What stands for an object of the record."""
+    module, _, name = OURS.get(where, where).partition(":")
+    return getattr(importlib.import_module(f"lightrft.sim.engine.{module}" if where in OURS else module), name)
+
+
+def test_every_public_name_is_in_the_record():
+    names = {name for module in EXPORTS for name in faces_surface.exported(module)}
+    assert {where.partition(":")[2] for where in RECORDED.keys() - OURS.keys()} == names
+    assert set(OURS) <= set(RECORDED)
+
+
+def entries(where, part, listed):
+    kept = [each for each in listed if (where, each[0]) not in DIFFERS]
+    return sorted(kept) if where in UNORDERED else kept
+
+
+@pytest.mark.parametrize("where", RECORDED)
+def test_a_public_name_is_what_was_recorded(where):
+    ours, recorded = json.loads(json.dumps(faces_surface.described(face_of(where)))), RECORDED[where]
+    if not isinstance(recorded, dict) or "methods" not in recorded:
+        assert ours == recorded
+        return
+    assert ours["bases"] == recorded["bases"]
+    for part in ("constructor", "fields"):
+        if (where, part) not in WHOLE and recorded[part] is not None:
+            assert entries(where, part, ours[part]) == entries(where, part, recorded[part])
+    alike = [name for name in ours["methods"] if (where, name) not in ADDED]
+    assert {name: ours["methods"][name] for name in alike} == {name: recorded["methods"].get(name) for name in alike}
+    lacking = recorded["methods"].keys() - ours["methods"].keys()
+    assert issubclass(face_of(where), Refusing) or lacking == set(METHODS.get(where, "").split())
+
+
+@pytest.mark.parametrize("module", EXPORTS)
+def test_a_module_has_its_names_and_refuses_others(module):
+    made = importlib.import_module(module)
+    inside = {each.partition(".")[0] for name in EXPORTS if (each := name.removeprefix(f"{module}.")) != name}
+    special = {"__version__"}
+    found = {name for name in vars(made) if not name.startswith("__") or name in special}
+    assert found - inside == set(faces_surface.exported(module))
+    engine = {"vllm": "vLLM", "sglang": "SGLang"}[module.partition(".")[0]]
+    assert not hasattr(made, "PoolingParams")
+    refusal = rf"the fake {engine} engine has no {module}\.PoolingParams: .*engines=False"
+    with pytest.raises(AttributeError, match=refusal):
+        made.PoolingParams  # noqa: B018 - there is none
+    with pytest.raises(ImportError, match=refusal):
+        exec(f"from {module} import PoolingParams")
+    with pytest.raises(ConfigError):
+        importlib.import_module(f"{module}.lora")
+
+
+@pytest.mark.parametrize("library", faces_surface.RECORDS)
+def test_a_module_takes_over_what_the_real_one_does(library):
+    recorded = json.loads(faces_surface.RECORDS[library].read_text())
+    modules = [module for module in EXPORTS if module.partition(".")[0] == library]
+    names = {f"{module}:{name}" for module in modules for name in faces_surface.exported(module)}
+    assert names - recorded.keys() == set(recorded["taken over"])
+
+
+def test_a_module_inside_another_needs_no_import_of_its_own():
+    vllm = importlib.import_module("vllm")
+    assert vllm.logprobs.Logprob is importlib.import_module("vllm.logprobs").Logprob
+
+
+@pytest.mark.parametrize("reached", ["", "llm_engine", "llm_engine.engine_core", "model_config"])
+def test_what_objects_of_vllm_lack_is_named(reached):
+    made = importlib.import_module("vllm").LLM("any")
+    for step in filter(None, reached.split(".")):
+        made = getattr(made, step)
+    assert not hasattr(made, "add_request")
+    with pytest.raises(ConfigError, match=rf"the fake vLLM engine has no {type(made).__name__}\.add_request: .*"):
+        made.add_request  # noqa: B018 - there is none
+
+
+@pytest.mark.parametrize(
+    "name", ["async_generate", "get_server_info", "get_weights_by_name", "update_weights_from_disk"]
+)
+def test_what_the_engine_of_sglang_lacks_is_named(name):
+    engine = importlib.import_module("sglang").Engine(model_path="any", skip_tokenizer_init=True)
+    with pytest.raises(ConfigError, match=rf"the fake SGLang engine has no Engine\.{name}: leave it out"):
+        getattr(engine, name)

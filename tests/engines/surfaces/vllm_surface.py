@@ -47,7 +47,7 @@ FIELDS = {
 
 
 ARGUMENTS = "vllm:EngineArgs"
-"""What ``vllm.LLM`` takes by keyword, all of it. Its defaults depend on the machine."""
+"""What ``vllm.LLM`` takes by keyword, all of it."""
 
 
 def surface():
@@ -116,7 +116,11 @@ def text(value):
 
 def written(record):
     """JSON with one line for each parameter and field."""
-    plain = json.dumps(record, indent=1)
+    return one_line_each(json.dumps(record, indent=1))
+
+
+def one_line_each(plain):
+    """With one line for each list of plain values."""
     return re.sub(r"\[\s+([^\[\]]*?)\s+\]", lambda inner: f"[{' '.join(inner[1].split())}]", plain) + "\n"
 
 
