@@ -118,7 +118,8 @@ def update(engine: str) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory(dir=_memory()) as folder:
         actor = tiny.tiny_text_model(folder, **_LARGER)
-        settings = {"pretrain": folder, "engine_type": engine, "train_batch_size": 1}
+        lengths = {"prompt_max_len": 64, "generate_max_len": 64}
+        settings = {"pretrain": folder, "engine_type": engine, "train_batch_size": 1, **lengths}
         strategy = get_strategy({"strategy": "fake", "engine_update_bucket_mb": _BUCKET_MIB, **settings})
         strategy.setup_inference_engine()
     weights = [weight.detach() for weight in actor.parameters()]

@@ -119,7 +119,7 @@ def completions_of(
             yield Completion(
                 prompt_token_ids=tuple(output.prompt_token_ids),
                 output_token_ids=tokens,
-                log_probs=_log_probs(tokens, sample.logprobs),
+                log_probs=_log_probs(sample.token_ids, sample.logprobs),
                 log_probs_mode=mode,
                 finish_reason=_reason(sample.finish_reason),
                 weight_version=version,
@@ -127,11 +127,11 @@ def completions_of(
             )
 
 
-def _log_probs(tokens: tuple[int, ...], steps: Any) -> tuple[float, ...] | None:
+def _log_probs(tokens: Sequence[int], steps: Any) -> tuple[float, ...] | None:
     if steps is None:
         return None
     flat = getattr(steps, "logprobs", ())
-    if len(flat) == len(tokens) and tuple(steps.token_ids) == tokens:  # without an object for each token
+    if len(flat) == len(tokens) and steps.token_ids == tokens:  # without an object for each token
         return tuple(flat)
     return tuple(float(step[token].logprob) for token, step in zip(tokens, steps, strict=True))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 __all__ = ["CompletionOutput", "FlatLogprobs", "Logprob", "RequestOutput"]
 
@@ -32,13 +32,24 @@ class FlatLogprobs(MutableSequence[dict[int, Logprob]]):
     logprobs: list[float] = field(default_factory=list)
     ranks: list[int | None] = field(default_factory=list)
     decoded_tokens: list[str | None] = field(default_factory=list)
+    _count: ClassVar[int] = 0
 
     @classmethod
     def _of(cls, token_ids: Sequence[int], logprobs: Sequence[float]) -> FlatLogprobs:
-        """With one log-prob at each position, whose rank and text are unknown, as in ``Logprob``."""
-        unknown: list[Any] = [None] * len(token_ids)
-        starts, ends = list(range(len(token_ids))), list(range(1, len(token_ids) + 1))
-        return cls(starts, ends, list(token_ids), list(logprobs), unknown, list(unknown))
+        """With one log-prob at each position, whose rank and text are unknown, as in ``Logprob``.
+
+        The other lists are made when they are asked for.
+        """
+        made = cls.__new__(cls)
+        vars(made).update(token_ids=list(token_ids), logprobs=list(logprobs), _count=len(token_ids))
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MADE:
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        found = _MADE[name](self._count)
+        setattr(self, name, found)
+        return found
 
     def append(self, logprobs_one_position: dict[int, Logprob] | None) -> None:
         """Add a position."""
@@ -95,6 +106,14 @@ class FlatLogprobs(MutableSequence[dict[int, Logprob]]):
     def insert(self, index: int, value: dict[int, Logprob] | None) -> None:  # noqa: ARG002
         """Not possible: positions are added at the end."""
         raise TypeError("a position cannot be put between others: positions are added at the end")
+
+
+_MADE: dict[str, Callable[[int], list[Any]]] = {
+    "start_indices": lambda count: list(range(count)),
+    "end_indices": lambda count: list(range(1, count + 1)),
+    "ranks": lambda count: [None] * count,
+    "decoded_tokens": lambda count: [None] * count,
+}
 
 
 @dataclass

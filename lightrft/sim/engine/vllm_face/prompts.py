@@ -80,7 +80,9 @@ class Prompts:
         if lacking := sorted(key for key in given.keys() - _KEYS if given[key] is not None):
             raise ConfigError(lacks("vLLM", f"{', '.join(lacking)} in a prompt"))
         text, tokens = given.get("prompt"), given.get("prompt_token_ids")
-        if tokens is not None and not (isinstance(tokens, list) and all(isinstance(one, int) for one in tokens)):
+        if tokens is not None and not (
+            isinstance(tokens, list) and all(issubclass(one, int) for one in set(map(type, tokens)))
+        ):
             raise TypeError(f"prompt_token_ids is a {type(tokens).__name__}: expected a list of integers")
         if tokens is None:
             if not isinstance(text, str):
@@ -151,3 +153,7 @@ def media_limits(given: Any) -> dict[str, int]:
     if not all(isinstance(most, int) and kind in ("image", "video") for kind, most in limits.items()):
         raise ConfigError(lacks("vLLM", f"limit_mm_per_prompt={given!r} but numbers of images and videos"))
     return limits
+
+
+def _are_integers(tokens: list[Any]) -> bool:
+    return all(issubclass(kind, int) for kind in set(map(type, tokens)))
