@@ -19,6 +19,7 @@ from lightrft.errors import (
 )
 from lightrft.models.tiny import tiny_text_model
 from lightrft.sim import SimWorld
+from lightrft.sim.engine import core
 from lightrft.strategy import get_strategy
 from lightrft.strategy.backend_strategy import Step
 
@@ -675,3 +676,13 @@ def test_samples_do_not_depend_on_the_order_of_prompts(folder, engine_type):
     forwards = completions(prompts)
     assert forwards == completions(prompts[::-1])
     assert len(set(forwards)) == 8
+
+
+@pytest.mark.parametrize("engines", ["hash", "model"])
+def test_completions_are_handed_to_the_ranks_of_an_engine_and_not_kept(folder, engines):
+    def program(strategy):
+        return strategy.engine_generate_local(GREEDY, prompt_token_ids=[[3, 4], [5]])
+
+    found = with_engine(program, folder, tp_size=4, engines=engines, engine_type="vllm")
+    assert [one.output_token_ids for one in found[0]] == [one.output_token_ids for one in found[3]]
+    assert not core._unread

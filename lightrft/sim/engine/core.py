@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightrft.errors import EngineStateError
+from lightrft.sim.current import current_task
 from lightrft.sim.engine.numbers import digest
 from lightrft.strategy.engine_state import EngineState
 
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     from lightrft.strategy.utils.agreement import Ranks
 
 __all__ = ["Core"]
+
+_numbers = itertools.count()
+_unread: dict[int, _Answer] = {}
 
 
 class Core:
@@ -54,9 +60,9 @@ class Core:
         self._check_same(asked.all)
         with self.ranks.together("generation failed", EngineStateError) as answer:
             if self.ranks.rank == 0:
-                answer.mine = self.model.draw(samples)
-        found: list[Drawn] = answer.all[0]
-        return found
+                answer.mine = _Answer(self.model.draw(samples), readers=self.ranks.world_size)
+        found: _Answer = answer.all[0]
+        return list(found.drawn)
 
     def _question(self, samples: Sequence[Sample]) -> dict[str, Any]:
         return {
@@ -105,6 +111,29 @@ class Core:
         """Forget prefixes, images and videos."""
         self.model.forget()
         self.model.forget_media()
+
+
+@dataclass
+class _Answer:
+    """Completions on their way to all ranks of an engine. Simulated ranks, which share a process, need no copies."""
+
+    drawn: Sequence[Drawn]
+    readers: int
+
+    def __reduce__(self) -> Any:
+        if current_task() is None:
+            return _Answer, (self.drawn, self.readers)
+        number = next(_numbers)
+        _unread[number] = self
+        return _read, (number,)
+
+
+def _read(number: int) -> _Answer:
+    answer = _unread[number]
+    answer.readers -= 1
+    if not answer.readers:
+        del _unread[number]
+    return answer
 
 
 def _texts(samples: Sequence[Sample]) -> list[str]:
