@@ -75,6 +75,8 @@ def _classify(file: str) -> int:
 def _real_path(file: str) -> str:
     """``os.path.realpath(file)``, which asks for each folder on the way, for many files of few folders."""
     folder, name = os.path.split(file)
+    if not os.path.isabs(folder):
+        folder = os.path.join(os.getcwd(), folder)  # which may be another one at the next call
     path = os.path.join(_real_folder(folder), name)
     return os.path.realpath(path) if os.path.islink(path) else path
 
