@@ -248,9 +248,10 @@ class _Candidates:
                 yield place
 
     def _of_functions(self) -> Iterator[_Place]:
+        names, attributes, assigned = self._own.names, self._all.attributes, self._all.assigned
         for name, function in [pair for pair in self._parts.functions if pair[1].__dict__]:
             for key, value in list(vars(function).items()):
-                if key not in self._all.assigned and self._changes(key, value, 0):
+                if (key in attributes or key in names) and key not in assigned and self._changes(key, value, 0):
                     yield "function attribute", f"{name}.{key}", vars(function), key
         for name, function in self._with_defaults:
             yield from self._defaults(name, function)

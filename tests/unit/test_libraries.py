@@ -21,7 +21,7 @@ def assert_equal(results, expected, *, atol=1e-6):
         torch.testing.assert_close(result["norms"], expected["norms"], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "program",
     [torch_native.ddp, torch_native.fsdp2, torch_native.hsdp, zero.zero1, zero.zero2, zero.zero3, zero.zero3_offloads],

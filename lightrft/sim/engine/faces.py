@@ -90,8 +90,7 @@ def faces(mode: str = "model") -> Iterator[None]:
 
 def _taken_out() -> dict[str, ModuleType]:
     """The modules of the libraries, which are no longer imported then."""
-    imported = "\n".join(["", *sys.modules])  # thousands of names, and at every run: seldom is one of them there
-    if not any(f"\n{library}" in imported for library in _LIBRARIES):
+    if not any(library in sys.modules for library in _LIBRARIES):  # as at most runs; no part is there without the whole
         return {}
     names = [name for name in sys.modules if name.partition(".")[0] in _LIBRARIES]
     return {name: sys.modules.pop(name) for name in names}
