@@ -22,7 +22,7 @@ from lightrft.sim.clock import still_during_collection
 from lightrft.sim.collectives import ORDERS
 from lightrft.sim.engine.faces import MODES, faces
 from lightrft.sim.environ import rank_seed, torchrun_environ
-from lightrft.sim.frozen import frozen_heap
+from lightrft.sim.frozen import collecting_by_ranks, frozen_heap
 from lightrft.sim.host import one_core, patched, same_parallelism, stack_size
 from lightrft.sim.interrupts import Interrupts
 from lightrft.sim.own_time import TimedScheduler
@@ -234,6 +234,7 @@ class SimWorld:
         with ExitStack() as stack:
             self.switcher = StateSwitcher(self.rank_local)
             stack.enter_context(frozen_heap())
+            stack.enter_context(collecting_by_ranks(self.size))
             if isinstance(self.engines, str):
                 stack.enter_context(faces(self.engines))
             stack.enter_context(still_during_collection())

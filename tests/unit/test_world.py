@@ -288,6 +288,19 @@ def test_the_process_is_afterwards_as_it_was(ending, error):
     assert c_environ("HOME") == home
 
 
+def test_garbage_is_collected_as_often_as_in_a_process_of_one_rank():
+    before = gc.get_threshold()
+
+    def threshold():
+        found = gc.get_threshold()
+        gc.set_threshold(*found[:2], found[2] + 1)
+        return found
+
+    assert SimWorld(4).run(threshold)[0] == (4 * before[0], *before[1:])
+    assert gc.get_threshold() == before
+    assert SimWorld(100).run(gc.get_threshold)[0] == (64 * before[0], *before[1:])
+
+
 def wait_for_ctrl_c(handled):
     dist.init_process_group("gloo")
     rank, seen = dist.get_rank(), []
