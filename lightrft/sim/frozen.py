@@ -30,8 +30,8 @@ def frozen_heap() -> Iterator[None]:
 def collecting_by_ranks(ranks: int) -> Iterator[None]:
     """Collect garbage as often as a process of one rank would, though this one makes the objects of all ``ranks``.
 
-    What lives for a short time is mostly dead by then, and costs nothing. Of many ranks only the first 64 count, so that
-    garbage does not pile up.
+    What lives for a short time is mostly dead by then, and costs nothing. Of many ranks only the first 64 count, so
+    that garbage does not pile up.
     """
     before = gc.get_threshold()
     gc.set_threshold(before[0] * min(ranks, _MOST_RANKS), *before[1:])

@@ -55,7 +55,7 @@ def unpacked(data: torch.Tensor) -> list[Request]:
     for index, length in enumerate(words[_HEADER : ends[0]].tolist()):
         ids = None if length == _TEXT else tokens[offset : offset + length]
         prompt, images, videos = rest.get(index, (None, (), ()))
-        requests.append(Request(prompt_token_ids=ids, prompt=prompt, images=images, videos=videos))
+        requests.append(Request.received(ids, prompt, images, videos))
         offset += max(length, 0)
     return requests
 

@@ -42,6 +42,22 @@ class Request:
         object.__setattr__(self, "images", _several(self.images))
         object.__setattr__(self, "videos", _several(self.videos))
 
+    @classmethod
+    def received(
+        cls,
+        prompt_token_ids: tuple[int, ...] | None,
+        prompt: str | None,
+        images: tuple[Any, ...],
+        videos: tuple[Any, ...],
+    ) -> Request:
+        """One like a request of another rank: its values have been checked there."""
+        request = object.__new__(cls)
+        object.__setattr__(request, "prompt_token_ids", prompt_token_ids)
+        object.__setattr__(request, "prompt", prompt)
+        object.__setattr__(request, "images", images)
+        object.__setattr__(request, "videos", videos)
+        return request
+
     @property
     def is_tokens(self) -> bool:
         """Whether it is token ids and nothing else."""

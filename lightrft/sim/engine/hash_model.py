@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -127,13 +127,11 @@ class HashModel(LanguageModel):
 
     def _keys(self, samples: Sequence[Sample], weights: int) -> U64:
         """One number for each sample."""
-        found: dict[tuple[int, ...], int] = {}
+        found = _prompt_numbers({sample.tokens for sample in samples})
         parameters: dict[int, int] = {}
         keys = np.empty((len(samples), 4), dtype=np.uint64)
         for row, sample in enumerate(samples):
-            prompt = found.get(sample.tokens)
-            if prompt is None:
-                prompt = found[sample.tokens] = _prompt_number(sample.tokens)
+            prompt = found[sample.tokens]
             params = parameters.get(id(sample.params))
             if params is None:
                 params = parameters[id(sample.params)] = digest(_shape_of(sample))
@@ -151,7 +149,7 @@ class HashModel(LanguageModel):
         params = sample.params
         limit = params.max_tokens or 1
         drawn = tokens[:limit].tolist()
-        ends = self.ends.union(params.stop_token_ids)
+        ends = self.ends.union(params.stop_token_ids) if params.min_tokens else self.ends
         for place in range(min(params.min_tokens, limit)):
             while drawn[place] in ends and len(ends) < self.vocabulary:
                 drawn[place] = (drawn[place] + 1) % self.vocabulary
@@ -182,12 +180,13 @@ class HashModel(LanguageModel):
         )
 
 
-def _prompt_number(tokens: Sequence[int]) -> int:
-    """A polynomial of the tokens modulo 2**64, mixed."""
-    array = np.array(tokens, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        number = ((array + np.uint64(1)) * _powers(len(tokens))).sum()
-    return int(mixed(np.array([number ^ np.uint64(len(tokens))]))[0])
+def _prompt_numbers(prompts: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], int]:
+    """Of each prompt a polynomial of its tokens modulo 2**64, mixed."""
+    found = {}
+    for tokens in prompts:
+        array = np.array(tokens, dtype=np.uint64)
+        found[tokens] = ((array + np.uint64(1)) * _powers(len(tokens))).sum() ^ np.uint64(len(tokens))
+    return dict(zip(found, mixed(np.array(list(found.values()), dtype=np.uint64)).tolist(), strict=True))
 
 
 def _powers(count: int) -> U64:

@@ -119,6 +119,12 @@ class SamplingParams:
         if self.skip_reading_prefix_cache is None:
             self.skip_reading_prefix_cache = self.prompt_logprobs is not None
 
+    def __copy__(self) -> SamplingParams:
+        """The same, unchecked: an adapter makes one for each prompt."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
     def _rules(self) -> Iterator[tuple[str, bool, str]]:
         most = int(os.environ.get("VLLM_MAX_N_SEQUENCES", _MOST_SAMPLES))
         yield "n", _whole(self.n) and 1 <= self.n <= most, f"at least 1, and at most {most}"
